@@ -1,0 +1,40 @@
+# Two commands do everything on a machine that has Python 3.11-3.13 with pip, git and make:
+#   make run     sets up, then quantizes the embedded default
+#   make test    sets up, then runs the tests
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.complete
+
+.PHONY: run test test-all check format setup clean
+
+run: setup
+	$(BIN)/quantflow run
+
+test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(SETUP)
+
+# uv, because it takes builds of torch and torchvision that match; the mark is written last, so that a set-up
+# that was interrupted is done again.
+$(SETUP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[dev]"
+	touch $(SETUP)
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Prefect flows: which task feeds which, and the command line."""

@@ -1,0 +1,194 @@
+"""How a variant comes to be: which stage feeds which. Called by the flows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from quantlib.inputs import Inputs, Selection
+from quantlib.recipe import PTQRecipe, QATRecipe, Recipe
+from quantlib.schedule import Schedule
+from quantlib.store import Ref
+from quantlib.transforms import EvalTransform, TrainTransform, Transform
+from tasks.data import decode
+from tasks.export import script_and_save
+from tasks.measure import evaluate, evaluate_baseline, simulate
+from tasks.model import Training, fuse, load_float
+from tasks.quantize import calibrate, choose_epoch, convert, qat_epoch
+from tasks.report import EpochRefs, VariantRefs
+
+# A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
+# in memory does not matter.
+_SHARD_BYTES = 256 * 2**20
+_SHARD_IMAGES = 5000
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What every branch shares."""
+
+    recipe: Recipe
+    inputs: Inputs
+    engine: str
+    float_model: Ref
+    validation: tuple[Ref, ...]
+    """Decoded shards."""
+    held_back: tuple[Ref, ...]
+    """Likewise; empty where the recipe chooses on validation."""
+
+
+def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
+    """Load the float model, and decode the images that accuracy is measured on."""
+    training = Training(inputs.training, _train_transform(recipe), recipe.model.training)
+    float_model = load_float(
+        inputs.model,
+        inputs.val.num_classes,
+        recipe.data.crop,
+        recipe.seed,
+        training if recipe.model.weights == "train" else None,
+    )
+    validation = _decode(recipe, inputs.validation, _eval_transform(recipe), "validation")
+    held_back = _decode(recipe, inputs.held_back, _eval_transform(recipe), "held_back")
+    return Trunk(recipe, inputs, engine, float_model, validation, held_back)
+
+
+def float_branch(trunk: Trunk) -> VariantRefs:
+    """The baseline: fused, scripted, evaluated."""
+    artifact = script_and_save(fuse(trunk.float_model, "eval"), branch="float")
+    batch_size = trunk.recipe.evaluation.batch_size
+    validation, selection = _on_shards(
+        trunk, "float", lambda shard, name: evaluate_baseline(artifact, shard, batch_size, branch=name)
+    )
+    return VariantRefs(
+        name="float",
+        method="float",
+        qconfig=None,
+        engine=None,
+        artifact=artifact,
+        validation=validation,
+        selection=selection,
+        simulated={},
+    )
+
+
+def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
+    """Post-training quantization: calibrated, converted, scripted, evaluated."""
+    recipe = trunk.recipe
+    settings = recipe.calibration
+    transform = _eval_transform(recipe) if settings.transform == "eval" else _train_transform(recipe)
+    first = trunk.inputs.training.start
+    chosen = replace(trunk.inputs.training, stop=first + settings.batch_size * settings.num_batches)
+    images = _decode(recipe, chosen, transform, "calibration")
+    prepared = calibrate(
+        fuse(trunk.float_model, "eval"), images, branch.qconfig, settings.batch_size, branch=branch.name
+    )
+    artifact = script_and_save(
+        convert(prepared, trunk.engine, recipe.data.crop, branch=branch.name), branch=branch.name
+    )
+    validation, selection = _evaluate(trunk, artifact, branch.name)
+    return VariantRefs(
+        name=branch.name,
+        method="ptq",
+        qconfig=branch.qconfig,
+        engine=trunk.engine,
+        artifact=artifact,
+        validation=validation,
+        selection=selection,
+        simulated=_simulate(trunk, prepared, branch.name),
+    )
+
+
+def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
+    """Quantization-aware training: each epoch trained, converted, scripted and evaluated; the best one kept."""
+    recipe = trunk.recipe
+    schedule = Schedule(
+        batches_per_epoch=branch.batches_per_epoch,
+        batch_size=branch.batch_size,
+        learning_rate=branch.learning_rate,
+        freeze_batch_norm_after_epoch=branch.freeze_batch_norm_after_epoch,
+        freeze_observer_after_epoch=branch.freeze_observer_after_epoch,
+        seed=recipe.seed,
+    )
+    state = fuse(trunk.float_model, "qat")
+    states: list[Ref] = []
+    epochs: list[EpochRefs] = []
+    for epoch in range(branch.epochs):
+        name = f"{branch.name}-{epoch}"
+        state, metrics = qat_epoch(
+            state,
+            epoch,
+            branch.qconfig,
+            schedule,
+            trunk.inputs.training,
+            _train_transform(recipe),
+            branch=branch.name,
+        )
+        artifact = script_and_save(convert(state, trunk.engine, recipe.data.crop, branch=name), branch=name)
+        validation, selection = _evaluate(trunk, artifact, name)
+        states.append(state)
+        epochs.append(EpochRefs(artifact=artifact, metrics=metrics, validation=validation, selection=selection))
+    best_artifact, best_state = choose_epoch(
+        tuple(epoch.artifact for epoch in epochs),
+        tuple(states),
+        tuple(epoch.selection for epoch in epochs),
+        branch=branch.name,
+    )
+    return VariantRefs(
+        name=branch.name,
+        method="qat",
+        qconfig=branch.qconfig,
+        engine=trunk.engine,
+        artifact=best_artifact,
+        simulated=_simulate(trunk, best_state, branch.name),
+        epochs=tuple(epochs),
+    )
+
+
+def _eval_transform(recipe: Recipe) -> EvalTransform:
+    return EvalTransform(recipe.data.resize, recipe.data.crop)
+
+
+def _train_transform(recipe: Recipe) -> TrainTransform:
+    return TrainTransform(recipe.data.crop, recipe.data.train_scale, recipe.data.train_flip)
+
+
+def _decode(recipe: Recipe, images: Selection, transform: Transform, name: str) -> tuple[Ref, ...]:
+    size = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2)))
+    return tuple(
+        decode(part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))
+    )
+
+
+def _evaluate(trunk: Trunk, artifact: Ref, name: str) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+    batch_size = trunk.recipe.evaluation.batch_size
+    return _on_shards(
+        trunk, name, lambda shard, label: evaluate(artifact, shard, batch_size, trunk.engine, branch=label)
+    )
+
+
+def _simulate(trunk: Trunk, prepared: Ref, name: str) -> dict[str, tuple[Ref, ...]]:
+    evaluation = trunk.recipe.evaluation
+    if not evaluation.simulate:
+        return {}
+    return {
+        parts: tuple(
+            simulate(prepared, shard, evaluation.batch_size, parts, branch=label)
+            for shard, label in _labelled(trunk.validation, name)
+        )
+        for parts in ("both", "weights", "activations")
+    }
+
+
+def _on_shards(
+    trunk: Trunk, name: str, measure: Callable[[Ref, str], Ref]
+) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+    """Measure on the validation shards, and on those that choices are made by."""
+    validation = tuple(measure(shard, label) for shard, label in _labelled(trunk.validation, name))
+    if not trunk.held_back:
+        return validation, validation
+    return validation, tuple(
+        measure(shard, label) for shard, label in _labelled(trunk.held_back, f"{name}-held_back")
+    )
+
+
+def _labelled(shards: tuple[Ref, ...], name: str) -> list[tuple[Ref, str]]:
+    """Each shard with a task run's name; numbered where there are more than one."""
+    return [(shard, f"{name}-{n}" if len(shards) > 1 else name) for n, shard in enumerate(shards)]

@@ -1,0 +1,66 @@
+"""The main flow: the float baseline, every PTQ and QAT branch, the report."""
+
+import uuid
+from datetime import UTC, datetime
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.branches import float_branch, grow_trunk, ptq_branch, qat_branch
+from quantlib import machine
+from quantlib.errors import RecipeError
+from quantlib.inputs import find_inputs
+from quantlib.recipe import Recipe
+from quantlib.report import Report
+from tasks.measure import benchmark
+from tasks.report import write_report
+from tasks.run import start_run
+
+
+@flow(name="quantize", flow_run_name="{recipe.name}", persist_result=False)
+def quantize(recipe: Recipe) -> Report:
+    """Quantize a float model in every way that the recipe names, and report which int8 model to ship.
+
+    Args:
+        recipe: The float model, the images, and the branches to try.
+    """
+    return run_branches(recipe)
+
+
+def run_branches(recipe: Recipe) -> Report:
+    """The body of each flow."""
+    with start_run(_run_id(recipe)) as run:
+        inputs = find_inputs(recipe, run.home / "splits", run.progress)
+        engine = machine.find_engine(recipe.engine)
+        trunk = grow_trunk(recipe, inputs, engine)
+        variants = (
+            float_branch(trunk),
+            *(ptq_branch(trunk, branch) for branch in recipe.ptq),
+            *(qat_branch(trunk, branch) for branch in recipe.qat),
+        )
+        timings = benchmark(
+            tuple(variant.artifact for variant in variants),
+            trunk.validation[0],
+            engine,
+            machine.cpu_model(),
+            tuple(sorted({1, *recipe.benchmark.batch_sizes})),
+            tuple(sorted({1, *recipe.benchmark.num_threads})),
+            recipe.benchmark.num_samples,
+        )
+        return write_report(recipe, variants, timings)
+
+
+def only(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with the branches of one method.
+
+    Raises:
+        RecipeError: If it has none.
+    """
+    if not getattr(recipe, method):
+        raise RecipeError(f"Recipe {recipe.name!r} has no [[{method}]] branch: add one, or run the flow `quantize`.")
+    return recipe.model_copy(update={other: () for other in ("ptq", "qat") if other != method})
+
+
+def _run_id(recipe: Recipe) -> str:
+    identity = flow_run.id or str(uuid.uuid4())
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{recipe.name}-{identity[:8]}"

@@ -1,0 +1,1 @@
+"""quantflow: from a float PyTorch image classifier to the int8 model to ship."""

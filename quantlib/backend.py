@@ -1,0 +1,154 @@
+"""The only importer of torch.ao.quantization: engines, qconfigs, prepare, convert.
+
+PyTorch has announced the removal of eager-mode quantization; whatever replaces it is met here.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.ao import quantization as tq
+from torch.ao.nn.intrinsic import qat as intrinsic_qat
+
+from quantlib import machine
+from quantlib.errors import MachineError
+
+QuantStub = tq.QuantStub
+DeQuantStub = tq.DeQuantStub
+FloatFunctional = torch.ao.nn.quantized.FloatFunctional
+ObserverBase = tq.ObserverBase
+FakeQuantizeBase = tq.FakeQuantizeBase
+
+FuseMode = Literal["eval", "qat"]
+
+
+def resolve_engine(name: str) -> str:
+    """The engine that `name` stands for on this machine.
+
+    Raises:
+        MachineError: If this CPU, or this build of torch, lacks it.
+    """
+    engine = machine.default_engine() if name == "auto" else name
+    supported = [e for e in torch.backends.quantized.supported_engines if e != "none"]
+    if engine not in supported:
+        raise MachineError(
+            f"Engine {engine!r} is not available: this machine's torch has {', '.join(supported)}. "
+            "Set `engine` in the recipe to one of these, or to auto."
+        )
+    return engine
+
+
+@contextmanager
+def use_engine(engine: str) -> Iterator[None]:
+    """Quantize and run int8 models with `engine` inside the block.
+
+    Raises:
+        MachineError: If this machine lacks it.
+    """
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = resolve_engine(engine)
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def fuse_modules(model: nn.Module, groups: list[list[str]], mode: FuseMode) -> None:
+    """Fuse each group of submodules (Conv, BatchNorm, ReLU; named by dotted path) in place.
+
+    In mode "eval" BatchNorm is folded into the convolution; in mode "qat" it stays live inside a fused module.
+    """
+    if not groups:
+        return
+    if mode == "qat":
+        tq.fuse_modules_qat(model.train(), groups, inplace=True)
+    else:
+        tq.fuse_modules(model.eval(), groups, inplace=True)
+
+
+def prepare(fused: nn.Module, qconfig: str, mode: FuseMode) -> nn.Module:
+    """A copy of a fused model with observers (mode "eval") or fake quantization (mode "qat") put in.
+
+    Args:
+        fused: Fused in the same mode.
+        qconfig: `default` is min/max per tensor; else the name of an engine, whose own observers are taken.
+    """
+    model = copy.deepcopy(fused)
+    if mode == "qat":
+        model.qconfig = (
+            tq.default_qat_qconfig if qconfig == "default" else tq.get_default_qat_qconfig(qconfig)
+        )
+        return tq.prepare_qat(model.train(), inplace=True)
+    model.qconfig = tq.default_qconfig if qconfig == "default" else tq.get_default_qconfig(qconfig)
+    return tq.prepare(model.eval(), inplace=True)
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """An int8 copy of a prepared model, for the engine in use (see `use_engine`)."""
+    return tq.convert(prepared.eval(), inplace=False)
+
+
+def freeze_observers(model: nn.Module) -> None:
+    """Keep scales and zero points as they are from now on."""
+    model.apply(tq.disable_observer)
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Keep the BatchNorm statistics of fused QAT modules as they are from now on.
+
+    This sets an attribute that no state_dict holds: whoever loads a model must freeze it again.
+    """
+    model.apply(intrinsic_qat.freeze_bn_stats)
+
+
+def set_fake_quantization(model: nn.Module, *, weights: bool, activations: bool) -> None:
+    """Switch fake quantization of weights and of activations on or off; observers are switched off."""
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizeBase):
+            module.disable_observer()
+            module.enable_fake_quant(weights if name.endswith("weight_fake_quant") else activations)
+
+
+def fake_quantize_ptq(prepared: nn.Module, *, weights: bool, activations: bool) -> None:
+    """Make a calibrated (PTQ) model compute in float what int8 would, in place.
+
+    Weights are rounded to the int8 grid once; each observer is replaced by rounding to the grid it has found,
+    or by nothing.
+    """
+    for module in list(prepared.modules()):
+        observer = getattr(module, "activation_post_process", None)
+        if isinstance(observer, ObserverBase):
+            module.activation_post_process = FixedFakeQuantize(observer) if activations else nn.Identity()
+        if weights and isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "qconfig", None):
+            observer = module.qconfig.weight()
+            with torch.no_grad():
+                observer(module.weight)
+                module.weight.copy_(FixedFakeQuantize(observer)(module.weight))
+
+
+class FixedFakeQuantize(nn.Module):
+    """Rounds its input to the int8 grid that an observer has found.
+
+    Affine map, Jacob et al. 2018 (arXiv:1712.05877), eq. 1: r = S(q - Z).
+    """
+
+    def __init__(self, observer: ObserverBase) -> None:
+        super().__init__()
+        scale, zero_point = observer.calculate_qparams()
+        self.scale, self.zero_point = scale, zero_point.to(torch.int32)
+        self.quant_min, self.quant_max = observer.quant_min, observer.quant_max
+        per_channel = {torch.per_channel_affine, torch.per_channel_symmetric}
+        self.axis: int | None = observer.ch_axis if observer.qscheme in per_channel else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` rounded, float32, of the same shape."""
+        if self.axis is None:
+            return torch.fake_quantize_per_tensor_affine(
+                x, float(self.scale), int(self.zero_point), self.quant_min, self.quant_max
+            )
+        return torch.fake_quantize_per_channel_affine(
+            x, self.scale, self.zero_point, self.axis, self.quant_min, self.quant_max
+        )

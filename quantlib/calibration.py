@@ -1,0 +1,44 @@
+"""Calibration: observers in, training images through, activation ranges out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantlib import backend, fusion, images, models
+
+
+def calibrate(
+    fused: nn.Module,
+    qconfig: str,
+    shards: Sequence[Path],
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> nn.Module:
+    """A copy of a fused model whose observers have seen the images of `shards`.
+
+    Args:
+        fused: Fused in mode "eval".
+        qconfig: Which observers; see `backend.prepare`.
+        shards: Files of decoded images, in order.
+        batch_size: Images a forward pass.
+        progress: Called with (images done, images in all).
+    """
+    prepared = backend.prepare(fused, qconfig, "eval")
+    total, done = images.count(shards), 0
+    with torch.inference_mode():
+        for x, _ in images.batches(shards, batch_size):
+            prepared(x)
+            done += len(x)
+            progress(done, total)
+    return prepared
+
+
+def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
+    """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `models.save` made it."""
+    header, state = models.open_saved(content)
+    prepared = backend.prepare(fusion.rebuild(header), header["qconfig"], header["fused"])
+    prepared.load_state_dict(state)
+    return prepared, header

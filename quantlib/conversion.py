@@ -1,0 +1,49 @@
+"""Conversion: a prepared model becomes an int8 model."""
+
+import torch
+from torch import nn
+
+from quantlib import backend, fusion, models
+from quantlib.errors import ModelError
+
+
+def convert(prepared: nn.Module, engine: str) -> nn.Module:
+    """An int8 copy of a calibrated or quantization-aware trained model.
+
+    Raises:
+        MachineError: If this machine lacks the engine.
+    """
+    with backend.use_engine(engine):
+        return backend.convert(prepared)
+
+
+def check_int8(model: nn.Module, engine: str, crop: int) -> None:
+    """Run one empty image through an int8 model.
+
+    Raises:
+        ModelError: If the architecture uses an operation that eager-mode quantization cannot convert.
+    """
+    try:
+        with backend.use_engine(engine), torch.inference_mode():
+            model(torch.zeros(1, 3, crop, crop))
+    except (RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"The int8 model cannot run: {str(error).splitlines()[0]} The architecture needs QuantStub and DeQuantStub around "
+            "what is quantized, and FloatFunctional in place of + and torch.cat between quantized tensors."
+        ) from None
+
+
+def load_deployable(content: bytes) -> tuple[nn.Module, str | None]:
+    """A fused float model and None, or an int8 model and its engine, as `models.save` made it.
+
+    Raises:
+        MachineError: If this machine lacks the engine.
+    """
+    header, state = models.open_saved(content)
+    if "engine" not in header:
+        return fusion.load(content)[0], None
+    prepared = backend.prepare(fusion.rebuild(header), header["qconfig"], header["fused"])
+    model = convert(prepared, header["engine"])
+    with backend.use_engine(header["engine"]):
+        model.load_state_dict(state)
+    return model, header["engine"]

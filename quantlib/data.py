@@ -1,0 +1,259 @@
+"""Datasets: where the images of a split are, and how one of them becomes pixels.
+
+Nothing here depends on the number of threads: each random crop is drawn from the seed and the image's place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from quantlib.errors import DataError, RecipeError
+from quantlib.transforms import Transform
+
+if TYPE_CHECKING:
+    from quantlib.inputs import Selection, SplitName
+
+FORMATS = ("digits", "imagefolder", "imagenet", "cifar10")
+
+# One decoding thread a core keeps two cores busy: PIL releases the interpreter's lock while it works.
+_NUM_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split, by number.
+
+    Attributes:
+        labels: [N], int64 class indices.
+        classes: Their names, in the order of the indices.
+        open: The N-th image, as an RGB PIL image.
+        name_of: What to call the N-th image in an error.
+    """
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    open: Callable[[int], Image.Image] = field(repr=False)
+    name_of: Callable[[int], str] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, index: int, transform: Transform, rng: random.Random) -> np.ndarray:
+        """One image as [crop, crop, 3] uint8.
+
+        Raises:
+            DataError: If it cannot be decoded.
+        """
+        try:
+            return np.asarray(transform(self.open(index), rng), dtype=np.uint8)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"Image {self.name_of(index)} cannot be decoded: {error}. Replace the file, or remove it from the dataset."
+            ) from None
+
+
+def open_split(data_format: str, root: str | None, split: SplitName) -> Split:
+    """List the images of a split.
+
+    Raises:
+        DataError: If the data is missing, or has no classes or no images.
+        RecipeError: If the format is unknown, or needs a root and has none.
+    """
+    if data_format == "digits":
+        opened = _digits(split)
+    elif data_format in FORMATS:
+        if root is None:
+            raise RecipeError(f"data.format = {data_format!r} needs data.root: the folder that holds the dataset.")
+        opened = {"imagefolder": _image_folder, "imagenet": _imagenet, "cifar10": _cifar10}[data_format](Path(root), split)
+    else:
+        opened = _user_dataset(data_format, root, split)
+    if len(opened) == 0:
+        raise DataError(f"The {split} split of {root or data_format} has no images: at least one is needed.")
+    return opened
+
+
+def select(selection: Selection) -> tuple[Split, np.ndarray]:
+    """A selection's split, and the numbers of its images, [n] int64.
+
+    Raises:
+        DataError: If the split has changed since it was identified.
+    """
+    source = selection.split
+    split = open_split(source.format, source.root, source.name)
+    if len(split) != source.num_images or split.classes != source.classes:
+        raise DataError(f"The {source.name} split of {source.root} has changed since the run began: run again.")
+    order = np.arange(len(split)) if selection.seed is None else shuffled(len(split), selection.seed)
+    return split, order[selection.start : selection.stop]
+
+
+def shuffled(num_images: int, seed: int) -> np.ndarray:
+    """The numbers 0 … num_images - 1 in an order that the seed alone decides, [num_images] int64."""
+    return np.random.default_rng(seed).permutation(num_images)
+
+
+def decode(
+    split: Split,
+    indices: np.ndarray,
+    transform: Transform,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels, in the order of `indices`.
+
+    Args:
+        split: Where they are.
+        indices: Numbers of images, [n] int64.
+        transform: Applied to each.
+        seed: Of the transform's random choices.
+        progress: Called with (images done, n).
+
+    Returns:
+        Pixels [n, crop, crop, 3] uint8 and labels [n] int64.
+
+    Raises:
+        DataError: If an image cannot be decoded.
+    """
+    pixels = np.empty((len(indices), transform.crop, transform.crop, 3), dtype=np.uint8)
+    done = 0
+    for batch, _ in batches(split, indices, transform, seed, batch_size=64):
+        pixels[done : done + len(batch)] = batch
+        done += len(batch)
+        progress(done, len(indices))
+    return pixels, split.labels[indices]
+
+
+def batches(
+    split: Split, indices: np.ndarray, transform: Transform, seed: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Decoded batches of pixels [n, crop, crop, 3] and labels [n], the next ones decoded while one is used.
+
+    Raises:
+        DataError: If an image cannot be decoded.
+    """
+
+    def decode_batch(start: int) -> np.ndarray:
+        chunk = indices[start : start + batch_size]
+        # A generator an image, seeded by its place: the batch size and the thread change nothing.
+        return np.stack(
+            [
+                split.pixels(int(index), transform, random.Random(f"{seed}-{place}"))
+                for place, index in enumerate(chunk, start=start)
+            ]
+        )
+
+    starts = range(0, len(indices), batch_size)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        waiting = deque(pool.submit(decode_batch, start) for start in starts[:_NUM_THREADS])
+        for position, start in enumerate(starts):
+            batch = waiting.popleft().result()
+            # No more are decoded ahead than there are threads, so memory stays flat.
+            if position + _NUM_THREADS < len(starts):
+                waiting.append(pool.submit(decode_batch, starts[position + _NUM_THREADS]))
+            yield batch, split.labels[indices[start : start + batch_size]]
+
+
+def _digits(split: SplitName) -> Split:
+    """The 1,797 handwritten digits, 8 x 8 pixels, that scikit-learn carries; every third one validates."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    numbers = np.arange(len(digits.target))
+    chosen = numbers[numbers % 3 == 0] if split == "val" else numbers[numbers % 3 != 0]
+    # Sixteen grey levels to 0 … 255.
+    pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+    return Split(
+        labels=digits.target[chosen].astype(np.int64),
+        classes=tuple(str(name) for name in digits.target_names),
+        open=lambda index: Image.fromarray(pixels[index]).convert("RGB"),
+        name_of=lambda index: f"{chosen[index]} of scikit-learn's digits",
+    )
+
+
+def _image_folder(root: Path, split: SplitName) -> Split:
+    from torchvision.datasets import ImageFolder
+
+    folder = root / split
+    if not folder.is_dir():
+        raise DataError(f"No folder {folder}: data.root must hold train/CLASS/IMAGE and val/CLASS/IMAGE.")
+    if not any(entry.is_dir() for entry in folder.iterdir()):
+        raise DataError(f"Folder {folder} has no classes: it must hold one folder a class, with its images inside.")
+    try:
+        dataset = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise DataError(f"Folder {folder} has a class without images: {error}. Add some, or remove the class from train and val.") from None
+    return _of_samples(dataset.samples, tuple(dataset.classes))
+
+
+def _imagenet(root: Path, split: SplitName) -> Split:
+    from torchvision.datasets import ImageNet
+
+    if not root.is_dir():
+        raise DataError(f"No folder {root}: data.root must be torchvision's ImageNet folder.")
+    try:
+        dataset = ImageNet(str(root), split=split)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"Folder {root} is not torchvision's ImageNet: {error} It needs ILSVRC2012_devkit_t12.tar.gz and the "
+            "archives of both splits (or what torchvision unpacks from them). For plain folders of images, "
+            'use format = "imagefolder".'
+        ) from None
+    return _of_samples(dataset.samples, tuple(names[0] for names in dataset.classes))
+
+
+def _cifar10(root: Path, split: SplitName) -> Split:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        # torchvision unpickles these files only after their MD5 sums were found to be the published ones.
+        dataset = CIFAR10(str(root), train=split == "train", download=False)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"Folder {root} does not hold CIFAR-10 as torchvision keeps it (cifar-10-batches-py/): {error} "
+            "Unpack cifar-10-python.tar.gz there."
+        ) from None
+    return Split(
+        labels=np.asarray(dataset.targets, dtype=np.int64),
+        classes=tuple(dataset.classes),
+        open=lambda index: Image.fromarray(dataset.data[index]),
+        name_of=lambda index: f"{index} of CIFAR-10's {split} split",
+    )
+
+
+def _user_dataset(data_format: str, root: str | None, split: SplitName) -> Split:
+    from quantlib.models import import_function
+
+    function = import_function(data_format, "data.format", dict.fromkeys(FORMATS))
+    dataset: Any = function(root, split)
+    classes, labels = getattr(dataset, "classes", None), getattr(dataset, "targets", None)
+    if classes is None or labels is None or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"{data_format} returned a {type(dataset).__name__}: it must have `classes`, `targets` and give "
+            "(PIL image, label) for dataset[i], as torchvision's datasets do."
+        )
+    return Split(
+        labels=np.asarray(labels, dtype=np.int64),
+        classes=tuple(str(name) for name in classes),
+        open=lambda index: dataset[index][0].convert("RGB"),
+        name_of=lambda index: f"{index} of {data_format}'s {split} split",
+    )
+
+
+def _of_samples(samples: Sequence[tuple[str, int]], classes: tuple[str, ...]) -> Split:
+    from torchvision.datasets.folder import default_loader
+
+    paths = [path for path, _ in samples]
+    return Split(
+        labels=np.array([label for _, label in samples], dtype=np.int64),
+        classes=classes,
+        open=lambda index: default_loader(paths[index]),
+        name_of=lambda index: paths[index],
+    )

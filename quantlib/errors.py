@@ -1,0 +1,35 @@
+"""The errors a user can cause, and so can mend.
+
+Each message says what was got, what is allowed and what to do.
+
+    QuantflowError
+    ├── RecipeError      the recipe is wrong: a key, a value, a combination
+    ├── DataError        the dataset is missing, inconsistent or unreadable
+    ├── ModelError       the architecture or its weights do not fit
+    ├── MachineError     this machine lacks what was asked for: an engine, disk space, a download
+    └── StoreError       an artifact is missing or damaged
+"""
+
+
+class QuantflowError(Exception):
+    """Base of every error that quantflow raises on purpose."""
+
+
+class RecipeError(QuantflowError):
+    """The recipe is wrong: an unknown key, a value out of range, a combination that cannot work."""
+
+
+class DataError(QuantflowError):
+    """The dataset is missing, inconsistent or unreadable."""
+
+
+class ModelError(QuantflowError):
+    """The architecture or its weights do not fit the recipe."""
+
+
+class MachineError(QuantflowError):
+    """This machine lacks what was asked for: an engine, disk space, a download."""
+
+
+class StoreError(QuantflowError):
+    """An artifact is missing from the store, or is not what was written."""

@@ -1,0 +1,36 @@
+"""Evaluation: a model's predictions for the images of a shard."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantlib import images
+from quantlib.predictions import Predictions, concatenate
+
+
+def evaluate(
+    model: nn.Module,
+    shard: Path,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Predictions:
+    """Predictions for every image.
+
+    Args:
+        model: [n, 3, H, W] float32 to logits [n, num_classes], in eval mode.
+        shard: A file of decoded images.
+        batch_size: Images a forward pass.
+        progress: Called with (images done, images in all).
+    """
+    total, done, parts = images.count([shard]), 0, []
+    with torch.inference_mode():
+        for x, labels in images.batches([shard], batch_size):
+            logits = model(x)  # (n, num_classes)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+            top5 = logits.topk(min(5, logits.shape[1])).indices
+            parts.append(Predictions(labels.numpy(), top5.numpy(), loss.numpy()))
+            done += len(labels)
+            progress(done, total)
+    return concatenate(parts)

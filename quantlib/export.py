@@ -1,0 +1,36 @@
+"""Export: the TorchScript file that is shipped, and that every reported figure is measured on."""
+
+import io
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantlib import backend
+from quantlib.errors import ModelError
+
+
+def script(model: nn.Module, engine: str | None = None) -> bytes:
+    """A model as a TorchScript file; `torch.jit.load` reads it without this package.
+
+    Args:
+        model: Fused float, or int8.
+        engine: The one that the int8 weights are packed for; None for float.
+
+    Raises:
+        ModelError: If the architecture uses Python that TorchScript cannot express.
+    """
+    buffer = io.BytesIO()
+    try:
+        with backend.use_engine(engine or "auto"):
+            torch.jit.save(torch.jit.script(model.eval()), buffer)
+    except (RuntimeError, NotImplementedError, OSError) as error:
+        raise ModelError(
+            f"The model cannot be scripted: {error}\nUse operations that torch.jit.script supports in its forward()."
+        ) from None
+    return buffer.getvalue()
+
+
+def load(path: Path) -> nn.Module:
+    """The model in a TorchScript file, in eval mode; int8 weights are packed for the engine in use."""
+    return torch.jit.load(str(path), map_location="cpu").eval()

@@ -1,0 +1,257 @@
+"""What a run reads from outside, found, checked and identified by content before any stage starts.
+
+A dataset's files are hashed once: their names, sizes and times say afterwards that nothing has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from quantlib import codehash
+from quantlib.errors import DataError, ModelError, RecipeError
+from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file
+from quantlib.store import write_atomically
+
+SplitName = Literal["train", "val"]
+Progress = Callable[[int, int], None]
+
+NOT_IN_KEY = {"in_key": False}
+"""Metadata of a field that says where something lies, and not what it is."""
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The float model's source."""
+
+    architecture: str
+    arguments: str
+    """JSON of the architecture's keyword arguments."""
+    weights: str = field(metadata=NOT_IN_KEY)
+    """As in the recipe."""
+    fingerprint: str
+    """Of the weights: a file's SHA-256, "torchvision:NAME", or "train"."""
+    code: str
+    """Hash of the user's own module, "" for a registered architecture."""
+
+
+@dataclass(frozen=True)
+class SplitInput:
+    """One split of the dataset."""
+
+    format: str
+    name: SplitName
+    root: str | None = field(metadata=NOT_IN_KEY)
+    fingerprint: str
+    """Of the names and contents of its files, and of the code that reads them where that is the user's."""
+    num_images: int
+    classes: tuple[str, ...] = field(metadata=NOT_IN_KEY)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some images of a split, in an order."""
+
+    split: SplitInput
+    seed: int | None
+    """Shuffles the split; None: the dataset's own order."""
+    start: int
+    """First place in that order."""
+    stop: int
+    """One past the last place."""
+
+    def parts(self, size: int) -> tuple[Selection, ...]:
+        """The same images in consecutive selections of at most `size`."""
+        starts = range(self.start, self.stop, size)
+        return tuple(replace(self, start=start, stop=min(start + size, self.stop)) for start in starts)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a recipe names, found and checked."""
+
+    model: ModelInput
+    train: SplitInput
+    val: SplitInput
+    validation: Selection
+    """Images that accuracy is reported on."""
+    held_back: Selection
+    """Training images kept for choosing; empty where the recipe chooses on validation."""
+    training: Selection
+    """All other training images, shuffled once; calibration takes the first of them."""
+
+
+def find_inputs(recipe: Recipe, cache: Path, progress: Progress = lambda done, total: None) -> Inputs:
+    """Find and check what a recipe names.
+
+    Args:
+        recipe: Paths in it are absolute.
+        cache: Folder that remembers what was hashed.
+        progress: Called with (files hashed, files in the split) while a split is hashed.
+
+    Raises:
+        RecipeError: If the recipe asks for more images than there are, or for an unknown format.
+        DataError: If the dataset is missing, empty or inconsistent.
+        ModelError: If the weights file is missing, or `num_classes` is not the data's.
+    """
+    model = _find_model(recipe)
+    train, val = (_find_split(recipe.data, name, cache, progress) for name in ("train", "val"))
+    if train.classes != val.classes:
+        different = sorted(set(train.classes) ^ set(val.classes))[:5]
+        raise DataError(
+            f"train has {train.num_classes} classes and val has {val.num_classes}; they differ in {', '.join(different)}. "
+            "Both must have the same class folders: a class's number is its place in the list."
+        )
+    wanted = recipe.model.arguments.get("num_classes")
+    if wanted is not None and wanted != val.num_classes:
+        raise ModelError(
+            f"model.arguments.num_classes = {wanted}, and the data has {val.num_classes} classes. "
+            "Set it to the data's number, or leave it out; or use the dataset the weights were trained on."
+        )
+    num_held_back = recipe.evaluation.num_held_back if recipe.evaluation.select_on == "held_back" else 0
+    _check_train_size(recipe, train.num_images, num_held_back)
+    return Inputs(
+        model=model,
+        train=train,
+        val=val,
+        validation=Selection(val, None, 0, min(recipe.evaluation.max_images or val.num_images, val.num_images)),
+        held_back=Selection(train, recipe.seed, 0, num_held_back),
+        training=Selection(train, recipe.seed, num_held_back, train.num_images),
+    )
+
+
+def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> None:
+    if 2 * num_held_back > num_train:
+        raise RecipeError(
+            f"evaluation.num_held_back = {num_held_back} of {num_train} training images: at most half may be held back. "
+            f'Set it to {num_train // 2} or less, or evaluation.select_on = "validation".'
+        )
+    available = num_train - num_held_back
+    calibration = recipe.calibration.batch_size * recipe.calibration.num_batches
+    if recipe.ptq and calibration > available:
+        raise RecipeError(
+            f"calibration asks for {recipe.calibration.num_batches} batches of {recipe.calibration.batch_size} = "
+            f"{calibration} images, and the training split has {available} that are not held back. "
+            "Lower calibration.num_batches, or evaluation.num_held_back."
+        )
+    for number, branch in enumerate(recipe.qat):
+        needed = branch.batch_size * (branch.batches_per_epoch or 1)
+        if needed > available:
+            raise RecipeError(
+                f"qat.{number} asks for {needed} images an epoch, and the training split has {available} that are "
+                f"not held back. Lower qat.{number}.batches_per_epoch or batch_size, or evaluation.num_held_back."
+            )
+
+
+def _find_model(recipe: Recipe) -> ModelInput:
+    section = recipe.model
+    fingerprint = section.weights
+    if is_weights_file(section.weights):
+        path = Path(section.weights)
+        if not path.is_file():
+            raise ModelError(
+                f"No weights file {section.weights!r}: set model.weights to a state_dict file, "
+                'to "torchvision:NAME", or to "train".'
+            )
+        with path.open("rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    return ModelInput(
+        architecture=section.architecture,
+        arguments=json.dumps(section.arguments, sort_keys=True),
+        weights=section.weights,
+        fingerprint=fingerprint,
+        code=_user_code(section.architecture, "model.architecture"),
+    )
+
+
+def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Progress) -> SplitInput:
+    """Identify a split; it is opened and hashed only where its files have changed since it was last."""
+    code = _user_code(recipe.format, "data.format")
+    files = sorted(_files(recipe, name))
+    listing = hashlib.sha256(repr((recipe.format, name, code, _library(recipe.format))).encode())
+    for path, status in files:
+        listing.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    remembered = cache / f"{listing.hexdigest()}.json"
+    try:
+        found = json.loads(remembered.read_bytes())
+        return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # Not seen before, or the note of it is damaged: look at the files themselves.
+
+    from quantlib import data
+
+    split = data.open_split(recipe.format, recipe.root, name)
+    content = hashlib.sha256(listing.copy().digest() if not files else repr((recipe.format, code)).encode())
+    root = Path(recipe.root or "")
+    with ThreadPoolExecutor(2) as pool:
+        hashes = pool.map(_hash_file, (path for path, _ in files))
+        for done, ((path, _), sha256) in enumerate(zip(files, hashes, strict=True), start=1):
+            content.update(f"{Path(path).relative_to(root)}\0{sha256}\n".encode())
+            if done % 256 == 0 or done == len(files):
+                progress(done, len(files))
+    found_input = SplitInput(recipe.format, name, recipe.root, content.hexdigest(), len(split), split.classes)
+    kept = {key: value for key, value in asdict(found_input).items() if key != "root"}
+    write_atomically(remembered, json.dumps(kept).encode())
+    return found_input
+
+
+def _files(recipe: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_result]]:
+    """The files that a split is made of; none for data that a library carries."""
+    if recipe.root is None:
+        return
+    folder = Path(recipe.root)
+    if recipe.format in {"imagefolder", "imagenet"}:
+        folder = folder / name
+    elif recipe.format == "cifar10":
+        folder = folder / "cifar-10-batches-py"
+    yield from _walk(str(folder))
+
+
+def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    yield from _walk(entry.path)
+                else:
+                    yield entry.path, entry.stat()
+    except FileNotFoundError:
+        return  # `open_split` says what is missing.
+
+
+def _library(data_format: str) -> str:
+    return importlib.metadata.version("scikit-learn") if data_format == "digits" else ""
+
+
+def _user_code(name: str, key: str) -> str:
+    """A hash of the user's module that "package.module:function" names; "" for a registered name."""
+    if not is_import_path(name):
+        return ""
+    module = name.partition(":")[0]
+    try:
+        return hashlib.sha256(repr(sorted(codehash.module_hashes(module).items())).encode()).hexdigest()
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"{key} = {name!r} cannot be imported: {error}. Modules are looked for where Python looks, "
+            "and in the folder that quantflow is started in."
+        ) from None
+
+
+def _hash_file(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"Image file {path} cannot be read: {error.strerror}. Mend it, or remove it from the dataset.") from None

@@ -1,0 +1,320 @@
+"""What a run is: the recipe, read from TOML and checked once."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quantlib.errors import RecipeError
+
+QConfigName = Literal["default", "fbgemm", "x86", "onednn", "qnnpack"]
+EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
+BranchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+Count = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen table of the recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TrainingRecipe(Section):
+    """How to train the float model from nothing, when `weights = "train"`."""
+
+    epochs: Count = 12
+    """Passes over the training split."""
+    batch_size: Annotated[int, Field(gt=1)] = 64
+    """Images a step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    """Peak learning rate of SGD with Nesterov momentum 0.9 and a one-cycle schedule."""
+
+
+class ModelRecipe(Section):
+    """The float model: its architecture and where its weights come from."""
+
+    architecture: str = "mobilenet_v2"
+    """A registered name, or "package.module:function", which returns an nn.Module."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the architecture; `num_classes` is taken from the data where it is not given."""
+    weights: str
+    """A state_dict file; "torchvision:NAME"; or "train"."""
+    training: TrainingRecipe = TrainingRecipe()
+    """Used when `weights = "train"`."""
+
+
+class DataRecipe(Section):
+    """The images, and how they become the model's input."""
+
+    format: str
+    """digits, imagefolder, imagenet, cifar10, or "package.module:function" called as f(root, split)."""
+    root: str | None = None
+    """The dataset's folder; relative to the recipe's file."""
+    resize: Count = 256
+    """Shorter side in pixels before the centre crop (evaluation)."""
+    crop: Count = 224
+    """Side in pixels of the model's input."""
+    train_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Share of the image's area that a random training crop takes: least and most."""
+    train_flip: Fraction = 0.5
+    """Probability that a training image is mirrored."""
+
+    @field_validator("train_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0.0 < scale[0] <= scale[1]:
+            raise ValueError("must be [least, most] with 0 < least <= most <= 1")
+        return scale
+
+    @model_validator(mode="after")
+    def _crop_inside_resize(self) -> Self:
+        if self.crop > self.resize:
+            raise ValueError(f"crop = {self.crop} does not fit into resize = {self.resize}; lower crop")
+        return self
+
+
+class EvaluationRecipe(Section):
+    """How accuracy is measured, and which images the run may choose by."""
+
+    batch_size: Count = 50
+    """Images a forward pass."""
+    max_images: Count | None = None
+    """Evaluate only the first so many validation images; absent: all of them."""
+    select_on: Literal["held_back", "validation"] = "held_back"
+    """What QAT's best epoch and the winner are chosen by: training images held back from calibration and
+    training, or the validation split itself (then its figures are optimistic, and the report says so)."""
+    num_held_back: Count = 1000
+    """Training images held back, with `select_on = "held_back"`."""
+    simulate: bool = False
+    """Also measure every quantized model with fake quantization in float: both, weights only, activations
+    only. Shows which of the two costs accuracy."""
+
+
+class CalibrationRecipe(Section):
+    """The training images that activation ranges are taken from."""
+
+    batch_size: Count = 30
+    """Images a forward pass."""
+    num_batches: Count = 32
+    """Batches; the images come from the training split, never from validation."""
+    transform: Literal["eval", "train"] = "eval"
+    """"eval": resize and centre crop; "train": random crops and flips."""
+
+
+class PTQRecipe(Section):
+    """One post-training quantization branch."""
+
+    name: BranchName
+    """The variant's name in the report."""
+    qconfig: QConfigName = "fbgemm"
+    """Observers: `default` is min/max per tensor; the others are the engines' own, weights per channel
+    (qnnpack: per tensor)."""
+
+
+class QATRecipe(Section):
+    """One quantization-aware training branch."""
+
+    name: BranchName
+    """The variant's name in the report."""
+    qconfig: QConfigName = "fbgemm"
+    """The fake quantization that is trained through."""
+    epochs: Count = 8
+    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept."""
+    batches_per_epoch: Count | None = None
+    """Training batches an epoch; absent: the whole training split."""
+    batch_size: Annotated[int, Field(gt=1)] = 30
+    """Images a training step (BatchNorm needs two at least)."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Of plain SGD."""
+    freeze_batch_norm_after_epoch: Annotated[int, Field(ge=-1)] = 2
+    """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this."""
+    freeze_observer_after_epoch: Annotated[int, Field(ge=-1)] = 3
+    """Observers are frozen at the end of each 0-based epoch whose number is greater than this."""
+
+
+class BenchmarkRecipe(Section):
+    """What is timed: every batch size with every number of threads."""
+
+    batch_sizes: tuple[Count, ...] = (1,)
+    """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
+    num_threads: tuple[Count, ...] = (1,)
+    """Threads of torch; 1 is always timed."""
+    num_samples: Annotated[int, Field(ge=10)] = 100
+    """Timed calls of each model, float and int8 in turn, after a warm-up."""
+
+
+class GateRecipe(Section):
+    """What the winner may lose."""
+
+    max_top1_drop: Fraction = 0.01
+    """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point."""
+
+
+class Recipe(Section):
+    """A run: one float model, one dataset, and the variants to try."""
+
+    name: BranchName
+    """Names the run in reports and on the dashboard."""
+    description: str = ""
+    """One line for `quantflow recipes`."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 191009
+    """Of every random choice: initial weights, data order, crops."""
+    engine: EngineName = "auto"
+    """torch's int8 engine; auto: x86 on x86-64 CPUs, else qnnpack."""
+    model: ModelRecipe
+    """The float model."""
+    data: DataRecipe
+    """The images."""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    """How accuracy is measured."""
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    """Where activation ranges come from."""
+    ptq: tuple[PTQRecipe, ...] = ()
+    """Post-training quantization branches."""
+    qat: tuple[QATRecipe, ...] = ()
+    """Quantization-aware training branches."""
+    benchmark: BenchmarkRecipe = BenchmarkRecipe()
+    """What is timed."""
+    gate: GateRecipe = GateRecipe()
+    """What the winner may lose."""
+
+    @model_validator(mode="after")
+    def _branches(self) -> Self:
+        names = [branch.name for branch in (*self.ptq, *self.qat)]
+        if not names:
+            raise ValueError("there is nothing to quantize: add a [[ptq]] or a [[qat]] branch")
+        repeated = sorted({name for name in names if names.count(name) > 1} | ({"float"} & set(names)))
+        if repeated:
+            raise ValueError(
+                f"branch name {repeated[0]!r} is taken: each [[ptq]] and [[qat]] needs a name of its own, "
+                "and 'float' is the baseline's"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: A TOML file. Relative paths in it are relative to its folder.
+        overrides: "KEY=VALUE" each, as `qat.0.epochs=2`; the value is TOML, or else a plain string, and a path
+            in it is relative to the working directory.
+
+    Raises:
+        RecipeError: If the file is missing or not TOML, or a key or value is not allowed.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"No recipe {str(path)!r}: give the path of a TOML file, or a name that `quantflow recipes` lists.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"Recipe {str(path)!r} cannot be read as TOML: {error}.") from None
+    _resolve_paths(tables, path.resolve().parent)
+    for override in overrides:
+        _override(tables, override)
+    _resolve_paths(tables, Path.cwd())
+    return parse_recipe(tables)
+
+
+def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
+    """Check the tables of a recipe.
+
+    Raises:
+        RecipeError: With one line for each key or value that is not allowed.
+    """
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(details) for details in error.errors())) from None
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a recipe's value names a Python function, as "package.module:function"."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def is_weights_file(weights: str) -> bool:
+    """Whether `[model] weights` names a file."""
+    return weights != "train" and not weights.startswith("torchvision:")
+
+
+def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a recipe absolute; what is absolute already stays."""
+    model, data = tables.get("model"), tables.get("data")
+    if isinstance(model, dict) and isinstance(model.get("weights"), str) and is_weights_file(model["weights"]):
+        model["weights"] = str(folder / Path(model["weights"]).expanduser())
+    if isinstance(data, dict) and isinstance(data.get("root"), str):
+        data["root"] = str(folder / Path(data["root"]).expanduser())
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r} has no value: write KEY=VALUE, as in --set qat.0.epochs=2.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    place: Any = tables
+    for part in parents:
+        place = _step(place, part, override)
+    if isinstance(place, list):
+        place[_index(place, last, override)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise RecipeError(f"--set {override!r}: {'.'.join(parents)!r} is a value, not a table, in this recipe.")
+
+
+def _step(place: Any, part: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, override)]
+    if isinstance(place, dict):
+        return place.setdefault(part, {})
+    raise RecipeError(f"--set {override!r}: {part!r} lies below a value, not a table, in this recipe.")
+
+
+def _index(place: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise RecipeError(f"--set {override!r}: {part!r} is no branch of this recipe; it has {len(place)}, counted from 0.")
+    return int(part)
+
+
+def _explain(details: Any) -> str:
+    """One line for a pydantic error: where, what was got, what is allowed."""
+    where = ".".join(str(part) for part in details["loc"]) or "recipe"
+    if details["type"] == "extra_forbidden":
+        allowed = _fields_at(details["loc"][:-1])
+        return f"Unknown key {where!r}{suggest(str(details['loc'][-1]), allowed)} Allowed here: {', '.join(allowed)}."
+    if details["type"] == "missing":
+        return f"Missing key {where!r}: the recipe must set it."
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "literal_error":
+        got = details["input"]
+        allowed = re.findall(r"'([^']*)'", details["ctx"]["expected"])
+        return f"{where} = {got!r} is unknown{suggest(str(got), allowed)} Allowed: {', '.join(allowed)}."
+    if details["type"] == "value_error" and not isinstance(details["input"], (str, int, float, list, tuple)):
+        return f"{where}: {message}."
+    return f"{where} = {details['input']!r} is not allowed: {message}."
+
+
+def suggest(got: str, allowed: Iterable[str]) -> str:
+    """" (did you mean 'x'?)." with the nearest of `allowed`, or "." where none is near."""
+    nearest = difflib.get_close_matches(got, list(allowed), n=1)
+    return f" (did you mean {nearest[0]!r}?)." if nearest else "."
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """The keys that the table at `location` may have."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            section = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)), annotation)
+    return list(section.model_fields)

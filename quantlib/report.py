@@ -1,0 +1,244 @@
+"""The report: five Parquet tables, partitioned by run.
+
+`variants` and `stages` are a contract with outside readers: columns are added, never renamed.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from quantlib.errors import StoreError
+from quantlib.predictions import Predictions
+
+@dataclass(frozen=True, kw_only=True)
+class VariantRow:
+    """The float model, or one quantized model."""
+
+    recipe: str
+    variant: str
+    method: str
+    """float, ptq or qat."""
+    qconfig: str | None
+    engine: str | None
+    top1: float
+    """Fraction of the validation images, as are the other accuracies without another word."""
+    top5: float
+    loss: float
+    """Mean cross-entropy in nats."""
+    num_images: int
+    top1_drop: float
+    """Float's top1 less this one's."""
+    top1_selection: float
+    """On the images that choices are made by."""
+    selected_on: str
+    """Which those are: held_back (training images) or validation."""
+    top1_simulated: float | None
+    """With fake quantization in float, of weights and activations."""
+    top1_weights_only: float | None
+    top1_activations_only: float | None
+    best_epoch: int | None
+    """0-based; the epoch of QAT that this is."""
+    size_bytes: int
+    """Of the TorchScript file."""
+    latency_p50_ms: float
+    """A batch of one image, one thread."""
+    speedup: float
+    """Float's latency_p50_ms over this one's."""
+    accepted: bool
+    """Inside the gate."""
+    winner: bool
+    artifact_sha256: str
+    artifact_path: str
+    torch_version: str
+    cpu_model: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """An epoch of quantization-aware training."""
+
+    variant: str
+    epoch: int
+    loss: float
+    """Mean cross-entropy over the epoch's training images, in nats."""
+    train_top1: float
+    top1: float
+    """Of the converted int8 model, on the validation images."""
+    top1_selection: float
+    """Likewise, on the images that the best epoch is chosen by."""
+    best: bool
+    observers_frozen: bool
+    batch_norm_frozen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyRow:
+    """One model's timing for one batch size and number of threads."""
+
+    variant: str
+    runtime: str
+    batch_size: int
+    num_threads: int
+    p50_ms: float
+    """Of a call, so of a whole batch."""
+    p95_ms: float
+    images_per_second: float
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionRow:
+    """One model's answer for one validation image."""
+
+    variant: str
+    image_index: int
+    label: int
+    top5: list[int]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of the run."""
+
+    stage: str
+    """The task run's name, as calibrate-per_channel."""
+    key: str
+    cached: bool
+    seconds: float
+    """Wall-clock time that this run spent on it."""
+    started_at: datetime
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found."""
+
+    run_id: str
+    variants: tuple[VariantRow, ...]
+    epochs: tuple[EpochRow, ...]
+    latency: tuple[LatencyRow, ...]
+    stages: tuple[StageRow, ...]
+
+    @property
+    def winner(self) -> VariantRow | None:
+        """The model to ship, where one is inside the gate."""
+        return next((row for row in self.variants if row.winner), None)
+
+    @property
+    def best(self) -> VariantRow:
+        """The winner, or where there is none the quantized model that loses least."""
+        quantized = [row for row in self.variants if row.method != "float"]
+        return self.winner or max(quantized, key=lambda row: row.top1_selection)
+
+
+_COLUMN_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    datetime: pa.timestamp("us", tz="UTC"),
+    list[int]: pa.list_(pa.int64()),
+}
+
+
+def _schema_of(row: type) -> pa.Schema:
+    """The columns of a row's fields."""
+    hints = get_type_hints(row)
+    return pa.schema([(name, _COLUMN_TYPES.get(kind) or _COLUMN_TYPES[get_args(kind)[0]]) for name, kind in hints.items()])
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "variants": _schema_of(VariantRow),
+    "epochs": _schema_of(EpochRow),
+    "latency": _schema_of(LatencyRow),
+    "predictions": _schema_of(PredictionRow),
+    "stages": _schema_of(StageRow),
+}
+
+
+def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) -> None:
+    """Write a run's tables as folder/TABLE/run_id=RUN/part-0.parquet, each whole or not at all.
+
+    `variants` comes last: where it is, the rest is.
+
+    Args:
+        folder: Of all runs' reports.
+        report: A run that was written before is replaced.
+        predictions: Every variant's, on the validation images.
+    """
+    tables = {
+        "epochs": _table("epochs", report.epochs),
+        "latency": _table("latency", report.latency),
+        "predictions": _predictions_table(predictions),
+        "stages": _table("stages", report.stages),
+        "variants": _table("variants", report.variants),
+    }
+    for name, table in tables.items():
+        place = folder / name / f"run_id={report.run_id}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # A name that starts with a dot is passed over by every reader.
+        unfinished = Path(tempfile.mkdtemp(dir=place.parent, prefix=".writing-"))
+        try:
+            pq.write_table(table, unfinished / "part-0.parquet")
+            unfinished.chmod(0o755)
+            if place.exists():
+                shutil.rmtree(place)
+            unfinished.rename(place)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _predictions_table(predictions: Mapping[str, Predictions]) -> pa.Table:
+    """The table `predictions`: every variant's answer for every image."""
+    parts = [
+        pa.table(
+            {
+                "variant": pa.repeat(variant, len(answers)),
+                "image_index": np.arange(len(answers)),
+                "label": answers.labels,
+                "top5": pa.array(list(answers.top5), pa.list_(pa.int64())),
+            },
+            schema=SCHEMAS["predictions"],
+        )
+        for variant, answers in predictions.items()
+    ]
+    return pa.concat_tables(parts)
+
+
+def _table(name: str, rows: Iterable[Any]) -> pa.Table:
+    """Rows, as dataclasses, in the schema of a table."""
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMAS[name])
+
+
+def read_table(folder: Path, name: str) -> pa.Table:
+    """One table of all runs, with the column run_id; empty where no run has finished."""
+    schema = SCHEMAS[name].append(pa.field("run_id", pa.string()))
+    place = folder / name
+    if not place.is_dir():
+        return schema.empty_table()
+    partitioning = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
+    try:
+        return ds.dataset(place, schema=schema, partitioning=partitioning, format="parquet").to_table()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(f"The reports below {place} cannot be read: {error}. Remove the damaged file and run again.") from None
+
+
+def read_variants(folder: Path) -> list[tuple[str, VariantRow]]:
+    """(run_id, variant) of all runs, the newest run first, variants in the recipe's order."""
+    names = {field.name for field in fields(VariantRow)}
+    rows = [
+        (row["run_id"], VariantRow(**{name: row[name] for name in names}))
+        for row in read_table(folder, "variants").to_pylist()
+    ]
+    started = {run_id: row.created_at for run_id, row in rows}
+    return sorted(rows, key=lambda pair: (started[pair[0]], pair[0]), reverse=True)

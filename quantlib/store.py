@@ -1,0 +1,228 @@
+"""Content-addressed artifacts on disk, and the records that say which stage made which.
+
+    blobs/ab/abcdef…     an artifact, named by the SHA-256 of its bytes, read-only
+    records/KEY.json     what the stage with this key made, and out of what
+
+Everything is written to a temporary file, flushed to the disk, then renamed: a reader sees a whole file or none.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from quantlib.errors import MachineError, StoreError
+
+@dataclass(frozen=True)
+class Ref:
+    """Names an artifact by its content."""
+
+    kind: str
+    """What the bytes are: model, images, evaluation, torchscript, …"""
+    sha256: str
+    """Of the bytes, in hex."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one stage made, kept under the stage's key."""
+
+    key: str
+    stage: str
+    ingredients: dict[str, str]
+    """Everything the key was made of, so that a changed key can be explained."""
+    outputs: tuple[Ref, ...]
+    seconds: float
+    """Wall-clock time that the stage took when it was computed."""
+    created_at: str
+    """ISO 8601, UTC."""
+
+
+class Store:
+    """Artifacts and records below one folder.
+
+    Args:
+        folder: Made when it is first written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # (size, mtime, inode) of each blob that was read whole and found right: hashing it again tells nothing new.
+        self._verified: dict[str, tuple[int, int, int]] = {}
+
+    def put(self, kind: str, content: bytes) -> Ref:
+        """Store bytes; the same bytes are stored once."""
+        return self.write(kind, lambda file: file.write(content))
+
+    def put_json(self, kind: str, value: Any) -> Ref:
+        """Store a dataclass, or a list of them, as JSON."""
+        return self.put(kind, json.dumps(value, default=asdict, sort_keys=True).encode())
+
+    def read_json(self, ref: Ref) -> Any:
+        """What `put_json` stored, as dicts and lists.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        return json.loads(self.read(ref))
+
+    def write(self, kind: str, fill: Callable[[IO[bytes]], Any]) -> Ref:
+        """Store what `fill` writes to the file it is given.
+
+        Raises:
+            MachineError: If the disk is full.
+        """
+        with _new_file(self.folder / "blobs") as file:
+            fill(file)
+            file.flush()
+            sha256 = _hash_file(Path(file.name))
+            ref = Ref(kind, sha256, Path(file.name).stat().st_size)
+            if self.holds(ref):
+                Path(file.name).unlink()
+            else:
+                _publish(file, self._blob(sha256))
+        return ref
+
+    def path(self, ref: Ref) -> Path:
+        """The artifact's file, after its bytes were checked.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        blob = self._blob(ref.sha256)
+        try:
+            status = blob.stat()
+            seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+            if self._verified.get(ref.sha256) != seen:
+                if status.st_size != ref.size or _hash_file(blob) != ref.sha256:
+                    raise StoreError(
+                        f"Artifact {blob} is damaged: its content is no longer what was written. "
+                        "Run the recipe again: the stage that made it is computed anew."
+                    )
+                self._verified[ref.sha256] = seen
+        except OSError as error:
+            raise StoreError(
+                f"Artifact {blob} cannot be read ({error.strerror}). "
+                "Run the recipe again: the stage that made it is computed anew."
+            ) from None
+        return blob
+
+    def read(self, ref: Ref) -> bytes:
+        """The artifact's bytes, checked.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        return self.path(ref).read_bytes()
+
+    def lay_out(self, ref: Ref, place: Path) -> Path:
+        """Give an artifact a file of its own at `place`, which outlives it in the store.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        write_atomically(place, self.read(ref))
+        return place
+
+    def holds(self, ref: Ref) -> bool:
+        """Whether the artifact is here and whole."""
+        try:
+            self.path(ref)
+        except StoreError:
+            return False
+        return True
+
+    def add_record(self, record: Record) -> None:
+        """Keep what a stage made. Its artifacts must be stored before."""
+        content = json.dumps(asdict(record), indent=1, sort_keys=True).encode()
+        with _new_file(self.folder / "records") as file:
+            file.write(content)
+            file.flush()
+            _publish(file, self._record(record.key))
+
+    def find_record(self, key: str) -> Record | None:
+        """The record under `key`, or None where it or one of its artifacts is missing or damaged."""
+        record = self.read_record(key)
+        if record is None or not all(self.holds(ref) for ref in record.outputs):
+            return None
+        return record
+
+    def read_record(self, key: str) -> Record | None:
+        """The record under `key`, or None where it is missing or damaged; its artifacts are not looked at."""
+        try:
+            fields = json.loads(self._record(key).read_bytes())
+            outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
+            record = Record(outputs=outputs, **fields)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            # Damaged in whatever way: the stage is computed again, and that writes it anew.
+            return None
+        return record if record.key == key else None
+
+    def lock_file(self, key: str) -> Path:
+        """The file to lock while the stage with this key is computed."""
+        folder = self.folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / key
+
+    def _blob(self, sha256: str) -> Path:
+        return self.folder / "blobs" / sha256[:2] / sha256
+
+    def _record(self, key: str) -> Path:
+        return self.folder / "records" / f"{key}.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, and never a part.
+
+    Raises:
+        MachineError: If the disk is full.
+    """
+    with _new_file(path.parent) as file:
+        file.write(content)
+        file.flush()
+        _publish(file, path, mode=0o644)
+
+
+@contextlib.contextmanager
+def _new_file(folder: Path) -> Iterator[IO[bytes]]:
+    """A temporary file in `folder` that is gone afterwards, unless it was published."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as file:
+            try:
+                yield file
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise MachineError(
+            f"The disk is full: nothing more can be written below {folder}. "
+            "Free some space, or choose another place with --home, then run again: finished stages are kept."
+        ) from None
+
+
+def _publish(file: IO[bytes], place: Path, mode: int = 0o444) -> None:
+    os.fsync(file.fileno())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    Path(file.name).chmod(mode)
+    Path(file.name).replace(place)
+    # The rename itself must reach the disk, too.
+    folder = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,62 @@
+"""How an image becomes the square of pixels that a model takes: the tutorial's two transforms, on PIL images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import random
+
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Shorter side to `resize` pixels, then the central square of `crop` pixels."""
+
+    resize: int
+    crop: int
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:  # noqa: ARG002 (nothing is random)
+        """A PIL image of crop x crop pixels."""
+        # Here, because a transform is described long before, and often without, being applied.
+        from torchvision.transforms import functional
+
+        return functional.center_crop(functional.resize(image, self.resize), [self.crop, self.crop])
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A random part of the image, resized to `crop` pixels, and mirrored with probability `flip`.
+
+    Szegedy et al. 2014 (arXiv:1409.4842), section 6: area drawn from `scale`, aspect ratio from 3/4 to 4/3.
+    """
+
+    crop: int
+    scale: tuple[float, float]
+    flip: float
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """A PIL image of crop x crop pixels."""
+        from torchvision.transforms import functional
+
+        box = self._box(image.width, image.height, rng)
+        part = functional.resized_crop(image, *box, [self.crop, self.crop])
+        return functional.hflip(part) if rng.random() < self.flip else part
+
+    def _box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the part."""
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            # Uniform in the logarithm, so that wide and tall are equally likely.
+            ratio = (4 / 3) ** rng.uniform(-1, 1)
+            w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        # No part of that shape fits: the largest central one whose aspect ratio is allowed.
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+Transform = EvalTransform | TrainTransform

@@ -1,0 +1,164 @@
+"""The verdict: what was measured of each variant, the rows that say so, and which variant is to be shipped."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from quantlib.predictions import Predictions
+from quantlib.report import EpochRow, LatencyRow, VariantRow
+
+# Timings of one model differ by about this much from run to run; variants closer than that are equally fast.
+EQUALLY_FAST = 1.10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What was measured of an epoch of quantization-aware training."""
+
+    metrics: Mapping[str, Any]
+    """`quantlib.qat.EpochMetrics` as JSON."""
+    validation: Predictions
+    selection: Predictions
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured of a variant."""
+
+    name: str
+    method: str
+    qconfig: str | None
+    engine: str | None
+    validation: Predictions
+    selection: Predictions
+    simulated: Mapping[str, Predictions]
+    """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
+    epochs: tuple[Epoch, ...]
+    samples_ms: Mapping[tuple[int, int], Sequence[float]]
+    """By (batch size, threads)."""
+    artifact_sha256: str
+    artifact_path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What the rows of a run have in common."""
+
+    recipe: str
+    selected_on: str
+    torch_version: str
+    cpu_model: str
+    created_at: datetime
+
+
+def variant_rows(
+    variants: Sequence[Measured], max_top1_drop: float, circumstances: Circumstances
+) -> tuple[VariantRow, ...]:
+    """A row for each variant, the winner marked.
+
+    Args:
+        variants: The float model first.
+        max_top1_drop: The gate, as a fraction.
+        circumstances: Repeated in each row.
+    """
+    baseline = variants[0]
+    rows = [_variant_row(variant, baseline, max_top1_drop, circumstances) for variant in variants]
+    winner = choose_winner(rows)
+    return tuple(replace(row, winner=row.variant == winner) for row in rows)
+
+
+def choose_winner(variants: Sequence[VariantRow]) -> str | None:
+    """The name of the variant to ship: of the quantized ones inside the gate, a fastest.
+
+    Those that are equally fast are ranked by accuracy on the images that choices are made by, then by size, then
+    by their order in the recipe.
+
+    Returns:
+        None where no quantized variant is inside the gate.
+    """
+    accepted = [row for row in variants if row.accepted and row.method != "float"]
+    if not accepted:
+        return None
+    fastest = min(row.latency_p50_ms for row in accepted)
+    near = [row for row in accepted if row.latency_p50_ms <= fastest * EQUALLY_FAST]
+    return max(near, key=lambda row: (row.top1_selection, -row.size_bytes)).variant
+
+
+def epoch_rows(variants: Sequence[Measured]) -> tuple[EpochRow, ...]:
+    """A row for each epoch of each variant."""
+    return tuple(
+        EpochRow(
+            variant=variant.name,
+            epoch=epoch.metrics["epoch"],
+            loss=epoch.metrics["loss"],
+            train_top1=epoch.metrics["train_top1"],
+            top1=epoch.validation.top1,
+            top1_selection=epoch.selection.top1,
+            best=epoch.chosen,
+            observers_frozen=epoch.metrics["observers_frozen"],
+            batch_norm_frozen=epoch.metrics["batch_norm_frozen"],
+        )
+        for variant in variants
+        for epoch in variant.epochs
+    )
+
+
+def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
+    """A row for each variant, batch size and number of threads."""
+    return tuple(
+        LatencyRow(
+            variant=variant.name,
+            runtime="torchscript",
+            batch_size=batch_size,
+            num_threads=num_threads,
+            p50_ms=float(np.percentile(samples, 50)),
+            p95_ms=float(np.percentile(samples, 95)),
+            images_per_second=batch_size / float(np.percentile(samples, 50)) * 1000,
+            num_samples=len(samples),
+        )
+        for variant in variants
+        for (batch_size, num_threads), samples in variant.samples_ms.items()
+    )
+
+
+def _variant_row(
+    variant: Measured, baseline: Measured, max_top1_drop: float, circumstances: Circumstances
+) -> VariantRow:
+    drop = baseline.validation.top1 - variant.validation.top1
+    latency = float(np.percentile(variant.samples_ms[1, 1], 50))
+    simulated = {parts: predictions.top1 for parts, predictions in variant.simulated.items()}
+    return VariantRow(
+        recipe=circumstances.recipe,
+        variant=variant.name,
+        method=variant.method,
+        qconfig=variant.qconfig,
+        engine=variant.engine,
+        top1=variant.validation.top1,
+        top5=variant.validation.top5_accuracy,
+        loss=variant.validation.mean_loss,
+        num_images=len(variant.validation),
+        top1_drop=drop,
+        top1_selection=variant.selection.top1,
+        selected_on=circumstances.selected_on,
+        top1_simulated=simulated.get("both"),
+        top1_weights_only=simulated.get("weights"),
+        top1_activations_only=simulated.get("activations"),
+        best_epoch=next((epoch.metrics["epoch"] for epoch in variant.epochs if epoch.chosen), None),
+        size_bytes=variant.size_bytes,
+        latency_p50_ms=latency,
+        speedup=float(np.percentile(baseline.samples_ms[1, 1], 50)) / latency,
+        # Both accuracies are counts over the same images: half an image is added so that a drop of exactly the
+        # gate is not lost to rounding.
+        accepted=drop <= max_top1_drop + 0.5 / len(variant.validation),
+        winner=False,
+        artifact_sha256=variant.artifact_sha256,
+        artifact_path=variant.artifact_path,
+        torch_version=circumstances.torch_version,
+        cpu_model=circumstances.cpu_model,
+        created_at=circumstances.created_at,
+    )

@@ -1,0 +1,1 @@
+"""Prefect tasks: each loads its inputs, calls quantlib, and stores the result."""

@@ -1,0 +1,168 @@
+"""All that makes a task a stage: its key, its lock, and the reuse of what was computed under that key.
+
+Prefect's own result cache is not used: its records are pickled or unverified, are not written atomically, and do
+not say what their key was made of. A stage that is reused returns Prefect's own `Cached` state.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
+
+from filelock import FileLock
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+from pydantic import BaseModel
+
+from quantlib import codehash, machine
+from quantlib.report import StageRow
+from quantlib.store import Record, Ref
+from tasks.run import current_run
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Ref | tuple[Ref, ...])
+
+# They name a task run, or say how to compute and not what.
+_NOT_IN_KEY = {"branch"}
+_LIBRARIES = ("torch", "torchvision", "pillow")
+
+
+class Planner(Protocol):
+    """Stands in for the stages, to find out what a run would do."""
+
+    def visit(self, stage: "Stage[Any, Any]", arguments: Mapping[str, Any]) -> Any:
+        """What the stage would give for these arguments, or a stand-in for it."""
+
+
+PLANNER: ContextVar[Planner | None] = ContextVar("planner", default=None)
+
+
+class Stage(Task[P, R], Generic[P, R]):
+    """A Prefect task whose outputs are kept in the store under a key of everything that decides them.
+
+    The code behind a key is what the stage's function imports from quantlib in its own body, and what those
+    modules import. So a stage imports what computes, there; and what is imported at the top of its file must not
+    compute.
+    """
+
+    def __init__(self, work: Callable[P, R], label: str) -> None:
+        self.work = work
+        self.label = label
+        self._signature = inspect.signature(work)
+        self.num_outputs = len(getattr(self._signature.return_annotation, "__args__", (Ref,)))
+        super().__init__(
+            fn=self._wrapped(), name=work.__name__, task_run_name=label, persist_result=False, cache_policy=NO_CACHE
+        )
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
+        """Run inside a flow; the outputs' Refs."""
+        planner = PLANNER.get()
+        if planner is not None:
+            return cast("R", planner.visit(self, self.bind(*args, **kwargs)))
+        state = super().__call__(*args, **kwargs, return_state=True)  # type: ignore[call-overload]
+        return cast("R", state.result())
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(self._signature.bind(*args, **kwargs).arguments)
+
+    def label_for(self, arguments: Mapping[str, Any]) -> str:
+        """The task run's name, as `calibrate-per_channel`."""
+        return self.label.format(**arguments)
+
+    def ingredients(self, arguments: Mapping[str, Any]) -> dict[str, str]:
+        """Everything that decides the outputs, by name: inputs, recipe fields, code, libraries."""
+        found = {"stage": self.name, **self._code()}
+        for library in _LIBRARIES:
+            found[f"library.{library}"] = importlib.metadata.version(library)
+        for name, value in arguments.items():
+            if name not in _NOT_IN_KEY:
+                found.update(_flatten(name, value))
+        return found
+
+    def outputs_of(self, record: Record) -> R:
+        """A record's outputs in the shape that the stage returns."""
+        outputs = record.outputs if self.num_outputs > 1 else record.outputs[0]
+        return cast("R", outputs)
+
+    @functools.cache  # noqa: B019 (stages live as long as the process)
+    def _code(self) -> dict[str, str]:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(self.work)))
+        function = tree.body[0]
+        assert isinstance(function, ast.FunctionDef)
+        modules = {name for name in codehash.imported_modules(function) if name.startswith("quantlib")}
+        function.decorator_list = []  # Names and labels decide nothing.
+        found = {f"code.{self.name}": codehash.hash_tree(tree)}
+        for module in modules:
+            try:
+                hashes = codehash.module_hashes(module)
+            except ModuleNotFoundError:
+                continue  # `from quantlib.store import Ref` names a class, not a module.
+            found.update({f"code.{name}": sha256 for name, sha256 in hashes.items()})
+        return found
+
+    def _wrapped(self) -> Callable[P, R]:
+        @functools.wraps(self.work)
+        def reuse_or_compute(*args: P.args, **kwargs: P.kwargs) -> Any:
+            run = current_run()
+            arguments = self.bind(*args, **kwargs)
+            label, ingredients = self.label_for(arguments), self.ingredients(arguments)
+            key = key_of(ingredients)
+            started, clock = datetime.now(UTC), time.perf_counter()
+            # Whoever comes second waits, then finds the record. The kernel frees the lock of a process that died.
+            with FileLock(run.store.lock_file(key)):
+                record = run.store.find_record(key)
+                if record is None:
+                    run.start_stage(label)
+                    machine.keep_freed_memory()
+                    outputs = self.work(*args, **kwargs)
+                    refs = outputs if isinstance(outputs, tuple) else (outputs,)
+                    seconds = time.perf_counter() - clock
+                    run.store.add_record(Record(key, self.name, ingredients, refs, seconds, started.isoformat()))
+            seconds = time.perf_counter() - clock
+            run.stages.append(StageRow(label, key, record is not None, seconds, started))
+            run.listener.stage_finished(label, cached=record is not None, seconds=seconds)
+            if record is None:
+                return outputs
+            return Completed(name="Cached", message=f"Reused from {record.created_at}", data=self.outputs_of(record))
+
+        return reuse_or_compute
+
+
+def stage(label: str) -> Callable[[Callable[P, R]], Stage[P, R]]:
+    """Make a function a stage.
+
+    Args:
+        label: Names its task runs; may hold the function's arguments, as "calibrate-{branch}".
+    """
+    return lambda work: Stage(work, label)
+
+
+def key_of(ingredients: Mapping[str, str]) -> str:
+    """The key that a stage's outputs are kept under, in hex."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(name: str, value: Any) -> dict[str, str]:
+    """A value by dotted names, down to what JSON can write."""
+    if isinstance(value, Ref):
+        return {name: value.sha256}
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    elif dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.metadata.get("in_key", True)}
+    if isinstance(value, Mapping):
+        return {k: v for field, part in value.items() for k, v in _flatten(f"{name}.{field}", part).items()}
+    if isinstance(value, tuple | list):
+        return {k: v for place, part in enumerate(value) for k, v in _flatten(f"{name}.{place}", part).items()}
+    return {name: json.dumps(value)}

@@ -1,0 +1,106 @@
+"""The task that reports. It is no stage: its tables and files are made anew for every run, cached or not."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from quantlib import machine, predictions, report, verdict
+from quantlib.predictions import Predictions
+from quantlib.recipe import Recipe
+from quantlib.report import Report
+from quantlib.store import Ref, Store
+from tasks.run import current_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRefs:
+    """The artifacts of an epoch."""
+
+    artifact: Ref
+    metrics: Ref
+    validation: tuple[Ref, ...]
+    selection: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantRefs:
+    """The artifacts of a variant."""
+
+    name: str
+    method: str
+    qconfig: str | None
+    engine: str | None
+    artifact: Ref
+    validation: tuple[Ref, ...] = ()
+    """Empty for QAT: the chosen epoch's are meant."""
+    selection: tuple[Ref, ...] = ()
+    simulated: dict[str, tuple[Ref, ...]]
+    epochs: tuple[EpochRefs, ...] = ()
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref) -> Report:
+    """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
+    run = current_run()
+    by_model: list[dict[tuple[int, int], list[float]]] = [{} for _ in variants]
+    for timing in run.store.read_json(timings):
+        by_model[timing["model"]][timing["batch_size"], timing["num_threads"]] = timing["samples_ms"]
+    measured = [
+        _measured(run.store, refs, samples, run.home / "models" / run.run_id)
+        for refs, samples in zip(variants, by_model, strict=True)
+    ]
+    circumstances = verdict.Circumstances(
+        recipe=recipe.name,
+        selected_on=recipe.evaluation.select_on,
+        torch_version=importlib.metadata.version("torch"),
+        cpu_model=machine.cpu_model(),
+        created_at=datetime.now(UTC),
+    )
+    found = Report(
+        run_id=run.run_id,
+        variants=verdict.variant_rows(measured, recipe.gate.max_top1_drop, circumstances),
+        epochs=verdict.epoch_rows(measured),
+        latency=verdict.latency_rows(measured),
+        stages=tuple(run.stages),
+    )
+    report.write(run.home / "reports", found, {variant.name: variant.validation for variant in measured})
+    return found
+
+
+def _measured(
+    store: Store, refs: VariantRefs, samples: dict[tuple[int, int], list[float]], folder: Path
+) -> verdict.Measured:
+    # Two epochs can give the same file; the first of them is the one that was chosen.
+    chosen = next((n for n, epoch in enumerate(refs.epochs) if epoch.artifact == refs.artifact), None)
+    epochs = tuple(
+        verdict.Epoch(
+            metrics=store.read_json(epoch.metrics),
+            validation=_predictions(store, epoch.validation),
+            selection=_predictions(store, epoch.selection),
+            chosen=n == chosen,
+        )
+        for n, epoch in enumerate(refs.epochs)
+    )
+    place = store.lay_out(refs.artifact, folder / f"{refs.name}.pt")
+    return verdict.Measured(
+        name=refs.name,
+        method=refs.method,
+        qconfig=refs.qconfig,
+        engine=refs.engine,
+        validation=_predictions(store, refs.validation) if chosen is None else epochs[chosen].validation,
+        selection=_predictions(store, refs.selection) if chosen is None else epochs[chosen].selection,
+        simulated={parts: _predictions(store, shards) for parts, shards in refs.simulated.items()},
+        epochs=epochs,
+        samples_ms=samples,
+        artifact_sha256=refs.artifact.sha256,
+        artifact_path=str(place),
+        size_bytes=refs.artifact.size,
+    )
+
+
+def _predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:
+    return predictions.concatenate([predictions.load(store.read(ref)) for ref in shards])
