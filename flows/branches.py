@@ -29,6 +29,8 @@ class Trunk:
     inputs: Inputs
     engine: str
     float_model: Ref
+    fused: Ref
+    """Fused in mode "eval": the baseline's, and every PTQ branch's."""
     validation: tuple[Ref, ...]
     """Decoded shards."""
     held_back: tuple[Ref, ...]
@@ -45,14 +47,15 @@ def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
         recipe.seed,
         training if recipe.model.weights == "train" else None,
     )
+    fused = fuse(float_model, "eval")
     validation = _decode(recipe, inputs.validation, _eval_transform(recipe), "validation")
     held_back = _decode(recipe, inputs.held_back, _eval_transform(recipe), "held_back")
-    return Trunk(recipe, inputs, engine, float_model, validation, held_back)
+    return Trunk(recipe, inputs, engine, float_model, fused, validation, held_back)
 
 
 def float_branch(trunk: Trunk) -> VariantRefs:
     """The baseline: fused, scripted, evaluated."""
-    artifact = script_and_save(fuse(trunk.float_model, "eval"), branch="float")
+    artifact = script_and_save(trunk.fused, branch="float")
     batch_size = trunk.recipe.evaluation.batch_size
     validation, selection = _on_shards(
         trunk, "float", lambda shard, name: evaluate_baseline(artifact, shard, batch_size, branch=name)
@@ -69,20 +72,33 @@ def float_branch(trunk: Trunk) -> VariantRefs:
     )
 
 
-def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
-    """Post-training quantization: calibrated, converted, scripted, evaluated."""
+def ptq_branches(trunk: Trunk) -> list[VariantRefs]:
+    """Every post-training quantization branch; they share the calibration images."""
     recipe = trunk.recipe
-    settings = recipe.calibration
-    transform = _eval_transform(recipe) if settings.transform == "eval" else _train_transform(recipe)
+    if not recipe.ptq:
+        return []
+    calibration = recipe.calibration
+    transform = _eval_transform(recipe) if calibration.transform == "eval" else _train_transform(recipe)
     first = trunk.inputs.training.start
-    chosen = replace(trunk.inputs.training, stop=first + settings.batch_size * settings.num_batches)
+    chosen = replace(trunk.inputs.training, stop=first + calibration.batch_size * calibration.num_batches)
     images = _decode(recipe, chosen, transform, "calibration")
+    return [_ptq_branch(trunk, branch, images) for branch in recipe.ptq]
+
+
+def qat_branches(trunk: Trunk) -> list[VariantRefs]:
+    """Every quantization-aware training branch; they share the model fused for training."""
+    if not trunk.recipe.qat:
+        return []
+    trainable = fuse(trunk.float_model, "qat")
+    return [_qat_branch(trunk, branch, trainable) for branch in trunk.recipe.qat]
+
+
+def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> VariantRefs:
+    """Calibrated, converted, scripted, evaluated."""
     prepared = calibrate(
-        fuse(trunk.float_model, "eval"), images, branch.qconfig, settings.batch_size, branch=branch.name
+        trunk.fused, images, branch.qconfig, trunk.recipe.calibration.batch_size, branch=branch.name
     )
-    artifact = script_and_save(
-        convert(prepared, trunk.engine, recipe.data.crop, branch=branch.name), branch=branch.name
-    )
+    artifact = _export(trunk, prepared, branch.name)
     validation, selection = _evaluate(trunk, artifact, branch.name)
     return VariantRefs(
         name=branch.name,
@@ -96,38 +112,31 @@ def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
     )
 
 
-def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
-    """Quantization-aware training: each epoch trained, converted, scripted and evaluated; the best one kept."""
-    recipe = trunk.recipe
+def _qat_branch(trunk: Trunk, branch: QATRecipe, trainable: Ref) -> VariantRefs:
+    """Each epoch trained, converted, scripted and evaluated; the best one kept."""
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
         batch_size=branch.batch_size,
         learning_rate=branch.learning_rate,
         freeze_batch_norm_after_epoch=branch.freeze_batch_norm_after_epoch,
         freeze_observer_after_epoch=branch.freeze_observer_after_epoch,
-        seed=recipe.seed,
+        seed=trunk.recipe.seed,
     )
-    state = fuse(trunk.float_model, "qat")
-    states: list[Ref] = []
+    images, transform = trunk.inputs.training, _train_transform(trunk.recipe)
+    states = [trainable]
     epochs: list[EpochRefs] = []
     for epoch in range(branch.epochs):
-        name = f"{branch.name}-{epoch}"
         state, metrics = qat_epoch(
-            state,
-            epoch,
-            branch.qconfig,
-            schedule,
-            trunk.inputs.training,
-            _train_transform(recipe),
-            branch=branch.name,
+            states[-1], epoch, branch.qconfig, schedule, images, transform, branch=branch.name
         )
-        artifact = script_and_save(convert(state, trunk.engine, recipe.data.crop, branch=name), branch=name)
-        validation, selection = _evaluate(trunk, artifact, name)
         states.append(state)
+        name = f"{branch.name}-{epoch}"
+        artifact = _export(trunk, state, name)
+        validation, selection = _evaluate(trunk, artifact, name)
         epochs.append(EpochRefs(artifact=artifact, metrics=metrics, validation=validation, selection=selection))
     best_artifact, best_state = choose_epoch(
         tuple(epoch.artifact for epoch in epochs),
-        tuple(states),
+        tuple(states[1:]),
         tuple(epoch.selection for epoch in epochs),
         branch=branch.name,
     )
@@ -140,6 +149,10 @@ def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         simulated=_simulate(trunk, best_state, branch.name),
         epochs=tuple(epochs),
     )
+
+
+def _export(trunk: Trunk, prepared: Ref, name: str) -> Ref:
+    return script_and_save(convert(prepared, trunk.engine, trunk.recipe.data.crop, branch=name), branch=name)
 
 
 def _eval_transform(recipe: Recipe) -> EvalTransform:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.branches import float_branch, grow_trunk, ptq_branch, qat_branch
+from flows.branches import float_branch, grow_trunk, ptq_branches, qat_branches
 from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import find_inputs
@@ -33,11 +33,7 @@ def run_branches(recipe: Recipe) -> Report:
         inputs = find_inputs(recipe, run.home / "splits", run.progress)
         engine = machine.find_engine(recipe.engine)
         trunk = grow_trunk(recipe, inputs, engine)
-        variants = (
-            float_branch(trunk),
-            *(ptq_branch(trunk, branch) for branch in recipe.ptq),
-            *(qat_branch(trunk, branch) for branch in recipe.qat),
-        )
+        variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
         timings = benchmark(
             tuple(variant.artifact for variant in variants),
             trunk.validation[0],

@@ -1,0 +1,103 @@
+"""What `quantflow` shows in a terminal: the stages of a run as they pass, and the tables of a report."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from quantlib.report import Report, VariantRow
+
+
+class StageDisplay:
+    """Shows each stage as it starts, with a bar while it works, and what became of it.
+
+    Args:
+        console: Where to; without a terminal behind it, a line a stage and no bars.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "StageDisplay":
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage_started(self, label: str) -> None:
+        """Show a bar that has no end yet."""
+        if self._console.is_terminal:
+            self._bars[label] = self._progress.add_task(label, total=None)
+        else:
+            self._console.print(f"  {label} …", highlight=False)
+
+    def stage_progressed(self, label: str, done: int, total: int) -> None:
+        """Move the bar."""
+        if self._console.is_terminal:
+            if label not in self._bars:
+                self._bars[label] = self._progress.add_task(label, total=total)
+            self._progress.update(self._bars[label], completed=done, total=total)
+
+    def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
+        """Replace the bar by a line that stays."""
+        if label in self._bars:
+            self._progress.remove_task(self._bars.pop(label))
+        outcome = "[cyan]cached[/]" if cached else f"[green]{seconds:.1f} s[/]"
+        self._console.print(f"  {label:<42} {outcome}", highlight=False)
+
+
+def result_table(variants: Sequence[VariantRow]) -> Table:
+    """The variants of a run: accuracy, size, speed, verdict."""
+    table = Table(header_style="bold")
+    table.add_column("variant")
+    for name in ("top-1", "drop", "size", "latency", "speed-up"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for row in variants:
+        table.add_row(
+            row.variant if row.best_epoch is None else f"{row.variant} (epoch {row.best_epoch})",
+            f"{row.top1:.2%}",
+            "" if row.method == "float" else f"{100 * row.top1_drop:+.2f} pt",
+            f"{row.size_bytes / 1e6:.2f} MB",
+            f"{row.latency_p50_ms:.2f} ms",
+            f"{row.speedup:.2f}x",
+            _verdict(row),
+            style="bold green" if row.winner else None,
+        )
+    return table
+
+
+def conclusion(report: Report, max_top1_drop: float) -> str:
+    """What to ship and how to load it, or that nothing is inside the gate."""
+    best = report.best
+    lines = [
+        f"Winner: {best.variant}, {100 * best.top1_drop:+.2f} points of top-1 against float, {best.speedup:.2f}x as fast."
+        if report.winner
+        else f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far is {best.variant}, "
+        f"{100 * best.top1_drop:+.2f} points."
+    ]
+    if best.selected_on == "validation":
+        lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
+    lines += [f"  file    {best.artifact_path}", f'  load    torch.jit.load("{best.artifact_path}")']
+    return "\n".join(lines)
+
+
+def _verdict(row: VariantRow) -> str:
+    if row.method == "float":
+        return "baseline"
+    if row.winner:
+        return "winner"
+    return "accepted" if row.accepted else "outside the gate"
