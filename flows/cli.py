@@ -65,7 +65,7 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
 def main() -> None:
     """Turn a float PyTorch image classifier into the int8 model to ship."""
     # A recipe's "package.module:function" may lie in the folder that the user is in.
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.append(str(Path.cwd()))
 
 
 @main.command()
@@ -76,12 +76,13 @@ def main() -> None:
 @reports_errors
 def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:  # noqa: FBT001 (click passes by name)
     """Quantize the model of RECIPE (a file, or a name from `quantflow recipes`; without one, the embedded digits)."""
+    loaded = find_recipe(recipe, overrides)
+
     from rich.console import Console
 
     from flows.console import StageDisplay, conclusion, result_table
 
     console = Console()
-    loaded = find_recipe(recipe, overrides)
     with StageDisplay(console) as display:
         report = _run_flow(loaded, home, display, verbose=verbose)
     console.print(result_table(report.variants))

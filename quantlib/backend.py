@@ -24,6 +24,17 @@ FakeQuantizeBase = tq.FakeQuantizeBase
 
 FuseMode = Literal["eval", "qat"]
 
+EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    # Eager-mode quantization and TorchScript are announced for removal; torch is pinned below the release that drops
+    # them.
+    ("torch.ao.quantization is deprecated", DeprecationWarning),
+    ("`torch.jit.(script|save|load)` is deprecated", FutureWarning),
+    ("torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning),
+    # torch's own qconfigs ask for reduce_range in the way that its own observers advise against.
+    ("Please use quant_min and quant_max to specify the range", UserWarning),
+)
+"""What torch is known to warn of here: start of the message, and category. pyproject.toml lists the same."""
+
 
 def resolve_engine(name: str) -> str:
     """The engine that `name` stands for on this machine.
@@ -89,6 +100,17 @@ def prepare(fused: nn.Module, qconfig: str, mode: FuseMode) -> nn.Module:
 def convert(prepared: nn.Module) -> nn.Module:
     """An int8 copy of a prepared model, for the engine in use (see `use_engine`)."""
     return tq.convert(prepared.eval(), inplace=False)
+
+
+def convert_blank(prepared: nn.Module) -> nn.Module:
+    """An int8 model whose weights and scales are still to be loaded, from a prepared model that saw no image."""
+    for module in prepared.modules():
+        # Every observer must have seen something: torch has no scale for it otherwise.
+        if isinstance(module, ObserverBase) and not getattr(module, "ch_axis", -1) >= 0:
+            module(torch.zeros(1))
+        if hasattr(module, "weight_fake_quant"):
+            module.weight_fake_quant(module.weight)
+    return convert(prepared)
 
 
 def freeze_observers(model: nn.Module) -> None:

@@ -39,50 +39,43 @@ def imported_modules(tree: ast.AST, package: str = "") -> Iterator[str]:
 def module_hashes(name: str) -> dict[str, str]:
     """A hash for a module, and for each module of the same project that it imports, directly or through others.
 
+    Nothing is imported for it but what finds the first module.
+
     Args:
-        name: Dotted. Of the same project is what lies below the folder that its top-level package lies in, but
-            for what is installed; for an installed module, what lies in the same top-level package.
+        name: Dotted. Of the same project is what lies below the folder that its top-level package lies in; for an
+            installed module, what lies in the same top-level package.
 
     Raises:
         ModuleNotFoundError: If there is no such module.
     """
-    first = _source(name)
-    if first is None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     top = name.partition(".")[0]
-    folder = first.parents[name.count(".") + (first.name == "__init__.py")]
-    installed = _is_installed(first)
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {top!r}", name=top)
+    folder = Path(spec.origin).parents[bool(spec.submodule_search_locations)]
+    if _source(folder, name) is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    installed = "site-packages" in folder.parts
     hashes: dict[str, str] = {}
     waiting = [name]
     while waiting:
         module = waiting.pop()
-        if module in hashes or (installed and module.partition(".")[0] != top):
-            continue
-        source = _source(module)
-        if source is None or not source.is_relative_to(folder) or (not installed and _is_installed(source)):
+        source = _source(folder, module)
+        if module in hashes or source is None or (installed and module.partition(".")[0] != top):
             continue
         tree = ast.parse(source.read_bytes())
         hashes[module] = hash_tree(tree)
-        package = module if source.name == "__init__.py" else module.rpartition(".")[0]
-        waiting += imported_modules(tree, package)
+        parent = module.rpartition(".")[0]
+        waiting += imported_modules(tree, module if source.name == "__init__.py" else parent)
         # Importing a module runs the packages that it lies in.
-        waiting += [module.rpartition(".")[0]] if "." in module else []
+        waiting += [parent] if parent else []
     return hashes
 
 
-def _source(name: str) -> Path | None:
-    """The file of a module; None for what is no module, or is not written in Python."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    return Path(spec.origin)
-
-
-def _is_installed(source: Path) -> bool:
-    return "site-packages" in source.parts
+def _source(folder: Path, module: str) -> Path | None:
+    """The file of a module below a folder, or None."""
+    place = folder.joinpath(*module.split("."))
+    return next((path for path in (place / "__init__.py", place.with_name(f"{place.name}.py")) if path.is_file()), None)
 
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:

@@ -43,7 +43,7 @@ def load_deployable(content: bytes) -> tuple[nn.Module, str | None]:
     if "engine" not in header:
         return fusion.load(content)[0], None
     prepared = backend.prepare(fusion.rebuild(header), header["qconfig"], header["fused"])
-    model = convert(prepared, header["engine"])
     with backend.use_engine(header["engine"]):
+        model = backend.convert_blank(prepared)
         model.load_state_dict(state)
     return model, header["engine"]

@@ -75,13 +75,12 @@ class InvertedResidual(nn.Module):
             nn.Conv2d(hidden, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
-        self.has_shortcut = stride == 1 and in_channels == out_channels
-        # An addition of its own, so that its output has an observer.
-        self.skip_add = FloatFunctional()
+        # An addition of its own, so that its output has an observer; None where shapes do not allow it.
+        self.skip_add = FloatFunctional() if stride == 1 and in_channels == out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride]."""
-        if self.has_shortcut:
+        if self.skip_add is not None:
             return self.skip_add.add(x, self.conv(x))
         return self.conv(x)
 

@@ -13,6 +13,7 @@ import inspect
 import json
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -124,7 +125,7 @@ class Stage(Task[P, R], Generic[P, R]):
                 record = run.store.find_record(key)
                 if record is None:
                     run.start_stage(label)
-                    machine.keep_freed_memory()
+                    _prepare_process()
                     outputs = self.work(*args, **kwargs)
                     refs = outputs if isinstance(outputs, tuple) else (outputs,)
                     seconds = time.perf_counter() - clock
@@ -151,6 +152,17 @@ def stage(label: str) -> Callable[[Callable[P, R]], Stage[P, R]]:
 def key_of(ingredients: Mapping[str, str]) -> str:
     """The key that a stage's outputs are kept under, in hex."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _prepare_process() -> None:
+    """Make the process fit to compute; not done by one that only reuses."""
+    machine.keep_freed_memory()
+    # Imports torch, which is why it stands here.
+    from quantlib import backend
+
+    for message, category in backend.EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
 
 
 def _flatten(name: str, value: Any) -> dict[str, str]:
