@@ -95,9 +95,7 @@ def qat_branches(trunk: Trunk) -> list[VariantRefs]:
 
 def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> VariantRefs:
     """Calibrated, converted, scripted, evaluated."""
-    prepared = calibrate(
-        trunk.fused, images, branch.qconfig, trunk.recipe.calibration.batch_size, branch=branch.name
-    )
+    prepared = calibrate(trunk.fused, images, branch.qconfig, trunk.recipe.calibration.batch_size, branch=branch.name)
     artifact = _export(trunk, prepared, branch.name)
     validation, selection = _evaluate(trunk, artifact, branch.name)
     return VariantRefs(
@@ -126,9 +124,7 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe, trainable: Ref) -> VariantRefs:
     states = [trainable]
     epochs: list[EpochRefs] = []
     for epoch in range(branch.epochs):
-        state, metrics = qat_epoch(
-            states[-1], epoch, branch.qconfig, schedule, images, transform, branch=branch.name
-        )
+        state, metrics = qat_epoch(states[-1], epoch, branch.qconfig, schedule, images, transform, branch=branch.name)
         states.append(state)
         name = f"{branch.name}-{epoch}"
         artifact = _export(trunk, state, name)
@@ -190,16 +186,12 @@ def _simulate(trunk: Trunk, prepared: Ref, name: str) -> dict[str, tuple[Ref, ..
     }
 
 
-def _on_shards(
-    trunk: Trunk, name: str, measure: Callable[[Ref, str], Ref]
-) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+def _on_shards(trunk: Trunk, name: str, measure: Callable[[Ref, str], Ref]) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
     """Measure on the validation shards, and on those that choices are made by."""
     validation = tuple(measure(shard, label) for shard, label in _labelled(trunk.validation, name))
     if not trunk.held_back:
         return validation, validation
-    return validation, tuple(
-        measure(shard, label) for shard, label in _labelled(trunk.held_back, f"{name}-held_back")
-    )
+    return validation, tuple(measure(shard, label) for shard, label in _labelled(trunk.held_back, f"{name}-held_back"))
 
 
 def _labelled(shards: tuple[Ref, ...], name: str) -> list[tuple[Ref, str]]:

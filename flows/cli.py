@@ -19,8 +19,6 @@ import click
 from quantlib.errors import QuantflowError, RecipeError, StoreError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from quantlib.recipe import Recipe
     from quantlib.report import Report
 
@@ -54,7 +52,10 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
             if kwargs.get("verbose"):
                 traceback.print_exc()
             hint = "" if kwargs.get("verbose") else " Run with --verbose for the traceback."
-            status = _complain(f"{type(error).__name__}: {error}\nThis is a failure of quantflow or of what it uses.{hint}", FAILURE)
+            status = _complain(
+                f"{type(error).__name__}: {error}\nThis is a failure of quantflow or of what it uses.{hint}",
+                FAILURE,
+            )
         sys.exit(status)
 
     return run_command
@@ -70,11 +71,17 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe", default="digits")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe, as qat.0.epochs=2.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the recipe, as qat.0.epochs=2.",
+)
 @home_option
 @verbose_option
 @reports_errors
-def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:  # noqa: FBT001 (click passes by name)
+def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:
     """Quantize the model of RECIPE (a file, or a name from `quantflow recipes`; without one, the embedded digits)."""
     loaded = find_recipe(recipe, overrides)
 
@@ -109,7 +116,11 @@ def report(home: Path) -> int:
         console.print(f"No run has finished below {home}. Start one with `quantflow run`.", soft_wrap=True)
     for run_id, group in groupby(rows, key=lambda row: row[0]):
         variants = [variant for _, variant in group]
-        console.print(f"\n[bold]{run_id}[/]  recipe {variants[0].recipe}, {variants[0].cpu_model}, torch {variants[0].torch_version}", highlight=False)
+        console.print(
+            f"\n[bold]{run_id}[/]  recipe {variants[0].recipe}, {variants[0].cpu_model}, "
+            f"torch {variants[0].torch_version}",
+            highlight=False,
+        )
         console.print(result_table(variants))
     return 0
 
@@ -135,7 +146,8 @@ def find_recipe(name: str, overrides: tuple[str, ...]) -> "Recipe":
     path = packaged.get(name, Path(name))
     if not path.exists():
         raise RecipeError(
-            f"No recipe {name!r}{suggest(name, packaged)} Give the path of a TOML file, or one of: {', '.join(packaged)}."
+            f"No recipe {name!r}{suggest(name, packaged)} "
+            f"Give the path of a TOML file, or one of: {', '.join(packaged)}."
         )
     return load_recipe(path, overrides)
 

@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from quantlib.report import Report, VariantRow
@@ -84,7 +92,8 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
     """What to ship and how to load it, or that nothing is inside the gate."""
     best = report.best
     lines = [
-        f"Winner: {best.variant}, {100 * best.top1_drop:+.2f} points of top-1 against float, {best.speedup:.2f}x as fast."
+        f"Winner: {best.variant}, {-100 * best.top1_drop:+.2f} points of top-1 against float, "
+        f"{best.speedup:.2f}x as fast."
         if report.winner
         else f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far is {best.variant}, "
         f"{100 * best.top1_drop:+.2f} points."

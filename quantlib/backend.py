@@ -6,7 +6,7 @@ PyTorch has announced the removal of eager-mode quantization; whatever replaces 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -86,14 +86,14 @@ def prepare(fused: nn.Module, qconfig: str, mode: FuseMode) -> nn.Module:
     Args:
         fused: Fused in the same mode.
         qconfig: `default` is min/max per tensor; else the name of an engine, whose own observers are taken.
+        mode: As it was fused.
     """
     model = copy.deepcopy(fused)
     if mode == "qat":
-        model.qconfig = (
-            tq.default_qat_qconfig if qconfig == "default" else tq.get_default_qat_qconfig(qconfig)
-        )
+        own = tq.default_qat_qconfig if qconfig == "default" else tq.get_default_qat_qconfig(qconfig)
+        model.qconfig = cast("Any", own)
         return tq.prepare_qat(model.train(), inplace=True)
-    model.qconfig = tq.default_qconfig if qconfig == "default" else tq.get_default_qconfig(qconfig)
+    model.qconfig = cast("Any", tq.default_qconfig if qconfig == "default" else tq.get_default_qconfig(qconfig))
     return tq.prepare(model.eval(), inplace=True)
 
 
@@ -108,8 +108,9 @@ def convert_blank(prepared: nn.Module) -> nn.Module:
         # Every observer must have seen something: torch has no scale for it otherwise.
         if isinstance(module, ObserverBase) and not getattr(module, "ch_axis", -1) >= 0:
             module(torch.zeros(1))
-        if hasattr(module, "weight_fake_quant"):
-            module.weight_fake_quant(module.weight)
+        weight_fake_quant = getattr(module, "weight_fake_quant", None)
+        if weight_fake_quant is not None:
+            weight_fake_quant(module.weight)
     return convert(prepared)
 
 
@@ -144,11 +145,12 @@ def fake_quantize_ptq(prepared: nn.Module, *, weights: bool, activations: bool) 
         observer = getattr(module, "activation_post_process", None)
         if isinstance(observer, ObserverBase):
             module.activation_post_process = FixedFakeQuantize(observer) if activations else nn.Identity()
-        if weights and isinstance(module, (nn.Conv2d, nn.Linear)) and getattr(module, "qconfig", None):
-            observer = module.qconfig.weight()
+        qconfig = getattr(module, "qconfig", None)
+        if weights and qconfig is not None and isinstance(module, nn.Conv2d | nn.Linear):
+            weight_observer = qconfig.weight()
             with torch.no_grad():
-                observer(module.weight)
-                module.weight.copy_(FixedFakeQuantize(observer)(module.weight))
+                weight_observer(module.weight)
+                module.weight.copy_(FixedFakeQuantize(weight_observer)(module.weight))
 
 
 class FixedFakeQuantize(nn.Module):
@@ -157,13 +159,14 @@ class FixedFakeQuantize(nn.Module):
     Affine map, Jacob et al. 2018 (arXiv:1712.05877), eq. 1: r = S(q - Z).
     """
 
-    def __init__(self, observer: ObserverBase) -> None:
+    def __init__(self, observer: Any) -> None:
         super().__init__()
         scale, zero_point = observer.calculate_qparams()
-        self.scale, self.zero_point = scale, zero_point.to(torch.int32)
-        self.quant_min, self.quant_max = observer.quant_min, observer.quant_max
-        per_channel = {torch.per_channel_affine, torch.per_channel_symmetric}
-        self.axis: int | None = observer.ch_axis if observer.qscheme in per_channel else None
+        self.scale: torch.Tensor = scale
+        self.zero_point: torch.Tensor = zero_point.to(torch.int32)
+        self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
+        per_channel = observer.qscheme in {torch.per_channel_affine, torch.per_channel_symmetric}
+        self.axis: int | None = int(observer.ch_axis) if per_channel else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` rounded, float32, of the same shape."""

@@ -1,11 +1,13 @@
 """Benchmark: models timed in turn, call by call, so that a change of the machine's speed meets each alike."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from quantlib.progress import Progress, silent
 
 # Enough for the memory allocator, the caches and TorchScript's profiling executor (two calls) to settle.
 _NUM_WARM_UP = 5
@@ -31,7 +33,7 @@ def time_models(
     batch_sizes: Sequence[int],
     num_threads: Sequence[int],
     num_samples: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[Timing]:
     """Time every model with every batch size and number of threads.
 

@@ -1,6 +1,6 @@
 """Calibration: observers in, training images through, activation ranges out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from quantlib import backend, fusion, images, models
+from quantlib.progress import Progress, silent
 
 
 def calibrate(
@@ -15,7 +16,7 @@ def calibrate(
     qconfig: str,
     shards: Sequence[Path],
     batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> nn.Module:
     """A copy of a fused model whose observers have seen the images of `shards`.
 

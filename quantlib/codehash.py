@@ -75,7 +75,10 @@ def module_hashes(name: str) -> dict[str, str]:
 def _source(folder: Path, module: str) -> Path | None:
     """The file of a module below a folder, or None."""
     place = folder.joinpath(*module.split("."))
-    return next((path for path in (place / "__init__.py", place.with_name(f"{place.name}.py")) if path.is_file()), None)
+    return next(
+        (path for path in (place / "__init__.py", place.with_name(f"{place.name}.py")) if path.is_file()),
+        None,
+    )
 
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -93,7 +96,9 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
         # Also the strings below attributes, which are their docstrings.
         body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and isinstance(body, list):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and isinstance(
+            body, list
+        ):
             node.body = [
                 line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
             ]

@@ -28,8 +28,8 @@ def check_int8(model: nn.Module, engine: str, crop: int) -> None:
             model(torch.zeros(1, 3, crop, crop))
     except (RuntimeError, NotImplementedError) as error:
         raise ModelError(
-            f"The int8 model cannot run: {str(error).splitlines()[0]} The architecture needs QuantStub and DeQuantStub around "
-            "what is quantized, and FloatFunctional in place of + and torch.cat between quantized tensors."
+            f"The int8 model cannot run: {str(error).splitlines()[0]} The architecture needs QuantStub and DeQuantStub "
+            "around what is quantized, and FloatFunctional in place of + and torch.cat between quantized tensors."
         ) from None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from quantlib.errors import DataError, RecipeError
+from quantlib.progress import Progress, silent
 from quantlib.transforms import Transform
 
 if TYPE_CHECKING:
@@ -55,9 +56,16 @@ class Split:
         """
         try:
             return np.asarray(transform(self.open(index), rng), dtype=np.uint8)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        except (
+            OSError,
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            SyntaxError,
+            ValueError,
+        ) as error:
             raise DataError(
-                f"Image {self.name_of(index)} cannot be decoded: {error}. Replace the file, or remove it from the dataset."
+                f"Image {self.name_of(index)} cannot be decoded: {error}. "
+                "Replace the file, or remove it from the dataset."
             ) from None
 
 
@@ -73,7 +81,9 @@ def open_split(data_format: str, root: str | None, split: SplitName) -> Split:
     elif data_format in FORMATS:
         if root is None:
             raise RecipeError(f"data.format = {data_format!r} needs data.root: the folder that holds the dataset.")
-        opened = {"imagefolder": _image_folder, "imagenet": _imagenet, "cifar10": _cifar10}[data_format](Path(root), split)
+        opened = {"imagefolder": _image_folder, "imagenet": _imagenet, "cifar10": _cifar10}[data_format](
+            Path(root), split
+        )
     else:
         opened = _user_dataset(data_format, root, split)
     if len(opened) == 0:
@@ -105,7 +115,7 @@ def decode(
     indices: np.ndarray,
     transform: Transform,
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels, in the order of `indices`.
 
@@ -189,7 +199,9 @@ def _image_folder(root: Path, split: SplitName) -> Split:
     try:
         dataset = ImageFolder(str(folder))
     except FileNotFoundError as error:
-        raise DataError(f"Folder {folder} has a class without images: {error}. Add some, or remove the class from train and val.") from None
+        raise DataError(
+            f"Folder {folder} has a class without images: {error}. Add some, or remove the class from train and val."
+        ) from None
     return _of_samples(dataset.samples, tuple(dataset.classes))
 
 

@@ -1,6 +1,5 @@
 """Evaluation: a model's predictions for the images of a shard."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,13 +7,14 @@ from torch import nn
 
 from quantlib import images
 from quantlib.predictions import Predictions, concatenate
+from quantlib.progress import Progress, silent
 
 
 def evaluate(
     model: nn.Module,
     shard: Path,
     batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Predictions:
     """Predictions for every image.
 

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Literal
 
 from quantlib import codehash
 from quantlib.errors import DataError, ModelError, RecipeError
+from quantlib.progress import Progress, silent
 from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file
 from quantlib.store import write_atomically
 
 SplitName = Literal["train", "val"]
-Progress = Callable[[int, int], None]
 
 NOT_IN_KEY = {"in_key": False}
 """Metadata of a field that says where something lies, and not what it is."""
@@ -93,7 +93,7 @@ class Inputs:
     """All other training images, shuffled once; calibration takes the first of them."""
 
 
-def find_inputs(recipe: Recipe, cache: Path, progress: Progress = lambda done, total: None) -> Inputs:
+def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inputs:
     """Find and check what a recipe names.
 
     Args:
@@ -111,7 +111,8 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = lambda done, t
     if train.classes != val.classes:
         different = sorted(set(train.classes) ^ set(val.classes))[:5]
         raise DataError(
-            f"train has {train.num_classes} classes and val has {val.num_classes}; they differ in {', '.join(different)}. "
+            f"train has {train.num_classes} classes and val has {val.num_classes}; "
+            f"they differ in {', '.join(different)}. "
             "Both must have the same class folders: a class's number is its place in the list."
         )
     wanted = recipe.model.arguments.get("num_classes")
@@ -135,7 +136,8 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = lambda done, t
 def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> None:
     if 2 * num_held_back > num_train:
         raise RecipeError(
-            f"evaluation.num_held_back = {num_held_back} of {num_train} training images: at most half may be held back. "
+            f"evaluation.num_held_back = {num_held_back} of {num_train} training images: "
+            "at most half may be held back. "
             f'Set it to {num_train // 2} or less, or evaluation.select_on = "validation".'
         )
     available = num_train - num_held_back
@@ -254,4 +256,6 @@ def _hash_file(path: str) -> str:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"Image file {path} cannot be read: {error.strerror}. Mend it, or remove it from the dataset.") from None
+        raise DataError(
+            f"Image file {path} cannot be read: {error.strerror}. Mend it, or remove it from the dataset."
+        ) from None

@@ -53,7 +53,13 @@ class ConvBNReLU(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(
             nn.Conv2d(
-                in_channels, out_channels, kernel_size, stride, (kernel_size - 1) // 2, groups=groups, bias=False
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride,
+                (kernel_size - 1) // 2,
+                groups=groups,
+                bias=False,
             ),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
@@ -203,7 +209,9 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
         return _torchvision_weights(architecture, weights.removeprefix("torchvision:"))
     path = Path(weights)
     if not path.is_file():
-        raise ModelError(f'No weights file {weights!r}: set model.weights to a state_dict file, "torchvision:NAME" or "train".')
+        raise ModelError(
+            f'No weights file {weights!r}: set model.weights to a state_dict file, "torchvision:NAME" or "train".'
+        )
     state: Any
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -218,8 +226,10 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"Weights {weights!r} hold a {type(state).__name__}, not a state_dict of tensors. "
-                         "Save it with torch.save(model.state_dict(), FILE).")
+        raise ModelError(
+            f"Weights {weights!r} hold a {type(state).__name__}, not a state_dict of tensors. "
+            "Save it with torch.save(model.state_dict(), FILE)."
+        )
     return state
 
 
@@ -248,7 +258,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
                 f"has {list(own[name].shape)}. Set num_classes, width_mult, … in model.arguments as in training."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"Weights {source!r} hold NaN or infinity in {name}: use a checkpoint that was not diverging.")
+            raise ModelError(
+                f"Weights {source!r} hold NaN or infinity in {name}: use a checkpoint that was not diverging."
+            )
     model.load_state_dict(state)
 
 
@@ -310,7 +322,8 @@ def check_logits(model: nn.Module, num_classes: int, crop: int) -> None:
             logits = model(torch.zeros(1, 3, crop, crop))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"The model cannot take an image of {crop} x {crop} pixels: {error}. Set data.crop to the size it was trained with."
+            f"The model cannot take an image of {crop} x {crop} pixels: {error}. "
+            "Set data.crop to the size it was trained with."
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -348,9 +361,13 @@ def _torchvision_weights(architecture: str, name: str) -> dict[str, Tensor]:
     try:
         choices = get_model_weights(architecture)
     except ValueError:
-        raise ModelError(f"torchvision has no model {architecture!r}, so no weights for it: give a state_dict file.") from None
+        raise ModelError(
+            f"torchvision has no model {architecture!r}, so no weights for it: give a state_dict file."
+        ) from None
     if name not in choices.__members__:
-        raise ModelError(f"torchvision has no weights {name!r} for {architecture!r}. Allowed: {', '.join(choices.__members__)}.")
+        raise ModelError(
+            f"torchvision has no weights {name!r} for {architecture!r}. Allowed: {', '.join(choices.__members__)}."
+        )
     try:
         state: dict[str, Tensor] = choices[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
     except OSError as error:
@@ -362,5 +379,5 @@ def _torchvision_weights(architecture: str, name: str) -> dict[str, Tensor]:
 
 
 def _few(word: str, names: Sequence[str]) -> str:
-    """"N word (first, second, …); ", or "" where there is none."""
+    """As `2 missing (a, b); `, and nothing where there is none."""
     return f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}); " if names else ""

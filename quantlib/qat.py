@@ -1,7 +1,6 @@
 """Quantization-aware training, one resumable epoch at a time."""
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from quantlib import backend, calibration, data, fusion, images, models
 from quantlib.data import Split
+from quantlib.progress import Progress, silent
 from quantlib.schedule import Schedule
 from quantlib.transforms import Transform
 
@@ -71,7 +71,7 @@ def train_epoch(
     split: Split,
     indices: np.ndarray,
     transform: Transform,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> EpochMetrics:
     """Train one epoch in place; a function of the state and the epoch's number alone.
 

@@ -185,7 +185,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _branches(self) -> Self:
-        names = [branch.name for branch in (*self.ptq, *self.qat)]
+        names = [branch.name for branch in self.ptq] + [branch.name for branch in self.qat]
         if not names:
             raise ValueError("there is nothing to quantize: add a [[ptq]] or a [[qat]] branch")
         repeated = sorted({name for name in names if names.count(name) > 1} | ({"float"} & set(names)))
@@ -211,7 +211,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"No recipe {str(path)!r}: give the path of a TOML file, or a name that `quantflow recipes` lists.") from None
+        raise RecipeError(
+            f"No recipe {str(path)!r}: give the path of a TOML file, or a name that `quantflow recipes` lists."
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"Recipe {str(path)!r} cannot be read as TOML: {error}.") from None
     _resolve_paths(tables, path.resolve().parent)
@@ -282,7 +284,9 @@ def _step(place: Any, part: str, override: str) -> Any:
 
 def _index(place: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise RecipeError(f"--set {override!r}: {part!r} is no branch of this recipe; it has {len(place)}, counted from 0.")
+        raise RecipeError(
+            f"--set {override!r}: {part!r} is no branch of this recipe; it has {len(place)}, counted from 0."
+        )
     return int(part)
 
 
@@ -305,7 +309,7 @@ def _explain(details: Any) -> str:
 
 
 def suggest(got: str, allowed: Iterable[str]) -> str:
-    """" (did you mean 'x'?)." with the nearest of `allowed`, or "." where none is near."""
+    """The end of a sentence, with the nearest of `allowed` where one is near."""
     nearest = difflib.get_close_matches(got, list(allowed), n=1)
     return f" (did you mean {nearest[0]!r}?)." if nearest else "."
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from quantlib.errors import StoreError
 from quantlib.predictions import Predictions
 
+
 @dataclass(frozen=True, kw_only=True)
 class VariantRow:
     """The float model, or one quantized model."""
@@ -154,7 +155,9 @@ _COLUMN_TYPES: dict[Any, pa.DataType] = {
 def _schema_of(row: type) -> pa.Schema:
     """The columns of a row's fields."""
     hints = get_type_hints(row)
-    return pa.schema([(name, _COLUMN_TYPES.get(kind) or _COLUMN_TYPES[get_args(kind)[0]]) for name, kind in hints.items()])
+    return pa.schema(
+        [(name, _COLUMN_TYPES.get(kind) or _COLUMN_TYPES[get_args(kind)[0]]) for name, kind in hints.items()]
+    )
 
 
 SCHEMAS: dict[str, pa.Schema] = {
@@ -230,7 +233,9 @@ def read_table(folder: Path, name: str) -> pa.Table:
     try:
         return ds.dataset(place, schema=schema, partitioning=partitioning, format="parquet").to_table()
     except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"The reports below {place} cannot be read: {error}. Remove the damaged file and run again.") from None
+        raise StoreError(
+            f"The reports below {place} cannot be read: {error}. Remove the damaged file and run again."
+        ) from None
 
 
 def read_variants(folder: Path) -> list[tuple[str, VariantRow]]:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from quantlib.errors import MachineError, StoreError
 
+
 @dataclass(frozen=True)
 class Ref:
     """Names an artifact by its content."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import nn
 
 from quantlib import data, images
 from quantlib.data import Split
+from quantlib.progress import Progress, silent
 from quantlib.transforms import Transform
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def train(
     transform: Transform,
     recipe: TrainingRecipe,
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Train a model in place with SGD, and leave it in eval mode.
 
@@ -40,12 +40,8 @@ def train(
     """
     batch_size, learning_rate, epochs = recipe.batch_size, recipe.learning_rate, recipe.epochs
     num_batches = max(1, len(indices) // batch_size)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=epochs * num_batches
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=epochs * num_batches)
     model.train().to(memory_format=torch.channels_last)
     torch.manual_seed(seed)
     for epoch in range(epochs):

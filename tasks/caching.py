@@ -62,7 +62,11 @@ class Stage(Task[P, R], Generic[P, R]):
         self._signature = inspect.signature(work)
         self.num_outputs = len(getattr(self._signature.return_annotation, "__args__", (Ref,)))
         super().__init__(
-            fn=self._wrapped(), name=work.__name__, task_run_name=label, persist_result=False, cache_policy=NO_CACHE
+            fn=self._wrapped(),
+            name=work.__name__,
+            task_run_name=label,
+            persist_result=False,
+            cache_policy=NO_CACHE,
         )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
@@ -70,8 +74,8 @@ class Stage(Task[P, R], Generic[P, R]):
         planner = PLANNER.get()
         if planner is not None:
             return cast("R", planner.visit(self, self.bind(*args, **kwargs)))
-        state = super().__call__(*args, **kwargs, return_state=True)  # type: ignore[call-overload]
-        return cast("R", state.result())
+        state = super().__call__(*args, **kwargs, return_state=True)
+        return state.result()
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by name."""

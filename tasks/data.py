@@ -8,7 +8,7 @@ from tasks.run import current_run
 
 
 @stage("decode-{branch}")
-def decode(images: Selection, transform: Transform, seed: int, *, branch: str) -> Ref:  # noqa: ARG001 (branch names the run)
+def decode(images: Selection, transform: Transform, seed: int, *, branch: str) -> Ref:
     """Decode images once, for every branch."""
     from quantlib import data
     from quantlib import images as shards

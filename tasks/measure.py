@@ -32,7 +32,12 @@ def evaluate(artifact: Ref, images: Ref, batch_size: int, engine: str, *, branch
 
 @stage("simulate-{branch}-{parts}")
 def simulate(
-    prepared: Ref, images: Ref, batch_size: int, parts: Literal["both", "weights", "activations"], *, branch: str
+    prepared: Ref,
+    images: Ref,
+    batch_size: int,
+    parts: Literal["both", "weights", "activations"],
+    *,
+    branch: str,
 ) -> Ref:
     """Predictions of the float model with fake quantization of weights, activations or both."""
     from quantlib import evaluation, predictions, simulation
@@ -48,13 +53,14 @@ def benchmark(
     artifacts: tuple[Ref, ...],
     images: Ref,
     engine: str,
-    cpu: str,  # noqa: ARG001 (in the key: another CPU is another measurement)
+    cpu: str,  # In the key: another CPU is another measurement.
     batch_sizes: tuple[int, ...],
     num_threads: tuple[int, ...],
     num_samples: int,
 ) -> Ref:
     """Time the files of all variants in turn."""
-    from quantlib import backend, benchmark as timer, export
+    from quantlib import backend, export
+    from quantlib import benchmark as timer
     from quantlib import images as shards
 
     run = current_run()

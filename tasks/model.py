@@ -23,7 +23,8 @@ class Training:
 @stage("load_float")
 def load_float(model: ModelInput, num_classes: int, crop: int, seed: int, training: Training | None) -> Ref:
     """Build the float model, and fill it with its weights; or train it, where `training` is given."""
-    from quantlib import data, models, training as trainer
+    from quantlib import data, models
+    from quantlib import training as trainer
 
     run = current_run()
     module, header = models.from_input(model, num_classes, seed)

@@ -34,7 +34,14 @@ def convert(prepared: Ref, engine: str, crop: int, *, branch: str) -> Ref:
 
 @stage("qat_epoch-{branch}-{epoch}")
 def qat_epoch(
-    before: Ref, epoch: int, qconfig: str, schedule: Schedule, images: Selection, transform: Transform, *, branch: str
+    before: Ref,
+    epoch: int,
+    qconfig: str,
+    schedule: Schedule,
+    images: Selection,
+    transform: Transform,
+    *,
+    branch: str,
 ) -> tuple[Ref, Ref]:
     """Train one epoch from the model fused for QAT, or from the epoch before; the new state, and its metrics."""
     from quantlib import data, qat
@@ -48,7 +55,11 @@ def qat_epoch(
 
 @stage("choose_epoch-{branch}")
 def choose_epoch(
-    artifacts: tuple[Ref, ...], states: tuple[Ref, ...], evaluations: tuple[tuple[Ref, ...], ...], *, branch: str
+    artifacts: tuple[Ref, ...],
+    states: tuple[Ref, ...],
+    evaluations: tuple[tuple[Ref, ...], ...],
+    *,
+    branch: str,
 ) -> tuple[Ref, Ref]:
     """The artifact and the state of the epoch that is most accurate on the images that choices are made by."""
     from quantlib import predictions

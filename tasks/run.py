@@ -60,7 +60,7 @@ class Run:
         self.listener.stage_progressed(self._computing, done, total)
 
 
-LISTENER: ContextVar[Listener] = ContextVar("listener", default=Silence())
+LISTENER: ContextVar[Listener] = ContextVar("listener")
 _RUN: ContextVar[Run] = ContextVar("run")
 
 
@@ -77,7 +77,7 @@ def open_store() -> Store:
 @contextmanager
 def start_run(run_id: str) -> Iterator[Run]:
     """Make a run the current one inside the block."""
-    run = Run(run_id, home_folder(), open_store(), LISTENER.get())
+    run = Run(run_id, home_folder(), open_store(), LISTENER.get(Silence()))
     token = _RUN.set(run)
     try:
         yield run
