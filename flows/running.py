@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from flows.prefect_home import prefect_home
+from flows.server import prefect_server
 from quantlib.recipe import Recipe
 from quantlib.report import Report
 from tasks.run import LISTENER, RUN_ID, Listener
@@ -24,7 +24,7 @@ def run_here(
     """
     home = home.resolve()
     os.environ["QUANTFLOW_HOME"] = str(home)
-    with prefect_home(home, verbose=verbose):
+    with prefect_server(home, verbose=verbose) as wait_for_server:
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         from flows.crashes import mark_crashed_runs
@@ -35,6 +35,7 @@ def run_here(
         LISTENER.set(listener)
         if run_id is not None:
             RUN_ID.set(run_id)
+        wait_for_server()
         mark_crashed_runs(home)
         flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[name]
         # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
