@@ -5,7 +5,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.states import Crashed, State
 
 from quantlib.journal import RunStatus, read_runs
 
@@ -28,6 +28,8 @@ def mark_crashed_runs(home: Path) -> list[RunStatus]:
                 except ObjectNotFound:
                     continue  # It ran on another server, or on one that kept no history.
                 if state is None or not state.is_final():
-                    died = Crashed(message=f"The process of run {run.file.run_id} is gone: `quantflow resume` goes on.")
+                    died: State[None] = Crashed(
+                        message=f"The process of run {run.file.run_id} is gone: `quantflow resume` goes on."
+                    )
                     client.set_flow_run_state(identity, died, force=True)
     return crashed

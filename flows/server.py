@@ -51,19 +51,19 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]
             lock.acquire(timeout=0)
         except Timeout:
             folder = Path(alone)
-        _set_defaults(folder, verbose=verbose)
+        set_defaults(folder, verbose=verbose)
         try:
             if "PREFECT_API_URL" in os.environ:
                 yield lambda: None
             else:
-                with _start(folder) as wait:
+                with start(folder) as wait:
                     yield wait
         finally:
             lock.release()
 
 
-def _set_defaults(folder: Path, *, verbose: bool) -> None:
-    """Settings of Prefect; those that the user has set stay."""
+def set_defaults(folder: Path, *, verbose: bool) -> None:
+    """Put settings of Prefect into the environment; those that the user has set stay."""
     settings = {
         "PREFECT_HOME": str(folder),
         # Nothing is sent anywhere.
@@ -79,7 +79,8 @@ def _set_defaults(folder: Path, *, verbose: bool) -> None:
 
 
 @contextmanager
-def _start(folder: Path) -> Iterator[Callable[[], None]]:
+def start(folder: Path) -> Iterator[Callable[[], None]]:
+    """Start a server with its database in `folder`; as `prefect_server`, without asking who else is there."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = folder / "server.log"
