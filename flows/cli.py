@@ -284,3 +284,7 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
 def _complain(message: str, status: int) -> int:
     click.echo(f"quantflow: {message}", err=True)
     return status
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,9 @@ from pathlib import Path
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed, State
+from prefect.states import Crashed
 
 from quantlib.journal import RunStatus, read_runs
 

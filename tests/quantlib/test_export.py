@@ -1,15 +1,18 @@
 """The TorchScript file that is shipped."""
 
+import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from quantlib import backend, conversion, export
+from quantlib import backend, conversion, export, models
 from quantlib.errors import ModelError
 
 Calibrated = Callable[[str], nn.Module]
@@ -58,6 +61,36 @@ def test_the_file_has_the_same_bytes_each_time(fused_model: nn.Module, calibrate
 
     assert export.script(int8, engine) == export.script(int8, engine)
     assert export.script(fused_model) == export.script(fused_model)
+
+
+_SCRIPT = """
+import hashlib, pathlib, sys, warnings
+import torch
+from torch import nn
+from quantlib import conversion, export
+warnings.simplefilter("ignore")
+torch.jit.script(nn.Sequential(nn.Linear(1, 1), nn.Conv2d(1, 1, 1)))
+content = export.script(*conversion.load_deployable(pathlib.Path(sys.argv[1]).read_bytes()))
+print(hashlib.sha256(content).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
+    calibrated: Calibrated, tiny_header: dict[str, Any], engine: str, tmp_path: Path, hash_seed: str
+) -> None:
+    int8 = conversion.convert(calibrated("fbgemm"), engine)
+    header = tiny_header | {"fused": "eval", "qconfig": "fbgemm", "engine": engine}
+    (tmp_path / "model").write_bytes(models.save(int8, header))
+    other = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, tmp_path / "model"],
+        env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    assert other.stdout.strip() == hashlib.sha256(export.script(int8, engine)).hexdigest()
 
 
 def test_the_engine_in_use_is_put_back(calibrated: Calibrated, engine: str) -> None:
