@@ -49,7 +49,8 @@ warnings.simplefilter("ignore")
 import torch, torchvision
 from torchvision import transforms as T
 normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-images = torchvision.datasets.ImageFolder(sys.argv[2], T.Compose([T.Resize(64), T.CenterCrop(64), T.ToTensor(), normalize]))
+transform = T.Compose([T.Resize(64), T.CenterCrop(64), T.ToTensor(), normalize])
+images = torchvision.datasets.ImageFolder(sys.argv[2], transform)
 model = torch.jit.load(sys.argv[1])
 with torch.inference_mode():
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in torch.utils.data.DataLoader(images, 50))
