@@ -99,10 +99,23 @@ def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> i
 
 
 @main.command()
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one run's page to this file instead: tables and plots, for any browser, without network.",
+)
+@click.option("--run", "run_id", help="The run for --html; by default the newest.")
 @home_option
 @reports_errors
-def report(home: Path) -> int:
-    """Show the results of all runs, the newest first."""
+def report(html: Path | None, run_id: str | None, home: Path) -> int:
+    """Show the results of all runs, the newest first; or write one run's page with --html."""
+    if html is not None:
+        from quantlib.html_report import write_html
+
+        write_html(home / "reports", html, run_id)
+        click.echo(f"Report written to {html}")
+        return 0
+
     from itertools import groupby
 
     from rich.console import Console
@@ -114,10 +127,10 @@ def report(home: Path) -> int:
     rows = read_variants(home / "reports")
     if not rows:
         console.print(f"No run has finished below {home}. Start one with `quantflow run`.", soft_wrap=True)
-    for run_id, group in groupby(rows, key=lambda row: row[0]):
+    for name, group in groupby(rows, key=lambda row: row[0]):
         variants = [variant for _, variant in group]
         console.print(
-            f"\n[bold]{run_id}[/]  recipe {variants[0].recipe}, {variants[0].cpu_model}, "
+            f"\n[bold]{name}[/]  recipe {variants[0].recipe}, {variants[0].cpu_model}, "
             f"torch {variants[0].torch_version}",
             highlight=False,
         )
@@ -177,3 +190,7 @@ def _run_flow(recipe: "Recipe", home: Path, display: Any, *, verbose: bool) -> "
 def _complain(message: str, status: int) -> int:
     click.echo(f"quantflow: {message}", err=True)
     return status
+
+
+if __name__ == "__main__":
+    main()
