@@ -81,7 +81,7 @@ def ptq_branches(trunk: Trunk) -> list[VariantRefs]:
     transform = _eval_transform(recipe) if calibration.transform == "eval" else _train_transform(recipe)
     first = trunk.inputs.training.start
     chosen = replace(trunk.inputs.training, stop=first + calibration.batch_size * calibration.num_batches)
-    images = _decode(recipe, chosen, transform, "calibration")
+    images = _decode(recipe, chosen, transform, "calibration", calibration.batch_size)
     return [_ptq_branch(trunk, branch, images) for branch in recipe.ptq]
 
 
@@ -95,7 +95,9 @@ def qat_branches(trunk: Trunk) -> list[VariantRefs]:
 
 def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> VariantRefs:
     """Calibrated, converted, scripted, evaluated."""
-    prepared = calibrate(trunk.fused, images, branch.qconfig, trunk.recipe.calibration.batch_size, branch=branch.name)
+    prepared = trunk.fused
+    for shard, label in _labelled(images, branch.name):
+        prepared = calibrate(prepared, shard, branch.qconfig, trunk.recipe.calibration.batch_size, branch=label)
     artifact = _export(trunk, prepared, branch.name)
     validation, selection = _evaluate(trunk, artifact, branch.name)
     return VariantRefs(
@@ -159,8 +161,10 @@ def _train_transform(recipe: Recipe) -> TrainTransform:
     return TrainTransform(recipe.data.crop, recipe.data.train_scale, recipe.data.train_flip)
 
 
-def _decode(recipe: Recipe, images: Selection, transform: Transform, name: str) -> tuple[Ref, ...]:
-    size = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2)))
+def _decode(recipe: Recipe, images: Selection, transform: Transform, name: str, batch_size: int = 1) -> tuple[Ref, ...]:
+    """Decoded shards of whole batches, so that the size of a shard changes no batch."""
+    most = min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2))
+    size = max(1, most // batch_size) * batch_size
     return tuple(
         decode(part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))
     )

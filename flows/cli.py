@@ -1,10 +1,9 @@
-"""The command line: `quantflow run`, `report`, `recipes`.
+"""The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `recipes`, `cache`.
 
 Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
 Nothing heavy is imported before a command needs it.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from quantlib.errors import QuantflowError, RecipeError, StoreError
 
 if TYPE_CHECKING:
     from quantlib.recipe import Recipe
-    from quantlib.report import Report
 
 NO_WINNER, WRONG_INPUT, FAILURE, INTERRUPTED = 3, 2, 1, 130
 
@@ -32,6 +30,10 @@ home_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the store, the reports, the models and Prefect's files.",
 )
+recipe_argument = click.argument("recipe", default="digits")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe, as qat.0.epochs=2."
+)
 verbose_option = click.option("--verbose", is_flag=True, help="Show Prefect's log, and the traceback of a failure.")
 
 
@@ -42,6 +44,8 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
     def run_command(*args: Any, **kwargs: Any) -> None:
         try:
             status = command(*args, **kwargs)
+        except click.UsageError:
+            raise
         except StoreError as error:
             status = _complain(str(error), FAILURE)
         except QuantflowError as error:
@@ -70,32 +74,136 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("recipe", default="digits")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a value of the recipe, as qat.0.epochs=2.",
-)
+@recipe_argument
+@set_option
 @home_option
 @verbose_option
 @reports_errors
 def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:
-    """Quantize the model of RECIPE (a file, or a name from `quantflow recipes`; without one, the embedded digits)."""
-    loaded = find_recipe(recipe, overrides)
+    """Quantize the model of RECIPE.
 
+    RECIPE is a TOML file, or a name that `quantflow recipes` lists; without it, the embedded digits are taken.
+    """
+    return _run("quantize", find_recipe(recipe, overrides), home, run_id=None, verbose=verbose)
+
+
+@main.command()
+@recipe_argument
+@set_option
+@home_option
+@reports_errors
+def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
+    """Show which stages a run of RECIPE would reuse, which it would run, and why. Nothing is run."""
+    loaded = find_recipe(recipe, overrides)
+    from flows.planning import plan_run
+
+    stages = plan_run(loaded, home.resolve())
+    for stage in stages:
+        click.echo(f"  {stage.label:<42} {'reuse' if stage.reused else f'run    {stage.reason}'}")
+    num_reused = sum(stage.reused for stage in stages)
+    click.echo(f"{num_reused} stages would be reused, {len(stages) - num_reused} would run.")
+    return 0
+
+
+@main.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@home_option
+@verbose_option
+@reports_errors
+def resume(run_id: str | None, home: Path, verbose: bool) -> int:
+    """Go on with RUN, or without it with the newest run that is unfinished, with the recipe it had."""
+    from quantlib.journal import find_unfinished
+
+    unfinished = find_unfinished(home / "runs", run_id)
+    click.echo(f"Run {unfinished.file.run_id} goes on; it was {unfinished.state} at {unfinished.stage or 'its start'}.")
+    return _run(unfinished.file.flow, unfinished.recipe, home, run_id=unfinished.file.run_id, verbose=verbose)
+
+
+@main.command()
+@home_option
+@reports_errors
+def runs(home: Path) -> int:
+    """List all runs: state, age, stage, and what to do next."""
     from rich.console import Console
 
-    from flows.console import StageDisplay, conclusion, result_table
+    from flows.console import runs_table
+    from quantlib.journal import read_runs
 
+    found = read_runs(home / "runs")
     console = Console()
-    with StageDisplay(console) as display:
-        report = _run_flow(loaded, home, display, verbose=verbose)
-    console.print(result_table(report.variants))
-    console.print(conclusion(report, loaded.gate.max_top1_drop), highlight=False, soft_wrap=True)
-    console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
-    return 0 if report.winner else NO_WINNER
+    if found:
+        console.print(runs_table(found))
+    else:
+        console.print(f"No run below {home}. Start one with `quantflow run`.", soft_wrap=True)
+    return 0
+
+
+@main.group()
+def cache() -> None:
+    """Look into the store, check it, and free space."""
+
+
+@cache.command("list")
+@home_option
+@reports_errors
+def cache_list(home: Path) -> int:
+    """List every stored stage: age, size, and the runs that used it."""
+    from rich.console import Console
+
+    from flows.console import cache_table
+    from quantlib.journal import read_runs
+    from quantlib.retention import list_entries
+    from quantlib.store import Store
+
+    Console().print(cache_table(list_entries(Store(home / "store"), read_runs(home / "runs"))))
+    return 0
+
+
+@cache.command("verify")
+@home_option
+@reports_errors
+def cache_verify(home: Path) -> int:
+    """Read every artifact, and name those that are missing or damaged (exit status 1 if there are any)."""
+    from quantlib.retention import find_damage
+    from quantlib.store import Store
+
+    damage = find_damage(Store(home / "store"))
+    for record, ref in damage:
+        click.echo(f"{record.stage}: {ref.kind} {ref.sha256} is missing or damaged; the next run makes it again.")
+    click.echo(f"{len(damage)} damaged artifacts.")
+    return FAILURE if damage else 0
+
+
+@cache.command("free")
+@click.option("--unused-for", metavar="DAYS", type=click.FloatRange(min=0), help="Free what no run used for so long.")
+@click.option("--max-size", metavar="GB", type=click.FloatRange(min=0), help="Free the least recently used above this.")
+@click.option(
+    "--keep-runs",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Free what neither the newest N runs use, nor an unfinished one.",
+)
+@home_option
+@reports_errors
+def cache_free(unused_for: float | None, max_size: float | None, keep_runs: int | None, home: Path) -> int:
+    """Free stored stages; reports and laid-out models stay."""
+    from datetime import timedelta
+
+    from quantlib.journal import read_runs
+    from quantlib.retention import free
+    from quantlib.store import Store
+
+    if unused_for is None and max_size is None and keep_runs is None:
+        raise click.UsageError("Say what to free: --unused-for DAYS, --max-size GB or --keep-runs N.")
+    freed = free(
+        Store(home / "store"),
+        read_runs(home / "runs"),
+        unused_for=None if unused_for is None else timedelta(days=unused_for),
+        max_size=None if max_size is None else int(max_size * 1e9),
+        keep_runs=keep_runs,
+    )
+    click.echo(f"Freed {freed.size / 1e6:.1f} MB: {freed.num_records} stages, {freed.num_blobs} artifacts.")
+    return 0
 
 
 @main.command()
@@ -171,20 +279,19 @@ def packaged_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def _run_flow(recipe: "Recipe", home: Path, display: Any, *, verbose: bool) -> "Report":
-    from flows.prefect_home import prefect_home
+def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose: bool) -> int:
+    from rich.console import Console
 
-    os.environ["QUANTFLOW_HOME"] = str(home.resolve())
-    with prefect_home(home.resolve(), verbose=verbose):
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from flows.console import StageDisplay, conclusion, result_table
+    from flows.running import run_here
 
-        from flows.quantize import quantize
-        from tasks.run import LISTENER
-
-        LISTENER.set(display)
-        # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            return quantize(recipe)
+    console = Console()
+    with StageDisplay(console) as display:
+        report = run_here(name, recipe, home, display, run_id=run_id, verbose=verbose)
+    console.print(result_table(report.variants))
+    console.print(conclusion(report, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
+    console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
+    return 0 if report.winner else NO_WINNER
 
 
 def _complain(message: str, status: int) -> int:

@@ -1,6 +1,7 @@
 """What `quantflow` shows in a terminal: the stages of a run as they pass, and the tables of a report."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.progress import (
@@ -14,7 +15,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from quantlib.journal import RunStatus
 from quantlib.report import Report, VariantRow
+from quantlib.retention import Entry
 
 
 class StageDisplay:
@@ -86,6 +89,45 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
             style="bold green" if row.winner else None,
         )
     return table
+
+
+def runs_table(runs: Sequence[RunStatus]) -> Table:
+    """Runs with their state, age, stage, and what to do next."""
+    table = Table(header_style="bold")
+    table.add_column("run", no_wrap=True, min_width=max(len(run.file.run_id) for run in runs))
+    for name in ("state", "age", "stages", "last stage", "next"):
+        table.add_column(name)
+    next_step = {"running": "wait", "completed": "report", "crashed": "resume", "failed": "resume"}
+    for run in runs:
+        table.add_row(
+            run.file.run_id,
+            f"{run.state}: {run.message}" if run.message else run.state,
+            _age(datetime.fromisoformat(run.file.started_at)),
+            str(run.num_stages),
+            run.stage,
+            next_step[run.state],
+        )
+    return table
+
+
+def cache_table(entries: Sequence[Entry]) -> Table:
+    """Stored stages with their age, size and runs."""
+    table = Table("stage", "age", "size", "used by", header_style="bold")
+    for entry in entries:
+        used_by = (
+            f"{entry.runs[0]}{f' and {len(entry.runs) - 1} more' if len(entry.runs) > 1 else ''}" if entry.runs else ""
+        )
+        created = datetime.fromisoformat(entry.record.created_at)
+        table.add_row(entry.record.stage, _age(created), f"{entry.size / 1e6:.2f} MB", used_by)
+    return table
+
+
+def _age(since: datetime) -> str:
+    seconds = (datetime.now(UTC) - since).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def conclusion(report: Report, max_top1_drop: float) -> str:

@@ -17,4 +17,4 @@ def ptq(recipe: Recipe) -> Report:
     Raises:
         RecipeError: If the recipe has no [[ptq]] branch.
     """
-    return run_branches(only(recipe, "ptq"))
+    return run_branches("ptq", only(recipe, "ptq"))

@@ -17,4 +17,4 @@ def qat(recipe: Recipe) -> Report:
     Raises:
         RecipeError: If the recipe has no [[qat]] branch.
     """
-    return run_branches(only(recipe, "qat"))
+    return run_branches("qat", only(recipe, "qat"))

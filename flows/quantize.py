@@ -1,19 +1,17 @@
 """The main flow: the float baseline, every PTQ and QAT branch, the report."""
 
-import uuid
-from datetime import UTC, datetime
-
 from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.branches import float_branch, grow_trunk, ptq_branches, qat_branches
 from quantlib import machine
 from quantlib.errors import RecipeError
-from quantlib.inputs import find_inputs
+from quantlib.inputs import Inputs, find_inputs
 from quantlib.recipe import Recipe
 from quantlib.report import Report
+from quantlib.store import Ref
 from tasks.measure import benchmark
-from tasks.report import write_report
+from tasks.report import VariantRefs, write_report
 from tasks.run import start_run
 
 
@@ -24,26 +22,31 @@ def quantize(recipe: Recipe) -> Report:
     Args:
         recipe: The float model, the images, and the branches to try.
     """
-    return run_branches(recipe)
+    return run_branches("quantize", recipe)
 
 
-def run_branches(recipe: Recipe) -> Report:
+def run_branches(name: str, recipe: Recipe) -> Report:
     """The body of each flow."""
-    with start_run(_run_id(recipe)) as run:
+    with start_run(name, recipe, flow_run.id) as run:
         inputs = find_inputs(recipe, run.home / "splits", run.progress)
-        engine = machine.find_engine(recipe.engine)
-        trunk = grow_trunk(recipe, inputs, engine)
-        variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
-        timings = benchmark(
-            tuple(variant.artifact for variant in variants),
-            trunk.validation[0],
-            engine,
-            machine.cpu_model(),
-            tuple(sorted({1, *recipe.benchmark.batch_sizes})),
-            tuple(sorted({1, *recipe.benchmark.num_threads})),
-            recipe.benchmark.num_samples,
-        )
-        return write_report(recipe, variants, timings)
+        return write_report(recipe, *measure_branches(recipe, inputs))
+
+
+def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], Ref]:
+    """Every stage of a run, wired: the variants, and their timings."""
+    engine = machine.find_engine(recipe.engine)
+    trunk = grow_trunk(recipe, inputs, engine)
+    variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
+    timings = benchmark(
+        tuple(variant.artifact for variant in variants),
+        trunk.validation[0],
+        engine,
+        machine.cpu_model(),
+        tuple(sorted({1, *recipe.benchmark.batch_sizes})),
+        tuple(sorted({1, *recipe.benchmark.num_threads})),
+        recipe.benchmark.num_samples,
+    )
+    return variants, timings
 
 
 def only(recipe: Recipe, method: str) -> Recipe:
@@ -55,8 +58,3 @@ def only(recipe: Recipe, method: str) -> Recipe:
     if not getattr(recipe, method):
         raise RecipeError(f"Recipe {recipe.name!r} has no [[{method}]] branch: add one, or run the flow `quantize`.")
     return recipe.model_copy(update={other: () for other in ("ptq", "qat") if other != method})
-
-
-def _run_id(recipe: Recipe) -> str:
-    identity = flow_run.id or str(uuid.uuid4())
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{recipe.name}-{identity[:8]}"

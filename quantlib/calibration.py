@@ -1,6 +1,5 @@
 """Calibration: observers in, training images through, activation ranges out."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,30 @@ from quantlib import backend, fusion, images, models
 from quantlib.progress import Progress, silent
 
 
-def calibrate(
-    fused: nn.Module,
-    qconfig: str,
-    shards: Sequence[Path],
-    batch_size: int,
-    progress: Progress = silent,
-) -> nn.Module:
-    """A copy of a fused model whose observers have seen the images of `shards`.
+def calibrate(prepared: nn.Module, shard: Path, batch_size: int, progress: Progress = silent) -> None:
+    """Show the images of a shard to a model's observers, in place.
 
     Args:
-        fused: Fused in mode "eval".
-        qconfig: Which observers; see `backend.prepare`.
-        shards: Files of decoded images, in order.
+        prepared: With observers, which go on from what they have seen before.
+        shard: A file of decoded images.
         batch_size: Images a forward pass.
         progress: Called with (images done, images in all).
     """
-    prepared = backend.prepare(fused, qconfig, "eval")
-    total, done = images.count(shards), 0
+    total, done = images.count(shard), 0
     with torch.inference_mode():
-        for x, _ in images.batches(shards, batch_size):
+        for x, _ in images.batches(shard, batch_size):
             prepared(x)
             done += len(x)
             progress(done, total)
-    return prepared
+
+
+def load_or_prepare(content: bytes, qconfig: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A prepared model and its header: as it was stored, or made from a fused model by putting observers in."""
+    header, _ = models.open_saved(content)
+    if "qconfig" in header:
+        return load_prepared(content)
+    fused, header = fusion.load(content)
+    return backend.prepare(fused, qconfig, header["fused"]), header | {"qconfig": qconfig}
 
 
 def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:

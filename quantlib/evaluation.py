@@ -24,9 +24,9 @@ def evaluate(
         batch_size: Images a forward pass.
         progress: Called with (images done, images in all).
     """
-    total, done, parts = images.count([shard]), 0, []
+    total, done, parts = images.count(shard), 0, []
     with torch.inference_mode():
-        for x, labels in images.batches([shard], batch_size):
+        for x, labels in images.batches(shard, batch_size):
             logits = model(x)  # (n, num_classes)
             loss = nn.functional.cross_entropy(logits, labels, reduction="none")
             top5 = logits.topk(min(5, logits.shape[1])).indices

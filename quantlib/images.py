@@ -1,6 +1,6 @@
 """Images decoded once: shards of uint8 pixels and labels that every evaluation maps into memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -39,14 +39,13 @@ def to_input(pixels: Tensor) -> Tensor:
     return x.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
 
 
-def batches(paths: Sequence[Path], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs [n, 3, H, W] and labels [n] of the shards, in order; n is `batch_size` but at a shard's end."""
-    for path in paths:
-        pixels, labels = open_shard(path)
-        for start in range(0, len(labels), batch_size):
-            yield to_input(pixels[start : start + batch_size]), labels[start : start + batch_size]
+def batches(path: Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs [n, 3, H, W] and labels [n] of a shard, in order; n is `batch_size`, but for what is left at the end."""
+    pixels, labels = open_shard(path)
+    for start in range(0, len(labels), batch_size):
+        yield to_input(pixels[start : start + batch_size]), labels[start : start + batch_size]
 
 
-def count(paths: Sequence[Path]) -> int:
-    """Number of images in the shards."""
-    return sum(len(open_shard(path)[1]) for path in paths)
+def count(path: Path) -> int:
+    """Number of images in a shard."""
+    return len(open_shard(path)[1])

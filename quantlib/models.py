@@ -225,7 +225,7 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ModelError(
             f"Weights {weights!r} hold a {type(state).__name__}, not a state_dict of tensors. "
             "Save it with torch.save(model.state_dict(), FILE)."
@@ -333,17 +333,23 @@ def check_logits(model: nn.Module, num_classes: int, crop: int) -> None:
         )
 
 
-def _check_arguments(num_classes: int, width_mult: float, settings: Sequence[Setting], round_nearest: int) -> None:
-    if not settings or any(len(row) != 4 or min(row) < 1 for row in settings):
+def _check_arguments(num_classes: Any, width_mult: Any, settings: Any, round_nearest: Any) -> None:
+    """They come from the recipe, so each may be of any type."""
+    if not isinstance(settings, Sequence) or not settings or not all(_is_setting(row) for row in settings):
         raise ModelError(
             f"inverted_residual_setting = {settings} is not allowed: give at least one row of four positive "
             "integers (expansion, channels, repeats, stride)."
         )
-    if num_classes < 1 or round_nearest < 1 or not (width_mult > 0 and math.isfinite(width_mult)):
+    counts_fit = all(isinstance(count, int) and count >= 1 for count in (num_classes, round_nearest))
+    if not counts_fit or not isinstance(width_mult, int | float) or not 0 < width_mult < math.inf:
         raise ModelError(
             f"num_classes = {num_classes}, width_mult = {width_mult}, round_nearest = {round_nearest}: "
-            "each must be positive."
+            "each must be a positive number, and the counts whole ones."
         )
+
+
+def _is_setting(row: Any) -> bool:
+    return isinstance(row, Sequence) and len(row) == 4 and all(isinstance(n, int) and n >= 1 for n in row)
 
 
 def _initialize(module: nn.Module) -> None:

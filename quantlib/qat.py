@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantlib import backend, calibration, data, fusion, images, models
+from quantlib import backend, calibration, data, images
 from quantlib.data import Split
 from quantlib.progress import Progress, silent
 from quantlib.schedule import Schedule
@@ -54,13 +54,11 @@ def load(content: bytes, qconfig: str, learning_rate: float) -> QATState:
 
     BatchNorm's freeze is in no state_dict: `train_epoch` sets it again.
     """
-    header, _ = models.open_saved(content)
-    if "qconfig" not in header:
-        fused, _ = fusion.load(content)
-        return QATState(backend.prepare(fused, qconfig, "qat"), header | {"qconfig": qconfig}, learning_rate)
-    model, header = calibration.load_prepared(content)
+    model, header = calibration.load_or_prepare(content, qconfig)
     state = QATState(model, header, learning_rate)
-    state.optimizer.load_state_dict(torch.load(io.BytesIO(content), weights_only=True)["optimizer"])
+    optimizer = torch.load(io.BytesIO(content), weights_only=True).get("optimizer")
+    if optimizer is not None:
+        state.optimizer.load_state_dict(optimizer)
     return state
 
 

@@ -6,13 +6,14 @@
 Everything is written to a temporary file, flushed to the disk, then renamed: a reader sees a whole file or none.
 """
 
-import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -167,6 +168,60 @@ class Store:
             return None
         return record if record.key == key else None
 
+    def records(self) -> Iterator[Record]:
+        """Every record that can be read, in no order; their artifacts are not looked at."""
+        for path in (self.folder / "records").glob("*.json"):
+            record = self.read_record(path.stem)
+            if record is not None:
+                yield record
+
+    def remove_record(self, key: str) -> None:
+        """Forget what a stage made; its artifacts stay. Only inside `freeing`."""
+        self._record(key).unlink(missing_ok=True)
+        self.lock_file(key).unlink(missing_ok=True)
+
+    def remove_blobs_except(self, kept: set[str]) -> list[int]:
+        """Remove every artifact but those with these hashes, and what a crash left unfinished. Only inside `freeing`.
+
+        Returns:
+            The size in bytes of each that was removed.
+        """
+        sizes = []
+        for path in [*(self.folder / "blobs").rglob("*"), *(self.folder / "records").glob(".writing-*")]:
+            if path.is_file() and path.name not in kept:
+                sizes.append(path.stat().st_size)
+                path.unlink()
+        return sizes
+
+    @contextmanager
+    def freeing(self) -> Iterator[None]:
+        """Nobody else is inside `in_use` inside the block.
+
+        Raises:
+            MachineError: If somebody is.
+        """
+        try:
+            with self._lock_uses(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                yield
+        except BlockingIOError:
+            raise MachineError(
+                "A flow is running on this home, and may need what would be freed: try again when it has ended."
+            ) from None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Nothing is freed from the store inside the block; any number of processes may be inside one."""
+        with self._lock_uses(fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def _lock_uses(self, operation: int) -> Iterator[None]:
+        """Hold a flock(2), which the kernel frees when the process ends in whatever way."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "in-use").open("w") as file:
+            fcntl.flock(file, operation)
+            yield
+
     def lock_file(self, key: str) -> Path:
         """The file to lock while the stage with this key is computed."""
         folder = self.folder / "locks"
@@ -192,7 +247,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         _publish(file, path, mode=0o644)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _new_file(folder: Path) -> Iterator[IO[bytes]]:
     """A temporary file in `folder` that is gone afterwards, unless it was published."""
     try:

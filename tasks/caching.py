@@ -125,6 +125,7 @@ class Stage(Task[P, R], Generic[P, R]):
             key = key_of(ingredients)
             started, clock = datetime.now(UTC), time.perf_counter()
             # Whoever comes second waits, then finds the record. The kernel frees the lock of a process that died.
+            run.journal.stage_started(label, key)
             with FileLock(run.store.lock_file(key)):
                 record = run.store.find_record(key)
                 if record is None:
@@ -136,6 +137,7 @@ class Stage(Task[P, R], Generic[P, R]):
                     run.store.add_record(Record(key, self.name, ingredients, refs, seconds, started.isoformat()))
             seconds = time.perf_counter() - clock
             run.stages.append(StageRow(label, key, record is not None, seconds, started))
+            run.journal.stage_finished(label, key, cached=record is not None)
             run.listener.stage_finished(label, cached=record is not None, seconds=seconds)
             if record is None:
                 return outputs

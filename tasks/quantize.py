@@ -9,15 +9,14 @@ from tasks.run import current_run
 
 
 @stage("calibrate-{branch}")
-def calibrate(fused: Ref, images: tuple[Ref, ...], qconfig: str, batch_size: int, *, branch: str) -> Ref:
-    """Put observers into a fused model, and show them the calibration images."""
-    from quantlib import calibration, fusion, models
+def calibrate(before: Ref, images: Ref, qconfig: str, batch_size: int, *, branch: str) -> Ref:
+    """Show a shard of calibration images to the observers of a fused model, or of the shard before."""
+    from quantlib import calibration, models
 
     run = current_run()
-    module, header = fusion.load(run.store.read(fused))
-    shards = [run.store.path(ref) for ref in images]
-    prepared = calibration.calibrate(module, qconfig, shards, batch_size, run.progress)
-    return run.store.put("model", models.save(prepared, header | {"qconfig": qconfig}))
+    prepared, header = calibration.load_or_prepare(run.store.read(before), qconfig)
+    calibration.calibrate(prepared, run.store.path(images), batch_size, run.progress)
+    return run.store.put("model", models.save(prepared, header))
 
 
 @stage("convert-{branch}")

@@ -1,13 +1,17 @@
 """The run in progress: where its home is, which stages it has met, and who is told."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from quantlib.journal import Journal
+from quantlib.recipe import Recipe
 from quantlib.report import StageRow
 from quantlib.store import Store
 
@@ -42,13 +46,18 @@ class Silence:
 class Run:
     """One run of a flow."""
 
-    run_id: str
     home: Path
     store: Store
+    journal: Journal
     listener: Listener
     stages: list[StageRow] = field(default_factory=list)
     """The stages met so far, in order."""
     _computing: str = ""
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self.journal.run_id
 
     def start_stage(self, label: str) -> None:
         """A stage is computed from now on."""
@@ -61,6 +70,8 @@ class Run:
 
 
 LISTENER: ContextVar[Listener] = ContextVar("listener")
+RUN_ID: ContextVar[str] = ContextVar("run_id")
+"""Set to go on with a run."""
 _RUN: ContextVar[Run] = ContextVar("run")
 
 
@@ -75,14 +86,23 @@ def open_store() -> Store:
 
 
 @contextmanager
-def start_run(run_id: str) -> Iterator[Run]:
-    """Make a run the current one inside the block."""
-    run = Run(run_id, home_folder(), open_store(), LISTENER.get(Silence()))
-    token = _RUN.set(run)
-    try:
-        yield run
-    finally:
-        _RUN.reset(token)
+def start_run(flow: str, recipe: Recipe, flow_run_id: str | None) -> Iterator[Run]:
+    """Begin a run, or go on with the one that RUN_ID or Prefect's flow run names, and make it the current one.
+
+    Args:
+        flow: quantize, ptq or qat.
+        recipe: What is run.
+        flow_run_id: Prefect's, where there is one: a flow run that Prefect retries goes on with its run.
+    """
+    home, store = home_folder(), open_store()
+    journal = Journal(home / "runs" / (RUN_ID.get(None) or _run_id(home, recipe, flow_run_id)))
+    run = Run(home, store, journal, LISTENER.get(Silence()))
+    with store.in_use(), journal.record(flow, recipe, flow_run_id):
+        token = _RUN.set(run)
+        try:
+            yield run
+        finally:
+            _RUN.reset(token)
 
 
 def current_run() -> Run:
@@ -95,3 +115,9 @@ def current_run() -> Run:
         return _RUN.get()
     except LookupError:
         raise RuntimeError("Stages run inside a flow: call one of flows.quantize, flows.ptq, flows.qat.") from None
+
+
+def _run_id(home: Path, recipe: Recipe, flow_run_id: str | None) -> str:
+    identity = (flow_run_id or str(uuid.uuid4()))[:8]
+    retried = next((home / "runs").glob(f"*-{identity}"), None)
+    return retried.name if retried else f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{recipe.name}-{identity}"

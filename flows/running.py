@@ -1,0 +1,43 @@
+"""Running a flow in this process, for the command line."""
+
+import os
+from pathlib import Path
+
+from flows.server import prefect_server
+from quantlib.recipe import Recipe
+from quantlib.report import Report
+from tasks.run import LISTENER, RUN_ID, Listener
+
+
+def run_here(
+    name: str, recipe: Recipe, home: Path, listener: Listener, *, run_id: str | None = None, verbose: bool = False
+) -> Report:
+    """Run a flow to its end.
+
+    Args:
+        name: quantize, ptq or qat.
+        recipe: What is run.
+        home: The home folder.
+        listener: Is told of each stage.
+        run_id: Of a run to go on with; None begins one.
+        verbose: Show Prefect's own log.
+    """
+    home = home.resolve()
+    os.environ["QUANTFLOW_HOME"] = str(home)
+    with prefect_server(home, verbose=verbose) as wait_for_server:
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        from flows.crashes import mark_crashed_runs
+        from flows.ptq import ptq
+        from flows.qat import qat
+        from flows.quantize import quantize
+
+        LISTENER.set(listener)
+        if run_id is not None:
+            RUN_ID.set(run_id)
+        wait_for_server()
+        mark_crashed_runs(home)
+        flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[name]
+        # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            return flow(recipe)

@@ -1,0 +1,162 @@
+"""The Prefect server that a command starts for itself, where none is named by PREFECT_API_URL.
+
+Prefect can start one, too; but that one outlives a process that is killed, and starts only when it is first needed.
+This one starts beside the imports, and ends with its parent.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from quantlib.errors import MachineError
+
+_START_SECONDS = 120.0
+_STOP_SECONDS = 10.0
+
+
+@contextmanager
+def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]:
+    """Set Prefect up for the process, and start a server unless PREFECT_API_URL names one.
+
+    Prefect reads its settings from the environment when it is imported: nothing that imports it may come before.
+    Two servers on one database lose each other's states. So whoever comes second on a home keeps Prefect's files in
+    a folder of its own, for as long as it runs: the run is the same, only Prefect forgets it.
+
+    Args:
+        home: quantflow's home folder; Prefect's files are below it.
+        verbose: Show Prefect's own log.
+
+    Yields:
+        A function that waits until the server answers.
+
+    Raises:
+        MachineError: From that function, if the server does not start.
+    """
+    folder = home / "prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "server.lock")
+    with tempfile.TemporaryDirectory(prefix="quantflow-", ignore_cleanup_errors=True) as alone:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            folder = Path(alone)
+        _set_defaults(folder, verbose=verbose)
+        try:
+            if "PREFECT_API_URL" in os.environ:
+                yield lambda: None
+            else:
+                with _start(folder) as wait:
+                    yield wait
+        finally:
+            lock.release()
+
+
+def _set_defaults(folder: Path, *, verbose: bool) -> None:
+    """Settings of Prefect; those that the user has set stay."""
+    settings = {
+        "PREFECT_HOME": str(folder),
+        # Nothing is sent anywhere.
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # A dependency of Prefect's checks types at run time, and compiles itself anew for that at each start.
+        "PY_KEY_VALUE_DISABLE_BEARTYPE": "true",
+    }
+    if not verbose:
+        settings["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _start(folder: Path) -> Iterator[Callable[[], None]]:
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    log = folder / "server.log"
+    # Of Prefect's services, only those that a passing server needs.
+    switches = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 (our own module)
+            [sys.executable, "-m", "flows.server", str(port)],
+            env={**os.environ, **switches, "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    os.environ["PREFECT_API_URL"] = url
+    try:
+        yield lambda: _wait(process, url, log)
+        _drain()
+    finally:
+        del os.environ["PREFECT_API_URL"]
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 (loopback)
+                if json.load(answer) is True:
+                    return
+        except OSError:
+            time.sleep(0.02)
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+    raise MachineError(
+        f"Prefect's server does not start; it said: {last[0]}. Its log is {log}. If its database is damaged, remove "
+        f"{log.parent}: only Prefect's history is lost, no stage and no report."
+    )
+
+
+def _drain() -> None:
+    """Send what Prefect's threads still hold: the last states are among it."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        EventsWorker.drain_all(timeout=_STOP_SECONDS, at_exit=False)
+        APILogWorker.drain_all(timeout=_STOP_SECONDS, at_exit=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """Stop this process when the one that started it is gone, however it went."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _serve(port: int) -> None:
+    _end_with_parent()
+    import uvicorn
+
+    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

@@ -1,0 +1,102 @@
+"""What a run would do, found out by walking its flow with a planner in the place of its stages."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantlib.store import Record, Store
+from tasks.caching import Stage, key_of
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Stands for an artifact that is not made yet."""
+
+    label: str
+    """Of the stage that would make it."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a run would do with one stage."""
+
+    label: str
+    reused: bool
+    reason: str
+    """Why it would run; empty where it would be reused."""
+
+
+class Plan:
+    """Stands in for the stages of a flow: finds what can be reused, and why the rest cannot.
+
+    Args:
+        store: Looked into, not changed.
+        last_run: The last run of the same recipe, which reasons compare with; None where there is none.
+    """
+
+    def __init__(self, store: Store, last_run: Mapping[str, str]) -> None:
+        self._store = store
+        self._last_run = last_run
+        self.stages: list[PlannedStage] = []
+
+    def visit(self, stage: Stage[Any, Any], arguments: Mapping[str, Any]) -> Any:
+        """The stage's outputs where they can be reused, else stand-ins for them."""
+        label = stage.label_for(arguments)
+        awaited = next(_pending(list(arguments.values())), None)
+        if awaited is None:
+            ingredients = stage.ingredients(arguments)
+            record = self._store.find_record(key_of(ingredients))
+            if record is not None:
+                self.stages.append(PlannedStage(label, reused=True, reason=""))
+                return stage.outputs_of(record)
+            reason = self._reason(label, ingredients)
+        else:
+            reason = f"follows {awaited.label}"
+        self.stages.append(PlannedStage(label, reused=False, reason=reason))
+        return Pending(label) if stage.num_outputs == 1 else (Pending(label),) * stage.num_outputs
+
+    def _reason(self, label: str, ingredients: Mapping[str, str]) -> str:
+        last_key = self._last_run.get(label)
+        if last_key is None:
+            return "new in this recipe"
+        if last_key == key_of(ingredients):
+            return "its record or artifact is missing or damaged"
+        before = self._store.read_record(last_key)
+        return "the last run's record is gone" if before is None else explain_change(before, ingredients)
+
+
+def explain_change(before: Record, ingredients: Mapping[str, str]) -> str:
+    """What differs between a record's ingredients and others, as "qconfig: default -> fbgemm"."""
+    changes = [
+        _describe(name, before.ingredients.get(name), ingredients.get(name))
+        for name in sorted(before.ingredients.keys() | ingredients.keys())
+        if before.ingredients.get(name) != ingredients.get(name)
+    ]
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def _describe(name: str, before: str | None, after: str | None) -> str:
+    if name.startswith("code."):
+        return f"the code of {name.removeprefix('code.')} changed"
+    if name.startswith("library."):
+        return f"{name.removeprefix('library.')} {before} -> {after}"
+    if _is_hash(before) or _is_hash(after):
+        return f"{name} changed"
+    return f"{name}: {_plain(before)} -> {_plain(after)}"
+
+
+def _is_hash(text: str | None) -> bool:
+    return text is not None and len(text.strip('"')) == 64
+
+
+def _plain(text: str | None) -> str:
+    return "none" if text is None else str(json.loads(text))
+
+
+def _pending(value: Any) -> Iterator[Pending]:
+    if isinstance(value, Pending):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _pending(part)
