@@ -9,13 +9,12 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantlib.errors import QuantflowError, RecipeError, StoreError
+from quantlib.errors import QuantflowError, StoreError
 
 if TYPE_CHECKING:
     from quantlib.recipe import Recipe
@@ -84,6 +83,8 @@ def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> i
 
     RECIPE is a TOML file, or a name that `quantflow recipes` lists; without it, the embedded digits are taken.
     """
+    from flows.parameters import find_recipe
+
     return _run("quantize", find_recipe(recipe, overrides), home, run_id=None, verbose=verbose)
 
 
@@ -94,6 +95,8 @@ def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> i
 @reports_errors
 def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
     """Show which stages a run of RECIPE would reuse, which it would run, and why. Nothing is run."""
+    from flows.parameters import find_recipe
+
     loaded = find_recipe(recipe, overrides)
     from flows.planning import plan_run
 
@@ -250,33 +253,11 @@ def report(html: Path | None, run_id: str | None, home: Path) -> int:
 @reports_errors
 def recipes() -> int:
     """List the recipes that come with quantflow."""
+    from flows.parameters import find_recipe, packaged_recipes
+
     for name, path in packaged_recipes().items():
-        click.echo(f"{name:<20} {find_recipe(str(path), ()).description}")
+        click.echo(f"{name:<20} {find_recipe(str(path)).description}")
     return 0
-
-
-def find_recipe(name: str, overrides: tuple[str, ...]) -> "Recipe":
-    """The recipe of a file, or of a name that `quantflow recipes` lists.
-
-    Raises:
-        RecipeError: If there is none, or it is wrong.
-    """
-    from quantlib.recipe import load_recipe, suggest
-
-    packaged = packaged_recipes()
-    path = packaged.get(name, Path(name))
-    if not path.exists():
-        raise RecipeError(
-            f"No recipe {name!r}{suggest(name, packaged)} "
-            f"Give the path of a TOML file, or one of: {', '.join(packaged)}."
-        )
-    return load_recipe(path, overrides)
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """The recipes that come with quantflow, by name."""
-    folder = Path(str(files("recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose: bool) -> int:
