@@ -1,4 +1,4 @@
-"""The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `recipes`, `cache`.
+"""The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `dashboard`, `recipes`, `cache`.
 
 Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
 Nothing heavy is imported before a command needs it.
@@ -246,6 +246,25 @@ def report(html: Path | None, run_id: str | None, home: Path) -> int:
             highlight=False,
         )
         console.print(result_table(variants))
+    return 0
+
+
+@main.command()
+@home_option
+@click.option("--port", default=4200, show_default=True, help="Of the web interface, on this machine; 0: any free one.")
+@click.option(
+    "--runs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Runs at a time; more than one disturb each other's timings.",
+)
+@reports_errors
+def dashboard(home: Path, port: int, runs: int) -> int:
+    """Watch, schedule, start and retry runs in the browser, until Ctrl-C."""
+    from flows.dashboard import serve
+
+    serve(home, port, runs, click.echo)
     return 0
 
 
