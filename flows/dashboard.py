@@ -212,6 +212,8 @@ def _configure(home: Path, port: int) -> None:
         # In memory they would be lost with the server, and the places that they stand for stay taken for ever.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_WORKER_QUERY_SECONDS": "5",
+        # A machine that trains at the same time may need more than the usual 10 s.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "QUANTFLOW_HOME": str(home),
         "QUANTFLOW_PROJECT": str(find_project()),
         # A recipe's "package.module:function" may lie in the folder that the user is in.
