@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: run test test-all check format setup clean
+.PHONY: run test test-all screenshots check format setup clean
 
 run: setup
 	$(BIN)/quantflow run
@@ -15,6 +15,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest
+
+# Taken anew by the browser tests (Debian: apt-get install chromium chromium-driver).
+screenshots: setup
+	QUANTFLOW_SCREENSHOTS=docs $(BIN)/pytest tests/flows/test_dashboard_browser.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `recipes`, `cache`.
+"""The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `dashboard`, `recipes`, `cache`.
 
 Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
 Nothing heavy is imported before a command needs it.
@@ -9,13 +9,12 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantlib.errors import QuantflowError, RecipeError, StoreError
+from quantlib.errors import QuantflowError, StoreError
 
 if TYPE_CHECKING:
     from quantlib.recipe import Recipe
@@ -84,6 +83,8 @@ def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> i
 
     RECIPE is a TOML file, or a name that `quantflow recipes` lists; without it, the embedded digits are taken.
     """
+    from flows.parameters import find_recipe
+
     return _run("quantize", find_recipe(recipe, overrides), home, run_id=None, verbose=verbose)
 
 
@@ -94,6 +95,8 @@ def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> i
 @reports_errors
 def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
     """Show which stages a run of RECIPE would reuse, which it would run, and why. Nothing is run."""
+    from flows.parameters import find_recipe
+
     loaded = find_recipe(recipe, overrides)
     from flows.planning import plan_run
 
@@ -207,10 +210,23 @@ def cache_free(unused_for: float | None, max_size: float | None, keep_runs: int 
 
 
 @main.command()
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one run's page to this file instead: tables and plots, for any browser, without network.",
+)
+@click.option("--run", "run_id", help="The run for --html; by default the newest.")
 @home_option
 @reports_errors
-def report(home: Path) -> int:
-    """Show the results of all runs, the newest first."""
+def report(html: Path | None, run_id: str | None, home: Path) -> int:
+    """Show the results of all runs, the newest first; or write one run's page with --html."""
+    if html is not None:
+        from quantlib.html_report import write_html
+
+        write_html(home / "reports", html, run_id)
+        click.echo(f"Report written to {html}")
+        return 0
+
     from itertools import groupby
 
     from rich.console import Console
@@ -222,10 +238,10 @@ def report(home: Path) -> int:
     rows = read_variants(home / "reports")
     if not rows:
         console.print(f"No run has finished below {home}. Start one with `quantflow run`.", soft_wrap=True)
-    for run_id, group in groupby(rows, key=lambda row: row[0]):
+    for name, group in groupby(rows, key=lambda row: row[0]):
         variants = [variant for _, variant in group]
         console.print(
-            f"\n[bold]{run_id}[/]  recipe {variants[0].recipe}, {variants[0].cpu_model}, "
+            f"\n[bold]{name}[/]  recipe {variants[0].recipe}, {variants[0].cpu_model}, "
             f"torch {variants[0].torch_version}",
             highlight=False,
         )
@@ -234,36 +250,33 @@ def report(home: Path) -> int:
 
 
 @main.command()
+@home_option
+@click.option("--port", default=4200, show_default=True, help="Of the web interface, on this machine; 0: any free one.")
+@click.option(
+    "--runs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Runs at a time; more than one disturb each other's timings.",
+)
 @reports_errors
-def recipes() -> int:
-    """List the recipes that come with quantflow."""
-    for name, path in packaged_recipes().items():
-        click.echo(f"{name:<20} {find_recipe(str(path), ()).description}")
+def dashboard(home: Path, port: int, runs: int) -> int:
+    """Watch, schedule, start and retry runs in the browser, until Ctrl-C."""
+    from flows.dashboard import serve
+
+    serve(home, port, runs, click.echo)
     return 0
 
 
-def find_recipe(name: str, overrides: tuple[str, ...]) -> "Recipe":
-    """The recipe of a file, or of a name that `quantflow recipes` lists.
+@main.command()
+@reports_errors
+def recipes() -> int:
+    """List the recipes that come with quantflow."""
+    from flows.parameters import find_recipe, packaged_recipes
 
-    Raises:
-        RecipeError: If there is none, or it is wrong.
-    """
-    from quantlib.recipe import load_recipe, suggest
-
-    packaged = packaged_recipes()
-    path = packaged.get(name, Path(name))
-    if not path.exists():
-        raise RecipeError(
-            f"No recipe {name!r}{suggest(name, packaged)} "
-            f"Give the path of a TOML file, or one of: {', '.join(packaged)}."
-        )
-    return load_recipe(path, overrides)
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """The recipes that come with quantflow, by name."""
-    folder = Path(str(files("recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    for name, path in packaged_recipes().items():
+        click.echo(f"{name:<20} {find_recipe(str(path)).description}")
+    return 0
 
 
 def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose: bool) -> int:

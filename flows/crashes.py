@@ -4,7 +4,7 @@ from pathlib import Path
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
@@ -28,7 +28,8 @@ def mark_crashed_runs(home: Path) -> list[RunStatus]:
                     state = client.read_flow_run(identity).state
                 except ObjectNotFound:
                     continue  # It ran on another server, or on one that kept no history.
-                if state is None or not state.is_final():
+                # One that is scheduled waits to be retried, by a process that is yet to come.
+                if state is None or state.type in {StateType.RUNNING, StateType.CANCELLING}:
                     died: State[None] = Crashed(
                         message=f"The process of run {run.file.run_id} is gone: `quantflow resume` goes on."
                     )

@@ -2,19 +2,22 @@
 
 from prefect import flow
 
+from flows.parameters import Changes, RecipeParameter
 from flows.quantize import only, run_branches
-from quantlib.recipe import Recipe
+from quantlib.recipe import override_recipe
 from quantlib.report import Report
 
 
 @flow(name="qat", flow_run_name="{recipe.name}", persist_result=False)
-def qat(recipe: Recipe) -> Report:
+def qat(recipe: RecipeParameter, changes: Changes = ()) -> Report:
     """Quantization-aware training of a float model, in every way that the recipe names, compared with float.
 
     Args:
-        recipe: The float model, the images, and the branches to try; those of another method are left out.
+        recipe: The name of a ready recipe, or the file of one; or the float model, the images, and the branches to
+            try, field by field; those of another method are left out.
+        changes: Values of the recipe to change, each as qat.0.epochs=2.
 
     Raises:
         RecipeError: If the recipe has no [[qat]] branch.
     """
-    return run_branches("qat", only(recipe, "qat"))
+    return run_branches("qat", only(override_recipe(recipe, changes), "qat"))

@@ -4,10 +4,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.branches import float_branch, grow_trunk, ptq_branches, qat_branches
+from flows.parameters import Changes, RecipeParameter
 from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
-from quantlib.recipe import Recipe
+from quantlib.recipe import Recipe, override_recipe
 from quantlib.report import Report
 from quantlib.store import Ref
 from tasks.measure import benchmark
@@ -16,13 +17,15 @@ from tasks.run import start_run
 
 
 @flow(name="quantize", flow_run_name="{recipe.name}", persist_result=False)
-def quantize(recipe: Recipe) -> Report:
+def quantize(recipe: RecipeParameter, changes: Changes = ()) -> Report:
     """Quantize a float model in every way that the recipe names, and report which int8 model to ship.
 
     Args:
-        recipe: The float model, the images, and the branches to try.
+        recipe: The name of a ready recipe, or the file of one; or the float model, the images, and the branches to
+            try, field by field.
+        changes: Values of the recipe to change, each as qat.0.epochs=2.
     """
-    return run_branches("quantize", recipe)
+    return run_branches("quantize", override_recipe(recipe, changes))
 
 
 def run_branches(name: str, recipe: Recipe) -> Report:

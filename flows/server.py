@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flows.presence import find_dashboard
 from quantlib.errors import MachineError
 
 _START_SECONDS = 120.0
@@ -27,7 +28,7 @@ _STOP_SECONDS = 10.0
 
 @contextmanager
 def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]:
-    """Set Prefect up for the process, and start a server unless PREFECT_API_URL names one.
+    """Set Prefect up for the process, and start a server unless PREFECT_API_URL names one, or a dashboard runs.
 
     Prefect reads its settings from the environment when it is imported: nothing that imports it may come before.
     Two servers on one database lose each other's states. So whoever comes second on a home keeps Prefect's files in
@@ -55,6 +56,9 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]
         try:
             if "PREFECT_API_URL" in os.environ:
                 yield lambda: None
+            elif (url := find_dashboard(home)) is not None:
+                with _use(url):
+                    yield lambda: None
             else:
                 with start(folder) as wait:
                     yield wait
@@ -79,9 +83,19 @@ def set_defaults(folder: Path, *, verbose: bool) -> None:
 
 
 @contextmanager
+def _use(url: str) -> Iterator[None]:
+    os.environ["PREFECT_API_URL"] = url
+    try:
+        yield
+        _drain()
+    finally:
+        del os.environ["PREFECT_API_URL"]
+
+
+@contextmanager
 def start(folder: Path) -> Iterator[Callable[[], None]]:
     """Start a server with its database in `folder`; as `prefect_server`, without asking who else is there."""
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = folder / "server.log"
     # Of Prefect's services, only those that a passing server needs.
@@ -96,7 +110,7 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
         )
     os.environ["PREFECT_API_URL"] = url
     try:
-        yield lambda: _wait(process, url, log)
+        yield lambda: wait_until_healthy(process, url, log)
         _drain()
     finally:
         del os.environ["PREFECT_API_URL"]
@@ -108,7 +122,12 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
             process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until the server at `url` answers.
+
+    Raises:
+        MachineError: If it ends, or does not answer in time; with the last line of its log.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -134,13 +153,14 @@ def _drain() -> None:
         APILogWorker.drain_all(timeout=_STOP_SECONDS, at_exit=False)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Stop this process when the one that started it is gone, however it went."""
     parent = os.getppid()
 
@@ -153,7 +173,7 @@ def _end_with_parent() -> None:
 
 
 def _serve(port: int) -> None:
-    _end_with_parent()
+    end_with_parent()
     import uvicorn
 
     uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")

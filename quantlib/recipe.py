@@ -223,6 +223,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(tables)
 
 
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some values changed, as `load_recipe` does it.
+
+    Raises:
+        RecipeError: If a key or value is not allowed.
+    """
+    if not overrides:
+        return recipe
+    tables = recipe.model_dump(mode="json", exclude_none=True)
+    for override in overrides:
+        _override(tables, override)
+    _resolve_paths(tables, Path.cwd())
+    return parse_recipe(tables)
+
+
 def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
     """Check the tables of a recipe.
 

@@ -223,15 +223,16 @@ def _table(name: str, rows: Iterable[Any]) -> pa.Table:
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMAS[name])
 
 
-def read_table(folder: Path, name: str) -> pa.Table:
-    """One table of all runs, with the column run_id; empty where no run has finished."""
+def read_table(folder: Path, name: str, run_id: str | None = None) -> pa.Table:
+    """One table of all runs, or of one, with the column run_id; empty where no run has finished."""
     schema = SCHEMAS[name].append(pa.field("run_id", pa.string()))
     place = folder / name
     if not place.is_dir():
         return schema.empty_table()
     partitioning = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
     try:
-        return ds.dataset(place, schema=schema, partitioning=partitioning, format="parquet").to_table()
+        dataset = ds.dataset(place, schema=schema, partitioning=partitioning, format="parquet")
+        return dataset.to_table(filter=None if run_id is None else ds.field("run_id") == run_id)
     except (OSError, pa.ArrowInvalid) as error:
         raise StoreError(
             f"The reports below {place} cannot be read: {error}. Remove the damaged file and run again."

@@ -13,6 +13,7 @@ from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
 from quantlib.report import Report
 from quantlib.store import Ref, Store
+from tasks import tracking
 from tasks.run import current_run
 
 
@@ -68,6 +69,7 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
         stages=tuple(run.stages),
     )
     report.write(run.home / "reports", found, {variant.name: variant.validation for variant in measured})
+    tracking.publish(found, run.home / "reports")
     return found
 
 

@@ -14,6 +14,7 @@ from quantlib.journal import Journal
 from quantlib.recipe import Recipe
 from quantlib.report import StageRow
 from quantlib.store import Store
+from tasks.tracking import ProgressArtifacts
 
 
 class Listener(Protocol):
@@ -96,7 +97,7 @@ def start_run(flow: str, recipe: Recipe, flow_run_id: str | None) -> Iterator[Ru
     """
     home, store = home_folder(), open_store()
     journal = Journal(home / "runs" / (RUN_ID.get() or _run_id(home, recipe, flow_run_id)))
-    run = Run(home, store, journal, LISTENER.get(Silence()))
+    run = Run(home, store, journal, ProgressArtifacts(LISTENER.get(Silence())))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):
         token = _RUN.set(run)
         try:

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from flows import cli
+from flows import cli, parameters
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_file_that_is_not_toml_is_named(quantflow, tmp_path):
 def test_every_recipe_is_listed(quantflow):
     status, said = quantflow("recipes")
     assert status == 0
-    for name in cli.packaged_recipes():
+    for name in parameters.packaged_recipes():
         assert name in said
 
 

@@ -1,0 +1,270 @@
+"""`quantflow dashboard`: Prefect's server and web interface, the deployments and a worker, on one machine.
+
+home/prefect/prefect.db       Prefect's database: what ran when; no result is in it
+home/prefect/dashboard.json   where the dashboard is, for `quantflow run`
+home/prefect/*.log            what server, worker and deployment printed
+"""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+import flows
+from flows import presence, processes
+from flows.server import free_port, set_defaults, wait_until_healthy
+from quantlib.errors import MachineError
+from quantlib.store import write_atomically
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from flows.reconciler import Reconciler
+
+POOL = "quantflow"
+_LOOK_SECONDS = 5.0
+_STOP_SECONDS = 10.0
+_FULL_CHECK_BYTES = 64 * 2**20
+
+
+def serve(home: Path, port: int, num_runs: int, say: Callable[[str], None]) -> None:
+    """Run the dashboard until SIGINT or SIGTERM, then stop everything that it started.
+
+    Args:
+        home: quantflow's home folder.
+        port: Of the web interface on loopback; 0: any free one.
+        num_runs: How many runs the worker starts at a time.
+        say: Is given what a person must know.
+
+    Raises:
+        MachineError: If the port is taken, a dashboard or a run with a server of its own is on this home already,
+            the database is damaged, or a process does not start.
+    """
+    home = home.resolve()
+    folder = home / "prefect"
+    with presence.claim(home), _alone(folder), _stop_signals() as stopped:
+        port = _check_port(port)
+        check_database(folder / "prefect.db")
+        _configure(home, port)
+        processes.adopt_orphans()
+        environment = dict(os.environ)
+        command = [sys.executable, "-m", "flows.server", str(port)]
+        server = processes.Child("server", command, environment, folder / "server.log")
+        try:
+            _serve(home, port, num_runs, server, stopped, say)
+        finally:
+            server.stop(_STOP_SECONDS)
+    say("Stopped. Start it again with the same command: the history is kept.")
+
+
+def check_database(file: Path) -> None:
+    """Check that Prefect's database can be read.
+
+    Raises:
+        MachineError: If it is damaged.
+    """
+    if not file.exists():
+        return
+    # A database of gigabytes takes minutes to check; that it opens must do there.
+    check = "quick_check(1)" if file.stat().st_size < _FULL_CHECK_BYTES else "schema_version"
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+            found = str(database.execute(f"PRAGMA {check}").fetchone()[0])
+    except sqlite3.Error as error:
+        found = str(error)
+    if found != "ok" and not found.isdigit():
+        raise MachineError(
+            f"Prefect's database {file} is damaged ({found}). Move it away, with {file.name}-wal and {file.name}-shm "
+            "beside it, and start again: only the dashboard's history is lost, no stage, no report."
+        )
+
+
+def _serve(
+    home: Path,
+    port: int,
+    num_runs: int,
+    server: processes.Child,
+    stopped: threading.Event,
+    say: Callable[[str], None],
+) -> None:
+    folder = home / "prefect"
+    url = os.environ["PREFECT_API_URL"]
+    # Imported while the server starts.
+    from prefect.client.orchestration import get_client
+
+    from flows.reconciler import Reconciler
+
+    wait_until_healthy(server.process, url, server.log)
+    presence.announce(home, url)
+    say(f"Dashboard: http://127.0.0.1:{port}")
+    with get_client(sync_client=True) as client:
+        reconciler = Reconciler(client, home, POOL)
+        reconciler.mark_dead(patience=0)
+        _make_pool(client)
+        _deploy(client, home)
+        command = [sys.executable, "-m", "flows.worker", "--pool", POOL, "--limit", str(num_runs)]
+        worker = processes.Child("worker", command, dict(os.environ), folder / "worker.log")
+        say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
+        try:
+            _watch([server, worker], reconciler, stopped, say)
+        finally:
+            _stop_worker(worker, server, reconciler)
+
+
+def _watch(
+    children: list[processes.Child],
+    reconciler: "Reconciler",
+    stopped: threading.Event,
+    say: Callable[[str], None],
+) -> None:
+    import httpx
+
+    while not stopped.wait(_LOOK_SECONDS):
+        for child in children:
+            if child.watch():
+                say(f"The {child.name} had ended, and was started again; its log is {child.log}")
+        processes.reap_orphans(child.process.pid for child in children)
+        # A server that is being started again, or is busy, is asked again in a moment.
+        with suppress(httpx.HTTPError):
+            for run in reconciler.mark_dead():
+                say(f"Run {run.name} ({run.id}) has died: Retry in the dashboard goes on from its finished stages.")
+
+
+def _stop_worker(worker: processes.Child, server: processes.Child, reconciler: "Reconciler") -> None:
+    """Stop the runs first: they and the worker tell the server, while it still listens, what became of them."""
+    own = {worker.process.pid, server.process.pid}
+    processes.end_all(set(processes.descendants(os.getpid())) - own, _STOP_SECONDS)
+    worker.stop(_STOP_SECONDS)
+    processes.end_all(set(processes.descendants(os.getpid())) - own, _STOP_SECONDS)
+    with suppress(Exception):  # What cannot be marked now is marked at the next start.
+        reconciler.mark_dead(patience=0)
+
+
+def _make_pool(client: "SyncPrefectClient") -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    try:
+        client.read_work_pool(POOL)
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+
+
+def _deploy(client: "SyncPrefectClient", home: Path) -> None:
+    """Make the deployments of prefect.yaml, unless that was done: what was changed in the dashboard stays."""
+    project = find_project()
+    done = home / "prefect" / "deployed.json"
+    sources = [project / "prefect.yaml", *sorted((project / "flows").glob("*.py")), project / "quantlib" / "recipe.py"]
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
+    if _read_json(done) == {"digest": digest, "project": str(project)} and len(client.read_deployments()) >= 3:
+        return
+    log = home / "prefect" / "deploy.log"
+    # Where the variable is known it is filled in; it must stay, for the worker to fill in.
+    environment = {name: value for name, value in os.environ.items() if name != "QUANTFLOW_PROJECT"}
+    with log.open("wb") as output:
+        status = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            cwd=project,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    if status != 0:
+        raise MachineError(f"The deployments of {project / 'prefect.yaml'} cannot be made; the reason is in {log}.")
+    write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
+
+
+def find_project() -> Path:
+    """The folder with prefect.yaml and the packages: a checkout, or where quantflow is installed."""
+    return Path(flows.__file__).parents[1]
+
+
+def _read_json(file: Path) -> object:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _configure(home: Path, port: int) -> None:
+    """Settings of the server, the worker, the runs, and of Prefect in this process."""
+    os.environ |= {
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT__SERVER_FINAL": "1",
+        # The newer interface asks for files from the network.
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # In memory they would be lost with the server, and the places that they stand for stay taken for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_WORKER_QUERY_SECONDS": "5",
+        # A machine that trains at the same time may need more than the usual 10 s.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+        "QUANTFLOW_HOME": str(home),
+        "QUANTFLOW_PROJECT": str(find_project()),
+        # A recipe's "package.module:function" may lie in the folder that the user is in.
+        "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())]),
+    }
+    set_defaults(home / "prefect", verbose=False)
+
+
+def _check_port(port: int) -> int:
+    if port == 0:
+        return free_port()
+    with socket.socket() as probe:
+        # As the server does it: a port whose last connections are not quite over is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise MachineError(
+                f"Port {port} cannot be used: {error.strerror}. Choose another with --port, or any free one with "
+                "--port 0."
+            ) from None
+    return port
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only server on the database."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "server.lock", is_singleton=False)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        raise MachineError(
+            f"A run that was started before the dashboard uses {folder} with a server of its own. Wait until it is "
+            "over, then start the dashboard."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, inside the block."""
+    stopped = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,145 @@
+"""Processes that a command starts, watches, and takes down with all that they have started."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from quantlib.errors import MachineError
+
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+_MAX_STARTS = 5
+_MAX_STARTS_SECONDS = 120.0
+
+
+class Child:
+    """A process that is started again when it ends by itself.
+
+    Args:
+        name: For messages, and for the log's name.
+        command: What to run.
+        environment: All of it.
+        log: Gets what the process prints.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self._command = command
+        self._environment = environment
+        self._starts: list[float] = []
+        self.process = self._start()
+
+    def watch(self) -> bool:
+        """Start the process again if it has ended; whether that was so.
+
+        Raises:
+            MachineError: If it ends over and over.
+        """
+        if self.process.poll() is None:
+            return False
+        now = time.monotonic()
+        self._starts = [start for start in self._starts if now - start < _MAX_STARTS_SECONDS]
+        if len(self._starts) >= _MAX_STARTS:
+            raise MachineError(
+                f"The {self.name} ends over and over (exit status {self.process.returncode}): {self.tail()}"
+            )
+        self.process = self._start()
+        return True
+
+    def stop(self, seconds: float) -> None:
+        """Ask the process to end, and make it end if it does not."""
+        self.process.terminate()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def tail(self) -> str:
+        """The last line that it printed, and where the rest is."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        return f"{lines[-1]} (its log is {self.log})"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._starts.append(time.monotonic())
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as output:
+            # A session of its own: Ctrl-C in the terminal reaches the command alone, which stops things in order.
+            return subprocess.Popen(  # noqa: S603 (our own modules)
+                self._command,
+                env=dict(self._environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what a child leaves behind when it dies (Linux), so that nothing is lost sight of."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap_orphans(own: Iterable[int]) -> None:
+    """Let go of adopted processes that have ended.
+
+    Args:
+        own: Children that somebody else waits for.
+    """
+    for pid in set(_children().get(os.getpid(), [])) - set(own):
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below another, itself left out; none where the system has no /proc."""
+    children = _children()
+    found, unseen = [], [pid]
+    while unseen:
+        below = children.get(unseen.pop(), [])
+        found += below
+        unseen += below
+    return found
+
+
+def end_all(pids: Iterable[int], seconds: float) -> None:
+    """Ask processes to end, and make those end that do not."""
+    left = set(pids)
+    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 1.0)):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + patience
+        while left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = {pid for pid in left if is_alive(pid)}
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is waited for does not."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    if Path("/proc/self").exists():
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _children() -> dict[int, list[int]]:
+    """The processes of each parent."""
+    found: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            # The second field is the program's name in brackets, which may hold anything.
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            found.setdefault(parent, []).append(int(stat.parent.name))
+    return found

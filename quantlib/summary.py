@@ -1,0 +1,124 @@
+"""A run's result as Markdown, for the dashboard: the verdict, the variants, what changed since the run before."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantlib.report import Report, VariantRow, read_table
+
+_MAX_COMPUTED = 12
+
+
+def summarize(report: Report, reports: Path) -> str:
+    """The run's page on the dashboard.
+
+    Args:
+        report: Of the run.
+        reports: Folder of all runs' tables; this run's may be among them.
+    """
+    recipe = report.variants[0].recipe
+    previous = find_previous(reports, recipe, report.run_id)
+    before = read_table(reports, "variants", previous).to_pylist() if previous else []
+    parts = [
+        _headline(report),
+        _table(report.variants),
+        f"## Since {'`' + previous + '`' if previous else 'the last run'}",
+        _changes(report.variants, before) if previous else f"This is the first run of recipe `{recipe}`.",
+        _stages(report),
+        "## Files",
+        _files(report, reports),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def find_previous(reports: Path, recipe: str, run_id: str) -> str | None:
+    """The newest finished run of a recipe before another; found by name, so that no table is read."""
+    # As `tasks.run` names runs: the time, the recipe, eight hexadecimal digits.
+    ours = re.compile(rf"run_id=(\d{{8}}-\d{{6}}-{re.escape(recipe)}-[0-9a-f]{{8}})")
+    found = [ours.fullmatch(place.name) for place in (reports / "variants").glob("run_id=*")]
+    return max((match[1] for match in found if match and match[1] < run_id), default=None)
+
+
+def _headline(report: Report) -> str:
+    best = report.best
+    figures = f"{_points(-best.top1_drop)} points of top-1 against float, {best.speedup:.2f}x as fast"
+    if report.winner:
+        return f"# Ship `{best.variant}`\n\n{figures}, {best.size_bytes / 1e6:.2f} MB."
+    return f"# Nothing to ship\n\nNo variant is inside the gate. The best so far is `{best.variant}`: {figures}."
+
+
+def _table(variants: Sequence[VariantRow]) -> str:
+    lines = [
+        "| variant | top-1 | change, points | size | latency p50 | speed-up | verdict |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in variants:
+        verdict = "winner" if row.winner else "accepted" if row.accepted else "outside the gate"
+        cells = [
+            f"`{row.variant}`" + ("" if row.best_epoch is None else f" (epoch {row.best_epoch})"),
+            f"{row.top1:.2%}",
+            "" if row.method == "float" else _points(-row.top1_drop),
+            f"{row.size_bytes / 1e6:.2f} MB",
+            f"{row.latency_p50_ms:.2f} ms",
+            f"{row.speedup:.2f}x",
+            "baseline" if row.method == "float" else f"**{verdict}**" if row.winner else verdict,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _changes(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each variant that came, went, or is another model than before; and the winner where it changed."""
+    old = {row["variant"]: row for row in before}
+    lines = []
+    winners = [next((name for name, won in pairs if won), "none") for pairs in _winners(variants, before)]
+    if winners[0] != winners[1]:
+        lines.append(f"The winner is `{winners[1]}`; it was `{winners[0]}`.")
+    for row in variants:
+        if row.variant not in old:
+            lines.append(f"`{row.variant}` is new.")
+        elif row.artifact_sha256 != old[row.variant]["artifact_sha256"]:
+            lines.append(
+                f"`{row.variant}` is another model: {_points(row.top1 - old[row.variant]['top1'])} points of top-1, "
+                f"latency {old[row.variant]['latency_p50_ms']:.2f} to {row.latency_p50_ms:.2f} ms."
+            )
+        elif row.top1 != old[row.variant]["top1"]:
+            change = _points(row.top1 - old[row.variant]["top1"])
+            lines.append(f"`{row.variant}` is the same model, measured otherwise: {change} points of top-1.")
+    lines += [f"`{name}` is gone." for name in old if name not in {row.variant for row in variants}]
+    return "\n".join(f"- {line}" for line in lines) or "Every model is the same, and as accurate."
+
+
+def _winners(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, bool]]]:
+    """(variant, whether it won) of the run before, and of this one."""
+    return [
+        [(row["variant"], row["winner"]) for row in before],
+        [(row.variant, row.winner) for row in variants],
+    ]
+
+
+def _stages(report: Report) -> str:
+    computed = [stage for stage in report.stages if not stage.cached]
+    if not computed:
+        return f"All {len(report.stages)} stages were reused."
+    longest = sorted(computed, key=lambda stage: stage.seconds, reverse=True)[:_MAX_COMPUTED]
+    names = ", ".join(f"`{stage.stage}` ({stage.seconds:.1f} s)" for stage in longest)
+    more = "" if len(longest) == len(computed) else f", and {len(computed) - len(longest)} more"
+    return f"{len(computed)} of {len(report.stages)} stages were computed: {names}{more}."
+
+
+def _files(report: Report, reports: Path) -> str:
+    best = report.best
+    return "\n".join(
+        [
+            f"- the model: `{best.artifact_path}`, for `torch.jit.load`",
+            f"- the tables: `{reports}`, run `{report.run_id}`",
+            f"- plots: `quantflow report --html report.html --run {report.run_id}`",
+        ]
+    )
+
+
+def _points(change: float) -> str:
+    """A signed change of a fraction, in points; never minus zero."""
+    return f"{round(100 * change, 2) + 0.0:+.2f}"

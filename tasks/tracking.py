@@ -1,0 +1,93 @@
+"""What the dashboard is told of a run beside the states of its tasks: how far long stages are, and the result.
+
+Artifacts are made by whoever runs, never kept with a stage's outputs: so a run whose stages are all reused has them.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from quantlib import summary
+from quantlib.report import Report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tasks.run import Listener
+
+_EVERY_SECONDS = 5.0
+_LOGGER = logging.getLogger("prefect.quantflow")
+
+
+class ProgressArtifacts:
+    """Passes on what a run does, and keeps a progress artifact for each stage that takes long.
+
+    Args:
+        listener: Whom it is passed on to.
+        clock: Seconds that only go forward.
+    """
+
+    def __init__(self, listener: "Listener", clock: Callable[[], float] = time.monotonic) -> None:
+        self._listener = listener
+        self._clock = clock
+        self._artifact: UUID | None = None
+        self._told = 0.0
+
+    def stage_started(self, label: str) -> None:
+        """Begin to count: a stage that is done soon needs no artifact."""
+        self._artifact, self._told = None, self._clock()
+        self._listener.stage_started(label)
+
+    def stage_progressed(self, label: str, done: int, total: int) -> None:
+        """Tell the dashboard, every few seconds."""
+        self._listener.stage_progressed(label, done, total)
+        if self._clock() - self._told >= _EVERY_SECONDS:
+            self._tell(label, 100.0 * done / total)
+            self._told = self._clock()
+
+    def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
+        """Fill the bar, where there is one."""
+        if self._artifact is not None:
+            self._tell(label, 100.0)
+            self._artifact = None
+        self._listener.stage_finished(label, cached=cached, seconds=seconds)
+
+    def _tell(self, label: str, percent: float) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        with _nothing_depends_on_it():
+            if self._artifact is None:
+                created = create_progress_artifact(percent, description=label)
+                assert isinstance(created, UUID)
+                self._artifact = created
+            else:
+                update_progress_artifact(self._artifact, percent)
+
+
+def publish(report: Report, reports: "Path") -> None:
+    """Put a run's result on the dashboard: one artifact, whose versions are the recipe's runs."""
+    from prefect.artifacts import create_markdown_artifact
+
+    recipe = report.variants[0].recipe
+    with _nothing_depends_on_it():
+        create_markdown_artifact(
+            summary.summarize(report, reports), key=artifact_key(recipe), description=f"Result of recipe {recipe}"
+        )
+
+
+def artifact_key(recipe: str) -> str:
+    """The key of a recipe's results: Prefect allows lower-case letters, digits and dashes."""
+    return "quantflow-" + re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")
+
+
+@contextmanager
+def _nothing_depends_on_it() -> Iterator[None]:
+    """A server that is gone or refuses costs the dashboard its artifact, and the run nothing."""
+    try:
+        yield
+    except Exception:
+        _LOGGER.warning("The dashboard was not told of the run's progress.", exc_info=True)

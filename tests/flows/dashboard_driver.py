@@ -1,0 +1,220 @@
+"""A dashboard in a process of its own, and its API as the web interface uses it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).parents[2]
+
+TINY = """
+name = "tiny"
+
+[model]
+arguments = { width_mult = 0.25, inverted_residual_setting = [[1, 16, 1, 1], [2, 24, 1, 2]] }
+weights = "train"
+training = { epochs = 1, batch_size = 64 }
+
+[data]
+format = "digits"
+resize = 16
+crop = 16
+
+[evaluation]
+num_held_back = 100
+max_images = 100
+
+[calibration]
+batch_size = 16
+num_batches = 2
+
+[[ptq]]
+name = "minmax"
+qconfig = "default"
+
+[[qat]]
+name = "qat"
+epochs = 1
+batches_per_epoch = 2
+batch_size = 16
+
+[benchmark]
+num_samples = 10
+
+[gate]
+max_top1_drop = 1.0
+"""
+
+
+class Dashboard:
+    """Starts `quantflow dashboard` on a home; use `stop`, or `kill`, then `start` again.
+
+    Args:
+        folder: Holds the home, a recipe, and what the processes print.
+        environment: Added to this process's.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        self.recipe = folder / "tiny.toml"
+        self.recipe.write_text(TINY)
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
+        self.environment = own | (environment or {})
+        # The checkout that is tested; where it is installed, this changes nothing.
+        paths = [self.environment.get("PYTHONPATH"), str(PROJECT)]
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        self.url = ""
+        self.process: subprocess.Popen[str] | None = None
+
+    def command(self, *arguments: str) -> subprocess.Popen[str]:
+        """A `quantflow` command that has been started."""
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", "flows.cli", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def start(self) -> None:
+        self.process = self.command("dashboard", "--home", str(self.home), "--port", "0")
+        assert self.process.stdout is not None
+        told = []
+        for line in self.process.stdout:
+            told.append(line)
+            if line.startswith("Dashboard: "):
+                self.url = line.split()[1]
+            if line.startswith("Deployments are scheduled"):
+                return
+        raise AssertionError("".join(told))
+
+    def stop(self, number: int = signal.SIGTERM) -> list[int]:
+        """Stop it as a person does; the processes that are left."""
+        assert self.process is not None
+        started = self.processes()
+        self.process.send_signal(number)
+        self.process.communicate(timeout=120)
+        return [pid for pid in started if _runs(pid)]
+
+    def kill(self) -> None:
+        """As if the machine had lost power: every process at once."""
+        for pid in self.processes():
+            _kill(pid)
+        assert self.process is not None
+        self.process.wait(30)
+
+    def processes(self) -> list[int]:
+        """The dashboard's, and all that it started."""
+        assert self.process is not None
+        found, unseen = [self.process.pid], [self.process.pid]
+        children = _children()
+        while unseen:
+            below = children.get(unseen.pop(), [])
+            found += below
+            unseen += below
+        return found
+
+    def kill_worker(self) -> None:
+        _kill(next(pid for pid in self.processes() if b"flows.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()))
+
+    def kill_flow(self, run: str) -> None:
+        _kill(int(self.run(run)["infrastructure_pid"]))
+
+    def call(self, path: str, body: object = None, method: str = "POST") -> Any:
+        content = None if method == "GET" else json.dumps(body or {}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/api{path}", content, headers, method=method)
+        for _ in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                # The database is busy: Prefect's own clients come back, too.
+                if error.code != 503:
+                    raise AssertionError(f"{path}: {error.code} {error.read().decode()[:500]}") from None
+            time.sleep(1)
+        raise AssertionError(f"{path}: busy all the time")
+
+    def deployments(self) -> dict[str, dict[str, Any]]:
+        """By flow."""
+        return {found["entrypoint"].partition(":")[2]: found for found in self.call("/deployments/filter")}
+
+    def begin(self, flow: str = "quantize", *changes: str) -> str:
+        """Start a run of the tiny recipe, as "Quick run" does; its id."""
+        parameters = {"recipe": str(self.recipe), "changes": list(changes)}
+        body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
+        return self.call(f"/deployments/{self.deployments()[flow]['id']}/create_flow_run", body)["id"]
+
+    def retry(self, run: str) -> None:
+        """As the button does."""
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the dashboard"}
+        answer = self.call(f"/flow_runs/{run}/set_state", {"state": state})
+        assert answer["status"] == "ACCEPT", answer
+
+    def run(self, run: str) -> dict[str, Any]:
+        return self.call(f"/flow_runs/{run}", method="GET")
+
+    def runs(self, **filters: Any) -> list[dict[str, Any]]:
+        return self.call("/flow_runs/filter", {"flow_runs": filters})
+
+    def state(self, run: str) -> str:
+        return self.run(run)["state"]["name"]
+
+    def wait(self, run: str, states: Collection[str] = ("Completed",), seconds: float = 400) -> str:
+        """Wait until a run is in one of some states."""
+        ends = {"Completed", "Failed", "Crashed", "Cancelled", *states}
+        until(lambda: self.state(run) in ends, seconds, lambda: f"{self.run(run)['state']} {self.tasks(run)}")
+        state = self.run(run)["state"]
+        assert state["name"] in states, state
+        return state["name"]
+
+    def tasks(self, run: str) -> Counter[str]:
+        """How many of a run's tasks are in each state, but for the report's."""
+        body = {"flow_runs": {"id": {"any_": [run]}}, "limit": 200}
+        found = [task for task in self.call("/task_runs/filter", body) if task["state"]]
+        return Counter(task["state"]["name"] for task in found if not task["name"].startswith("write_report"))
+
+    def wait_for_tasks(self, run: str, state: str, count: int, seconds: float = 300) -> None:
+        """Wait until so many tasks are in a state; their states arrive a moment after the run's."""
+        until(lambda: self.tasks(run)[state] >= count, seconds, lambda: f"{self.tasks(run)}")
+
+
+def until(done: Callable[[], bool], seconds: float, explain: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.3)
+
+
+def _children() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    for line in listing.splitlines():
+        pid, parent = map(int, line.split())
+        found.setdefault(parent, []).append(pid)
+    return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

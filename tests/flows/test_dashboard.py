@@ -1,0 +1,161 @@
+"""The dashboard as people use it, in processes of its own: one for the whole file, since it takes seconds to start."""
+
+import re
+import sqlite3
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from dashboard_driver import PROJECT, Dashboard, until
+
+from flows import presence
+from flows.dashboard import check_database
+from quantlib.errors import MachineError
+
+CONNECTIONS = Path(__file__).parent / "watch_connections"
+running = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dashboard")
+    found = Dashboard(folder, {"PYTHONPATH": str(CONNECTIONS), "CONNECTIONS_FILE": str(folder / "connections")})
+    found.start()
+    yield found
+    assert found.stop() == [], "processes outlive the dashboard"
+
+
+def test_a_damaged_database_is_an_error_that_says_what_is_lost(tmp_path):
+    file = tmp_path / "prefect.db"
+    file.write_bytes(b"not a database" * 100)
+    with pytest.raises(MachineError, match=r"prefect.db is damaged .* Move it away.* only the dashboard's history"):
+        check_database(file)
+
+
+def test_a_database_with_one_damaged_page_is_found(tmp_path):
+    file = tmp_path / "prefect.db"
+    with sqlite3.connect(file) as database:
+        database.execute("CREATE TABLE runs (name TEXT)")
+        database.executemany("INSERT INTO runs VALUES (?)", [("x" * 500,)] * 100)
+    check_database(file)
+    content = bytearray(file.read_bytes())
+    content[8192:8292] = b"\xff" * 100
+    file.write_bytes(content)
+    with pytest.raises(MachineError, match="is damaged"):
+        check_database(file)
+
+
+def test_no_database_yet_is_no_damage(tmp_path):
+    check_database(tmp_path / "prefect.db")
+
+
+def test_a_dashboard_is_found_while_it_runs_and_no_longer(tmp_path):
+    assert presence.find_dashboard(tmp_path) is None
+    with presence.claim(tmp_path):
+        assert presence.find_dashboard(tmp_path) is None
+        presence.announce(tmp_path, "http://127.0.0.1:1/api")
+        assert presence.find_dashboard(tmp_path) == "http://127.0.0.1:1/api"
+    assert presence.find_dashboard(tmp_path) is None
+
+
+def test_the_file_of_a_dashboard_that_was_killed_is_not_believed(tmp_path):
+    presence.announce(tmp_path, "http://127.0.0.1:1/api")
+    assert presence.find_dashboard(tmp_path) is None
+
+
+@running
+def test_the_interface_is_served_and_every_flow_is_scheduled(dashboard):
+    with urllib.request.urlopen(dashboard.url, timeout=60) as page:
+        assert b"<html" in page.read()
+    found = dashboard.deployments()
+    assert set(found) == {"quantize", "ptq", "qat"}
+    assert all(deployment["schedules"][0]["active"] for deployment in found.values())
+    assert str(PROJECT) not in str([deployment["pull_steps"] for deployment in found.values()])
+
+
+@running
+def test_a_run_completes_and_the_next_one_reuses_every_stage(dashboard):
+    first = dashboard.begin()
+    dashboard.wait(first)
+    second = dashboard.begin()
+    dashboard.wait(second)
+    num_stages = len(list((dashboard.home / "store" / "records").glob("*.json")))
+    dashboard.wait_for_tasks(first, "Completed", num_stages)
+    dashboard.wait_for_tasks(second, "Cached", num_stages)
+    assert dashboard.run(second)["name"] == "tiny"
+
+
+@running
+def test_a_run_whose_stages_are_all_reused_has_its_result_as_an_artifact(dashboard):
+    for _ in range(2):
+        run = dashboard.begin()
+        dashboard.wait(run)
+    (artifact,) = dashboard.call("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
+    assert artifact["key"] == "quantflow-tiny"
+    assert "| variant | top-1 |" in artifact["data"]
+    assert "stages were reused." in artifact["data"]
+    assert re.search(r"## Since `\d{8}-\d{6}-tiny-", artifact["data"])
+
+
+@running
+def test_a_schedule_starts_a_run_by_itself(dashboard):
+    deployment = dashboard.deployments()["ptq"]["id"]
+    parameters = {"recipe": str(dashboard.recipe), "changes": []}
+    schedule = {"interval": 5, "anchor_date": datetime.now(UTC).isoformat(), "timezone": "UTC"}
+    body = [{"schedule": schedule, "active": True, "parameters": parameters}]
+    (added,) = dashboard.call(f"/deployments/{deployment}/schedules", body)
+    try:
+        dashboard.wait(_first_scheduled(dashboard, deployment))
+    finally:
+        dashboard.call(f"/deployments/{deployment}/schedules/{added['id']}", method="DELETE")
+
+
+@running
+def test_a_run_from_the_command_line_is_seen_on_the_dashboard(dashboard):
+    command = dashboard.command("run", str(dashboard.recipe), "--home", str(dashboard.home), "--set", "name=by_hand")
+    output, _ = command.communicate(timeout=400)
+    assert command.returncode == 0, output
+    (run,) = dashboard.runs(name={"any_": ["by_hand"]})
+    assert run["state"]["name"] == "Completed"
+    assert run["deployment_id"] is None
+
+
+@running
+def test_a_second_dashboard_on_the_home_is_refused_with_the_firsts_address(dashboard):
+    command = dashboard.command("dashboard", "--home", str(dashboard.home), "--port", "0")
+    output, _ = command.communicate(timeout=60)
+    assert command.returncode == 2
+    assert f"already running at {dashboard.url}" in output
+
+
+@running
+def test_a_port_that_is_taken_is_refused(dashboard, tmp_path):
+    port = dashboard.url.rpartition(":")[2]
+    command = dashboard.command("dashboard", "--home", str(tmp_path), "--port", port)
+    output, _ = command.communicate(timeout=60)
+    assert command.returncode == 2
+    assert f"Port {port} cannot be used" in output
+    assert "--port" in output
+
+
+@running
+def test_no_process_tries_an_address_but_loopback(dashboard):
+    dashboard.wait(dashboard.begin("qat"))
+    lines = (dashboard.folder / "connections").read_text().splitlines()
+    seen = [line.split("\t") for line in lines]
+    for part in ("flows.server", "flows.worker", "prefect.engine", "flows.cli"):
+        assert any(part in command for *_, command in seen), f"{part} was not watched"
+    own = {"127.0.0.1", "::1", "localhost", "None", "started"}
+    assert [line for line, (host, *_) in zip(lines, seen, strict=True) if host not in own] == []
+
+
+def _first_scheduled(dashboard, deployment) -> str:
+    """The first run of a deployment that a schedule has started."""
+
+    def started():
+        found = dashboard.runs(deployment_id={"any_": [deployment]}, state={"type": {"not_any_": ["SCHEDULED"]}})
+        return [run["id"] for run in found if run["auto_scheduled"]]
+
+    until(lambda: bool(started()), 120, lambda: "no run was started by the schedule")
+    return started()[-1]

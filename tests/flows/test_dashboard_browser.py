@@ -1,0 +1,111 @@
+"""The pages that people look at, in a browser; the screenshots in docs/ are taken here."""
+
+import os
+import re
+from pathlib import Path
+
+import browser
+import pytest
+from dashboard_driver import Dashboard
+
+from quantlib.html_report import write_html
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser.MISSING is not None, reason=str(browser.MISSING))]
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory):
+    found = Dashboard(tmp_path_factory.mktemp("dashboard"))
+    found.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def runs(dashboard):
+    """A run that computed its stages, and one that reused them."""
+    found = [dashboard.begin(), dashboard.begin()]
+    for run in found:
+        dashboard.wait(run)
+    return found
+
+
+@pytest.fixture
+def window():
+    with browser.browse() as found:
+        found.size(1280, 900)
+        yield found
+
+
+@pytest.fixture
+def docs(tmp_path):
+    """Where screenshots go: docs/ with `make screenshots`, else a folder that is forgotten."""
+    return Path(os.environ.get("QUANTFLOW_SCREENSHOTS", tmp_path)).resolve()
+
+
+def errors(window) -> list[str]:
+    """The console's, without the icon that Prefect's interface does not have."""
+    return [line for line in window.errors() if "favicon.ico" not in line]
+
+
+def test_the_deployments_are_listed_with_their_schedules(dashboard, window, docs):
+    window.open(f"{dashboard.url}/deployments")
+    shown = window.wait_for("3 Deployments")
+    for name in ("nightly", "weekly", "quantize", "ptq", "qat", "Ready"):
+        assert name in shown
+    window.screenshot(docs / "deployments.png")
+    window.open(f"{dashboard.url}/deployments/deployment/{dashboard.deployments()['quantize']['id']}")
+    window.wait_for("At 01:00 AM")
+    window.screenshot(docs / "deployment.png")
+    assert errors(window) == []
+
+
+def test_the_form_of_a_deployment_describes_the_recipe(dashboard, window, docs):
+    window.open(f"{dashboard.url}/deployments/deployment/{dashboard.deployments()['quantize']['id']}/run")
+    window.wait_for("The name of a ready recipe, or the file of one")
+    assert "each as qat.0.epochs=2" in window.text()
+    window.screenshot(docs / "form.png")
+    assert errors(window) == []
+
+
+def test_a_run_is_followed_to_its_end_and_the_next_shows_its_stages_cached(dashboard, runs, window, docs):
+    window.open(f"{dashboard.url}/runs/flow-run/{runs[0]}")
+    window.wait_for("Completed")
+    window.open(f"{dashboard.url}/runs/flow-run/{runs[1]}")
+    window.wait_for("Completed")
+    window.click("Task Runs")
+    shown = window.wait_for("Cached")
+    assert "calibrate-minmax" in shown or "benchmark" in shown
+    window.screenshot(docs / "run.png")
+    assert errors(window) == []
+
+
+def test_the_result_is_an_artifact_with_a_table(dashboard, runs, window, docs):
+    (artifact,) = dashboard.call("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [runs[1]]}}})
+    window.open(f"{dashboard.url}/artifacts/artifact/{artifact['id']}")
+    window.wait_for("speed-up")
+    assert window.script("return document.querySelectorAll('table').length") >= 1
+    assert re.search(r"stages were reused", window.text())
+    window.screenshot(docs / "artifact.png")
+    assert errors(window) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "dark"), [("light", 1100, False), ("dark", 1100, True), ("phone", 500, False)]
+)
+def test_the_html_report_draws_every_chart_without_errors(dashboard, runs, window, docs, tmp_path, name, width, dark):
+    page = tmp_path / "report.html"
+    write_html(dashboard.home / "reports", page)
+    window.size(width, 1400)
+    window.dark(on=dark)
+    window.open(page.as_uri())
+    window.wait_for("Ship ")
+    charts = window.script("return document.querySelectorAll('.chart').length")
+    assert charts >= 6
+    assert window.script("return document.querySelectorAll('.chart svg.main-svg').length") >= charts
+    # Nothing is wider than the window but what scrolls by itself.
+    assert window.script("return document.documentElement.scrollWidth <= window.innerWidth")
+    light = window.script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light is not dark
+    window.screenshot(docs / f"report-{name}.png")
+    assert window.errors() == []

@@ -1,0 +1,69 @@
+"""Whatever dies, a run can be retried from the dashboard soon, and goes on from its finished stages."""
+
+import signal
+import time
+
+import pytest
+from dashboard_driver import Dashboard
+
+pytestmark = pytest.mark.slow
+# More than a person waits; what is measured is printed with `pytest -s`.
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory):
+    found = Dashboard(tmp_path_factory.mktemp("dashboard"))
+    found.start()
+    yield found
+    found.stop()
+
+
+def flow(dashboard, run):
+    dashboard.kill_flow(run)
+
+
+def worker_and_flow(dashboard, run):
+    dashboard.kill_worker()
+    dashboard.kill_flow(run)
+
+
+def everything(dashboard, run):
+    dashboard.kill()
+    dashboard.start()
+
+
+def an_orderly_stop(dashboard, run):
+    assert dashboard.stop(signal.SIGINT) == []
+    dashboard.start()
+
+
+@pytest.mark.parametrize(
+    "fault", [flow, worker_and_flow, everything, an_orderly_stop], ids=lambda fault: fault.__name__
+)
+def test_a_run_that_died_can_be_retried_and_repeats_no_finished_stage(dashboard, fault, request):
+    # A seed of its own makes every stage of this run new.
+    run = dashboard.begin("quantize", "qat.0.epochs=6", f"seed={1000 + len(request.node.name)}")
+    dashboard.wait_for_tasks(run, "Completed", 12)
+    fault(dashboard, run)
+    died = time.monotonic()
+    dashboard.wait(run, {"Crashed"}, SECONDS)
+    print(f"\n{fault.__name__}: retry possible after {time.monotonic() - died:.1f} s")
+    dashboard.retry(run)
+    dashboard.wait(run)
+    dashboard.wait_for_tasks(run, "Cached", 12)
+    found = dashboard.tasks(run)
+    # Each stage is completed once, over both attempts.
+    records = len(list((dashboard.home / "store" / "records").glob("*.json")))
+    assert found["Completed"] <= records
+    assert found["Running"] == 0
+
+
+def test_a_run_outlives_its_worker(dashboard):
+    run = dashboard.begin("quantize", "qat.0.epochs=6", "seed=77")
+    dashboard.wait_for_tasks(run, "Completed", 8)
+    dashboard.kill_worker()
+    dashboard.wait(run)
+    assert dashboard.run(run)["run_count"] == 1
+    # The worker is there again.
+    dashboard.wait(dashboard.begin("ptq"))

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.utilities.callables import parameter_schema
+
+from flows.parameters import find_recipe, packaged_recipes
+from flows.ptq import ptq
+from flows.qat import qat
+from flows.quantize import quantize
+from quantlib.errors import RecipeError
+from quantlib.recipe import Recipe, override_recipe
+
+PROJECT = Path(__file__).parents[2]
+DEPLOYMENTS = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+
+
+def test_a_flow_takes_a_recipe_by_name_by_file_or_field_by_field():
+    loaded = find_recipe("digits")
+    for given in ("digits", str(packaged_recipes()["digits"]), loaded, loaded.model_dump(mode="json")):
+        assert quantize.validate_parameters({"recipe": given})["recipe"] == loaded
+
+
+def test_an_unknown_recipe_is_an_error_that_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'digits'"):
+        quantize.validate_parameters({"recipe": "digit"})
+
+
+def test_changes_are_made_as_the_command_line_makes_them():
+    changes = ("qat.0.epochs=2", "gate.max_top1_drop=0.5")
+    assert override_recipe(find_recipe("digits"), changes) == find_recipe("digits", changes)
+
+
+def test_a_change_of_an_unknown_key_is_an_error():
+    with pytest.raises(RecipeError, match=r"Unknown key 'gate.max_drop'"):
+        override_recipe(find_recipe("digits"), ["gate.max_drop=0.5"])
+
+
+@pytest.mark.parametrize("flow", [quantize, ptq, qat], ids=lambda flow: flow.name)
+def test_the_form_of_each_flow_describes_every_field(flow):
+    schema = parameter_schema(flow.fn).model_dump()
+    assert all(schema["properties"][name]["description"] for name in ("recipe", "changes"))
+    assert {"type": "string"} in schema["properties"]["recipe"]["anyOf"]
+    fields = [
+        (section, field, details)
+        for section, definition in schema["definitions"].items()
+        for field, details in definition["properties"].items()
+    ]
+    assert len(fields) > len(Recipe.model_fields)
+    # What refers to a section takes over the section's description.
+    bare = [f"{section}.{field}" for section, field, details in fields if not {"description", "$ref"} & set(details)]
+    assert bare == []
+    assert all(definition["description"] for definition in schema["definitions"].values())
+
+
+def test_every_flow_is_deployed_with_a_schedule_of_its_own():
+    assert {d["entrypoint"].partition(":")[2] for d in DEPLOYMENTS} == {"quantize", "ptq", "qat"}
+    crons = [schedule["cron"] for d in DEPLOYMENTS for schedule in d["schedules"]]
+    assert len(set(crons)) == len(DEPLOYMENTS)
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["entrypoint"])
+def test_the_deployments_parameters_are_valid_and_one_run_at_a_time(deployment):
+    flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[deployment["entrypoint"].partition(":")[2]]
+    assert flow.validate_parameters(deployment["parameters"])["recipe"] == find_recipe("digits")
+    assert deployment["concurrency_limit"]["limit"] == 1
+    assert deployment["concurrency_limit"]["grace_period_seconds"] <= 60

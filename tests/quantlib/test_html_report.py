@@ -1,0 +1,222 @@
+import json
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantlib import html_report, report
+from quantlib.errors import StoreError
+from quantlib.predictions import Predictions
+from quantlib.report import EpochRow, LatencyRow, Report, StageRow, VariantRow
+
+START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
+FLOAT = VariantRow(
+    recipe="tiny",
+    variant="float",
+    method="float",
+    qconfig=None,
+    engine=None,
+    top1=0.75,
+    top5=1.0,
+    loss=0.5,
+    num_images=4,
+    top1_drop=0.0,
+    top1_selection=0.8,
+    selected_on="held_back",
+    top1_simulated=None,
+    top1_weights_only=None,
+    top1_activations_only=None,
+    best_epoch=None,
+    size_bytes=4_000_000,
+    latency_p50_ms=8.0,
+    speedup=1.0,
+    accepted=True,
+    winner=False,
+    artifact_sha256="0" * 64,
+    artifact_path="/models/float.pt",
+    torch_version="2.15.0",
+    cpu_model="A CPU",
+    created_at=START,
+)
+QAT = replace(
+    FLOAT,
+    variant="trained",
+    method="qat",
+    qconfig="fbgemm",
+    engine="x86",
+    top1=0.5,
+    top1_drop=0.25,
+    best_epoch=1,
+    size_bytes=1_000_000,
+    latency_p50_ms=2.0,
+    speedup=4.0,
+    winner=True,
+)
+LABELS = np.array([0, 1, 2, 3])
+# Image 3 is broken by int8, image 0 is wrong in both and otherwise.
+FLOAT_TOP5 = np.array([[1, 0], [1, 0], [2, 0], [3, 0]])
+QAT_TOP5 = np.array([[2, 0], [1, 0], [2, 0], [1, 3]])
+
+
+def epoch(number: int) -> EpochRow:
+    return EpochRow(
+        variant="trained",
+        epoch=number,
+        loss=1.0,
+        train_top1=0.5,
+        top1=0.5,
+        top1_selection=0.5,
+        best=number == 1,
+        observers_frozen=number >= 2,
+        batch_norm_frozen=number >= 1,
+    )
+
+
+def latency(variant: str) -> LatencyRow:
+    return LatencyRow(
+        variant=variant,
+        runtime="torch",
+        batch_size=4,
+        num_threads=1,
+        p50_ms=8.0,
+        p95_ms=10.0,
+        images_per_second=500.0,
+        num_samples=100,
+    )
+
+
+def write(folder: Path, run_id: str = "first", variants: tuple[VariantRow, ...] = (FLOAT, QAT)) -> None:
+    found = Report(
+        run_id=run_id,
+        variants=variants,
+        epochs=tuple(epoch(number) for number in range(4)),
+        latency=tuple(latency(row.variant) for row in variants),
+        stages=(StageRow("load_float", "k", True, 0.5, START), StageRow("benchmark", "l", False, 3.0, START)),
+    )
+    loss = np.zeros(4, np.float32)
+    answers = {row.variant: Predictions(LABELS, QAT_TOP5, loss) for row in variants}
+    report.write(folder, found, answers | {"float": Predictions(LABELS, FLOAT_TOP5, loss)})
+
+
+def chart(page: str, name: str) -> dict:
+    source = re.search(rf'data-chart="chart-{name}">(.*?)</script>', page, re.DOTALL)
+    assert source, f"no chart {name}"
+    return json.loads(source.group(1))
+
+
+class Links(HTMLParser):
+    """Collects every address that the page names in an attribute, and its elements."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.found += [value for name, value in attrs if name in {"src", "href", "action", "data"}]
+
+
+def test_the_verdict_comes_before_every_table_and_chart(tmp_path):
+    write(tmp_path)
+    page = html_report.render(tmp_path)
+    body = page[page.index("<body>") :]
+    assert "<h1>Ship trained</h1>" in body
+    assert body.index("Ship trained") < min(body.index("<table"), body.index('class="chart"'))
+    assert "-25.00 points of top-1 against float, 4.00 times as fast, 4.0 times smaller" in body
+
+
+def test_a_run_without_a_winner_says_so_and_names_the_best(tmp_path):
+    write(tmp_path, variants=(FLOAT, replace(QAT, winner=False, accepted=False)))
+    page = html_report.render(tmp_path)
+    assert "Nothing to ship" in page
+    assert "The best so far is trained" in page
+
+
+def test_the_page_names_no_address_outside_itself(tmp_path):
+    write(tmp_path)
+    page = html_report.render(tmp_path)
+    links = Links(page)
+    assert links.found == ["data:,"]
+    assert "link" in links.tags
+    assert "default-src 'none'" in page
+
+
+def test_text_from_a_recipe_or_a_machine_is_never_markup(tmp_path):
+    evil = "</script><script>alert(1)</script><b>"
+    names = (replace(FLOAT, recipe=evil, cpu_model=evil), replace(QAT, recipe=evil, variant=evil, qconfig=evil))
+    write(tmp_path, variants=tuple(replace(row, artifact_path=evil) for row in names))
+    write(tmp_path, "second", variants=tuple(replace(row, artifact_path=evil) for row in names))
+    page = html_report.render(tmp_path)
+    assert evil not in page
+    assert page.count("<script>alert") == 0
+    assert chart(page, "sizes")["data"][0]["y"][1] == "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&lt;b&gt;"
+
+
+def test_the_front_holds_what_nothing_beats_in_both_respects():
+    fast = replace(QAT, variant="fast", latency_p50_ms=1.0, top1=0.4)
+    beaten = replace(QAT, variant="beaten", latency_p50_ms=3.0, top1=0.45)
+    equal_but_slower = replace(QAT, variant="equal", latency_p50_ms=2.5, top1=0.5)
+    front = html_report.pareto_front([FLOAT, beaten, QAT, equal_but_slower, fast])
+    assert [row.variant for row in front] == ["fast", "trained", "float"]
+
+
+def test_confusions_that_got_worse_are_counted_against_float(tmp_path):
+    write(tmp_path)
+    found = html_report.compare(report.read_table(tmp_path, "predictions"), "trained")
+    assert (found.num_images, found.num_broken, found.num_mended, found.examples) == (4, 1, 0, (3,))
+    assert {(c.label, c.answer, c.in_float, c.in_variant) for c in found.worse} == {(0, 2, 0, 1), (3, 1, 0, 1)}
+
+
+def test_freezes_are_marked_at_the_first_epoch_that_has_them(tmp_path):
+    write(tmp_path)
+    figure = chart(html_report.render(tmp_path), "epochs")
+    assert [line["x0"] for line in figure["layout"]["shapes"]] == [1, 2]
+    assert [note["text"] for note in figure["layout"]["annotations"]] == [
+        "batch norm frozen (trained)",
+        "observers frozen (trained)",
+    ]
+
+
+def test_latency_is_shown_an_image_with_a_whisker_to_the_95th_percentile(tmp_path):
+    write(tmp_path)
+    bar = chart(html_report.render(tmp_path), "latency")["data"][0]
+    assert bar["y"] == [2.0]
+    assert bar["error_y"]["array"] == [0.5]
+
+
+def test_stages_are_told_apart_by_whether_they_were_cached(tmp_path):
+    write(tmp_path)
+    bars = {bar["name"]: bar["y"] for bar in chart(html_report.render(tmp_path), "stages")["data"]}
+    assert bars == {"computed": ["benchmark"], "cached": ["load_float"]}
+
+
+def test_history_holds_all_runs_of_the_recipe_and_no_other(tmp_path):
+    write(tmp_path)
+    later = tuple(replace(row, created_at=START + timedelta(days=1), top1=row.top1 / 2) for row in (FLOAT, QAT))
+    write(tmp_path, "second", later)
+    write(tmp_path, "other", tuple(replace(row, recipe="other", created_at=START) for row in (FLOAT, QAT)))
+    page = html_report.render(tmp_path)
+    lines = {line["name"]: line["y"] for line in chart(page, "history-top1")["data"]}
+    assert lines == {"float": [0.75, 0.375], "trained": [0.5, 0.25]}
+    assert "other" not in re.search(r'id="history">(.*?)</table>', page, re.DOTALL).group(1)
+
+
+def test_an_earlier_run_can_be_chosen(tmp_path):
+    write(tmp_path)
+    write(tmp_path, "second", tuple(replace(row, created_at=START + timedelta(days=1)) for row in (FLOAT, QAT)))
+    assert "<title>tiny · second</title>" in html_report.render(tmp_path)
+    assert "<title>tiny · first</title>" in html_report.render(tmp_path, "first")
+
+
+def test_an_unknown_run_and_an_empty_folder_are_errors_that_say_what_to_do(tmp_path):
+    with pytest.raises(StoreError, match="quantflow run"):
+        html_report.render(tmp_path)
+    write(tmp_path)
+    with pytest.raises(StoreError, match=r"No run 'nope'.*newest are: first"):
+        html_report.render(tmp_path, "nope")

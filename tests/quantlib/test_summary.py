@@ -1,0 +1,108 @@
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from quantlib import report, summary
+from quantlib.predictions import Predictions
+from quantlib.report import Report, StageRow, VariantRow
+
+START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
+FIRST, SECOND = "20260501-030000-tiny-0000000a", "20260502-030000-tiny-0000000b"
+
+
+def variant(name, method, **values) -> VariantRow:
+    plain = {
+        "recipe": "tiny",
+        "variant": name,
+        "method": method,
+        "qconfig": None,
+        "engine": None,
+        "top1": 0.75,
+        "top5": 1.0,
+        "loss": 0.5,
+        "num_images": 4,
+        "top1_drop": 0.0,
+        "top1_selection": 0.8,
+        "selected_on": "held_back",
+        "top1_simulated": None,
+        "top1_weights_only": None,
+        "top1_activations_only": None,
+        "best_epoch": None,
+        "size_bytes": 4_000_000,
+        "latency_p50_ms": 8.0,
+        "speedup": 1.0,
+        "accepted": True,
+        "winner": False,
+        "artifact_sha256": f"hash of {name}",
+        "artifact_path": f"/models/{name}.pt",
+        "torch_version": "2.15.0",
+        "cpu_model": "A CPU",
+        "created_at": START,
+    }
+    return VariantRow(**plain | values)
+
+
+FLOAT = variant("float", "float")
+PTQ = variant("minmax", "ptq", top1=0.7, top1_drop=0.05, winner=True, speedup=4.0, latency_p50_ms=2.0)
+
+
+def run(run_id=SECOND, variants=(FLOAT, PTQ), cached=(True, False)) -> Report:
+    stages = tuple(StageRow(f"stage-{n}", "k", reused, 1.5, START) for n, reused in enumerate(cached))
+    return Report(run_id, variants, (), (), stages)
+
+
+def write(folder, found: Report) -> None:
+    answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
+    report.write(folder, found, {row.variant: answers for row in found.variants})
+
+
+def test_the_winner_comes_first(tmp_path):
+    text = summary.summarize(run(), tmp_path)
+    assert text.startswith("# Ship `minmax`\n\n-5.00 points of top-1 against float, 4.00x as fast")
+    assert "first run of recipe `tiny`" in text
+
+
+def test_without_a_winner_the_page_says_so(tmp_path):
+    text = summary.summarize(run(variants=(FLOAT, replace(PTQ, winner=False, accepted=False))), tmp_path)
+    assert text.startswith("# Nothing to ship\n\nNo variant is inside the gate. The best so far is `minmax`")
+
+
+def test_the_table_has_a_line_a_variant(tmp_path):
+    text = summary.summarize(run(), tmp_path)
+    assert "| `float` | 75.00% |  | 4.00 MB | 8.00 ms | 1.00x | baseline |" in text
+    assert "| `minmax` | 70.00% | -5.00 | 4.00 MB | 2.00 ms | 4.00x | **winner** |" in text
+
+
+def test_an_unchanged_model_is_no_change_whatever_its_timing(tmp_path):
+    write(tmp_path, run(FIRST, (FLOAT, replace(PTQ, latency_p50_ms=3.0))))
+    text = summary.summarize(run(), tmp_path)
+    assert f"## Since `{FIRST}`\n\nEvery model is the same, and as accurate." in text
+
+
+def test_changes_since_the_last_run_are_told_variant_by_variant(tmp_path):
+    gone = variant("old", "ptq", winner=True)
+    write(tmp_path, run(FIRST, (FLOAT, replace(PTQ, winner=False, top1=0.6, artifact_sha256="other"), gone)))
+    text = summary.summarize(run(variants=(FLOAT, PTQ, variant("fresh", "qat"))), tmp_path)
+    assert "- The winner is `minmax`; it was `old`." in text
+    assert "- `minmax` is another model: +10.00 points of top-1, latency 2.00 to 2.00 ms." in text
+    assert "- `fresh` is new." in text
+    assert "- `old` is gone." in text
+    assert "`float` is" not in text
+
+
+def test_the_run_before_is_the_newest_of_the_same_recipe(tmp_path):
+    names = [FIRST, "20260430-030000-tiny-0000000c", "20260501-040000-tiny-b-0000000d", SECOND]
+    for name in names:
+        (tmp_path / "variants" / f"run_id={name}").mkdir(parents=True)
+    assert summary.find_previous(tmp_path, "tiny", SECOND) == FIRST
+    assert summary.find_previous(tmp_path, "tiny", "20260430-030000-tiny-0000000c") is None
+
+
+@pytest.mark.parametrize(
+    ("cached", "told"),
+    [((True, True), "All 2 stages were reused."), ((True, False), "1 of 2 stages were computed: `stage-1` (1.5 s).")],
+)
+def test_what_was_computed_is_told(tmp_path, cached, told):
+    assert told in summary.summarize(run(cached=cached), tmp_path)
