@@ -156,12 +156,16 @@ def _work(home: str, result: str, kill_at: int | None, run_id: str | None) -> No
 
 
 def _run_flow(run_id: str | None) -> dict[str, Any]:
+    import torch
+
     from flows.quantize import quantize
     from quantlib import verdict
     from quantlib.recipe import parse_recipe
     from tasks.run import RUN_ID
 
     verdict.EQUALLY_FAST = float("inf")
+    # As in conftest.py: on a busy machine the threads of a tiny net only wait for each other.
+    torch.set_num_threads(1)
     if run_id is not None:
         RUN_ID.set(run_id)
     report = quantize(parse_recipe(RECIPE))

@@ -75,16 +75,15 @@ print(hashlib.sha256(content).hexdigest())
 """
 
 
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
-    calibrated: Calibrated, tiny_header: dict[str, Any], engine: str, tmp_path: Path, hash_seed: str
+    calibrated: Calibrated, tiny_header: dict[str, Any], engine: str, tmp_path: Path
 ) -> None:
     int8 = conversion.convert(calibrated("fbgemm"), engine)
     header = tiny_header | {"fused": "eval", "qconfig": "fbgemm", "engine": engine}
     (tmp_path / "model").write_bytes(models.save(int8, header))
     other = subprocess.run(
         [sys.executable, "-c", _SCRIPT, tmp_path / "model"],
-        env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        env=os.environ | {"PYTHONHASHSEED": "1"},
         check=True,
         capture_output=True,
         text=True,
