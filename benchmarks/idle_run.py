@@ -46,9 +46,12 @@ def main() -> None:
         pairs = [(seconds(run, {}), seconds(empty, quiet)) for _ in range(NUM_PAIRS)]
     idle, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(
-        f"run with nothing to do   {idle:6.2f} s\nempty Prefect flow       {bare:6.2f} s\nratio, pair by pair      {ratio:6.2f}"
-    )
+    for name, figure in (
+        ("run with nothing to do", idle),
+        ("empty Prefect flow", bare),
+        ("ratio, pair by pair", ratio),
+    ):
+        print(f"{name:<24}{figure:6.2f}")
     table = pa.table({"idle_run_s": [a for a, _ in pairs], "empty_flow_s": [b for _, b in pairs]})
     pq.write_table(table, Path("idle_run.parquet"))
 

@@ -87,7 +87,7 @@ def _use(url: str) -> Iterator[None]:
     os.environ["PREFECT_API_URL"] = url
     try:
         yield
-        _drain()
+        drain()
     finally:
         del os.environ["PREFECT_API_URL"]
 
@@ -111,7 +111,7 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
     os.environ["PREFECT_API_URL"] = url
     try:
         yield lambda: wait_until_healthy(process, url, log)
-        _drain()
+        drain()
     finally:
         del os.environ["PREFECT_API_URL"]
         process.terminate()
@@ -143,7 +143,7 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
     )
 
 
-def _drain() -> None:
+def drain() -> None:
     """Send what Prefect's threads still hold: the last states are among it."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker

@@ -124,7 +124,7 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
             f"model.arguments.num_classes = {wanted}, and the data has {val.num_classes} classes. "
             "Set it to the data's number, or leave it out; or use the dataset the weights were trained on."
         )
-    num_held_back = recipe.evaluation.num_held_back if recipe.evaluation.select_on == "held_back" else 0
+    num_held_back = _num_held_back(recipe, train.num_images)
     _check_train_size(recipe, train.num_images, num_held_back)
     return Inputs(
         model=model,
@@ -134,6 +134,12 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
         held_back=Selection(train, recipe.seed, 0, num_held_back),
         training=Selection(train, recipe.seed, num_held_back, train.num_images),
     )
+
+
+def _num_held_back(recipe: Recipe, num_train: int) -> int:
+    if recipe.evaluation.select_on == "validation":
+        return 0
+    return recipe.evaluation.num_held_back or max(1, min(1000, num_train // 10))
 
 
 def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> None:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from quantlib.errors import QuantflowError, RecipeError
 from quantlib.recipe import Recipe, parse_recipe
-from quantlib.store import write_atomically
+from quantlib.store import naming_full_disk, write_atomically
 
 State = Literal["running", "completed", "failed", "crashed"]
 
@@ -169,7 +169,7 @@ class Journal:
         return content if isinstance(content, dict) else {}
 
     def _append(self, line: dict[str, Any]) -> None:
-        with (self.folder / "stages.jsonl").open("a", encoding="utf-8") as file:
+        with naming_full_disk(self.folder), (self.folder / "stages.jsonl").open("a", encoding="utf-8") as file:
             # The break before it ends a line that a crash has cut short.
             file.write(f"\n{json.dumps(line)}\n")
 

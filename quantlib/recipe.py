@@ -88,8 +88,8 @@ class EvaluationRecipe(Section):
     select_on: Literal["held_back", "validation"] = "held_back"
     """What QAT's best epoch and the winner are chosen by: training images held back from calibration and
     training, or the validation split itself (then its figures are optimistic, and the report says so)."""
-    num_held_back: Count = 1000
-    """Training images held back, with `select_on = "held_back"`."""
+    num_held_back: Count | None = None
+    """Training images held back, with `select_on = "held_back"`; absent: a tenth of them, and 1000 at most."""
     simulate: bool = False
     """Also measure every quantized model with fake quantization in float: both, weights only, activations
     only. Shows which of the two costs accuracy."""

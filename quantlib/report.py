@@ -3,8 +3,7 @@
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
 
-import shutil
-import tempfile
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from quantlib.errors import StoreError
 from quantlib.predictions import Predictions
+from quantlib.store import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,18 +187,9 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
         "variants": _table("variants", report.variants),
     }
     for name, table in tables.items():
-        place = folder / name / f"run_id={report.run_id}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the tables and not in one: DuckDB's glob takes folders whose names start with a dot.
-        unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-        try:
-            pq.write_table(table, unfinished / "part-0.parquet")
-            unfinished.chmod(0o755)
-            if place.exists():
-                shutil.rmtree(place)
-            unfinished.rename(place)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        content = io.BytesIO()
+        pq.write_table(table, content)
+        write_atomically(folder / name / f"run_id={report.run_id}" / "part-0.parquet", content.getvalue())
 
 
 def _predictions_table(predictions: Mapping[str, Predictions]) -> pa.Table:

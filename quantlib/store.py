@@ -248,15 +248,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _new_file(folder: Path) -> Iterator[IO[bytes]]:
-    """A temporary file in `folder` that is gone afterwards, unless it was published."""
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Say what to do when the disk that holds `folder` is full.
+
+    Raises:
+        MachineError: In place of the error of the operating system.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as file:
-            try:
-                yield file
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        yield
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
@@ -264,6 +263,18 @@ def _new_file(folder: Path) -> Iterator[IO[bytes]]:
             f"The disk is full: nothing more can be written below {folder}. "
             "Free some space, or choose another place with --home, then run again: finished stages are kept."
         ) from None
+
+
+@contextmanager
+def _new_file(folder: Path) -> Iterator[IO[bytes]]:
+    """A temporary file in `folder` that is gone afterwards, unless it was published."""
+    with naming_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as file:
+            try:
+                yield file
+            finally:
+                Path(file.name).unlink(missing_ok=True)
 
 
 def _publish(file: IO[bytes], place: Path, mode: int = 0o444) -> None:

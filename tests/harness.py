@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.server import set_defaults, start
+from flows.server import drain, set_defaults, start
 from quantlib.journal import Journal, read_runs
 from quantlib.store import Ref, Store
 
@@ -168,7 +168,10 @@ def _run_flow(run_id: str | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     if run_id is not None:
         RUN_ID.set(run_id)
-    report = quantize(parse_recipe(RECIPE))
+    try:
+        report = quantize(parse_recipe(RECIPE))
+    finally:
+        drain()  # A forked process ends without what Prefect does at exit.
     timed = {"latency_p50_ms", "speedup", "artifact_path", "created_at"}
     return {
         "variants": [{k: v for k, v in vars(row).items() if k not in timed} for row in report.variants],

@@ -1,16 +1,20 @@
 """The whole flow, once, on the small recipe of the harness."""
 
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import duckdb
 import harness
+import httpx
 import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 
 from quantlib import report
+from quantlib.journal import read_runs
 from quantlib.store import Store
 
 
@@ -29,6 +33,28 @@ def test_a_second_run_computes_nothing_and_reports_the_same(undisturbed, home_co
     assert again.error == ""
     assert all(again.stages.values())
     assert again.variants == expected.variants
+
+
+def test_prefect_shows_reused_stages_as_cached_and_computed_ones_as_completed(undisturbed, home_copy):
+    assert states_in_prefect(undisturbed[0]) == dict.fromkeys(undisturbed[1].stages, "Completed")
+    again = harness.run(home_copy)
+    assert states_in_prefect(home_copy) == dict.fromkeys(again.stages, "Cached")
+
+
+def states_in_prefect(home):
+    """What Prefect shows of the home's newest run: the state of each stage's task run, by its name."""
+    flow_run = read_runs(home / "runs")[0].file.flow_run_id
+    deadline = time.monotonic() + 60
+    with httpx.Client(base_url=os.environ["PREFECT_API_URL"]) as client:
+        # Prefect takes states from a queue: the last ones are seen a little later.
+        while time.monotonic() < deadline:
+            body = {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200}
+            runs = client.post("/task_runs/filter", json=body).json()
+            states = {run["name"]: run["state_name"] for run in runs if not run["name"].startswith("write_report")}
+            if states and not {"Running", "Pending"} & set(states.values()):
+                return states
+            time.sleep(0.2)
+    raise AssertionError(f"not all states have arrived: {states}")
 
 
 @pytest.mark.parametrize("table", report.SCHEMAS)
