@@ -1,5 +1,6 @@
 """The report as others read it: Parquet tables, one folder a run."""
 
+import errno
 import os
 import re
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from quantlib import report
-from quantlib.errors import StoreError
+from quantlib.errors import MachineError, StoreError
 from quantlib.predictions import Predictions
 from quantlib.report import EpochRow, LatencyRow, Report, StageRow, VariantRow
 
@@ -238,16 +239,17 @@ def test_a_reader_sees_nothing_of_a_run_that_is_being_written(
 def test_a_failure_leaves_nothing_behind_and_no_row_in_variants(
     reports: Path, found: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_table = pq.write_table
+    flush = os.fsync
+    calls: list[int] = []
 
-    def fill_the_disk(table: Any, where: Path) -> None:
-        if "seconds" in table.column_names:
-            where.write_bytes(b"half a fi")
-            raise OSError("No space left on device")
-        write_table(table, where)
+    def fill_the_disk(file: int) -> None:
+        calls.append(file)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(file)
 
-    monkeypatch.setattr(pq, "write_table", fill_the_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", fill_the_disk)
+    with pytest.raises(MachineError, match="disk is full"):
         report.write(reports, replace(found, run_id="third"), PREDICTIONS)
 
     assert not [path for path in reports.rglob("*") if path.name.startswith(".")]

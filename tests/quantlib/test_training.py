@@ -1,5 +1,6 @@
 """Training from nothing."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from quantlib.data import Split
 from quantlib.recipe import TrainingRecipe
 from quantlib.transforms import EvalTransform
 
+random_states = itertools.count()
+
 
 @pytest.fixture
 def recipe() -> TrainingRecipe:
@@ -21,7 +24,7 @@ def recipe() -> TrainingRecipe:
 def _train(split: Split, recipe: TrainingRecipe, arguments: dict, seed: int = 3) -> tuple[nn.Module, list]:
     torch.manual_seed(0)
     model = models.mobilenet_v2(**arguments)
-    torch.seed()  # what the process drew before must not matter
+    torch.manual_seed(next(random_states))  # what the process drew before must not matter
     calls: list[tuple[int, int]] = []
     training.train(
         model,
