@@ -54,7 +54,8 @@ def test_converting_leaves_the_prepared_model_in_float(
         assert torch.equal(prepared(val_inputs), before)
 
 
-@pytest.mark.parametrize("qconfig", get_args(QConfigName))
+# Weights of a scale each, and a scale a channel; x86's and onednn's are stored as fbgemm's.
+@pytest.mark.parametrize("qconfig", ["default", "fbgemm"])
 @pytest.mark.parametrize("mode", ["eval", "qat"])
 def test_a_saved_int8_model_comes_back_bit_for_bit(
     tiny_model: nn.Module,
@@ -183,7 +184,6 @@ def real_shards(shared: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     ("weights", "qconfig", "least", "most"),
     [
         ("mobilenet_v2_cifar10_64px.pth", "default", -0.03, 0.03),
-        ("mobilenet_v2_cifar10_64px.pth", "fbgemm", -0.03, 0.03),
         # The same function, its channels of uneven range: min/max per tensor loses 36 points on all 5,000 images,
         # per channel 2.7.
         ("mobilenet_v2_cifar10_64px_uneven.pth", "default", 0.2, 0.5),

@@ -37,7 +37,7 @@ def _noise(expected: torch.Tensor, got: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("mode", ["eval", "qat"])
-@pytest.mark.parametrize("qconfig", ["default", "fbgemm", "onednn", "qnnpack"])
+@pytest.mark.parametrize("qconfig", ["default", "fbgemm", "onednn"])
 def test_simulating_both_parts_gives_the_int8_models_logits(
     prepared: Callable[..., nn.Module], val_inputs: torch.Tensor, engine: str, mode: FuseMode, qconfig: str
 ) -> None:
