@@ -95,7 +95,9 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
     """Runs with their state, age, stage, and what to do next."""
     table = Table(header_style="bold")
     table.add_column("run", no_wrap=True, min_width=max(len(run.file.run_id) for run in runs))
-    for name in ("state", "age", "stages", "last stage", "next"):
+    for name in ("state", "age", "stages"):
+        table.add_column(name, no_wrap=not any(run.message for run in runs))
+    for name in ("last stage", "next"):
         table.add_column(name)
     next_step = {"running": "wait", "completed": "report", "crashed": "resume", "failed": "resume"}
     for run in runs:

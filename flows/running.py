@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 from flows.server import prefect_server
+from quantlib import machine
+from quantlib.inputs import find_inputs
 from quantlib.recipe import Recipe
 from quantlib.report import Report
 from tasks.run import LISTENER, RUN_ID, Listener
@@ -25,6 +27,10 @@ def run_here(
     home = home.resolve()
     os.environ["QUANTFLOW_HOME"] = str(home)
     with prefect_server(home, verbose=verbose) as wait_for_server:
+        # What can be wrong is found while the server starts; the flow finds the same again, in no time.
+        find_inputs(recipe, home / "splits")
+        machine.find_engine(recipe.engine)
+
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         from flows.crashes import mark_crashed_runs

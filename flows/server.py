@@ -60,7 +60,7 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]
                 with _use(url):
                     yield lambda: None
             else:
-                with _start(folder) as wait:
+                with start(folder) as wait:
                     yield wait
         finally:
             lock.release()
@@ -93,7 +93,8 @@ def _use(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _start(folder: Path) -> Iterator[Callable[[], None]]:
+def start(folder: Path) -> Iterator[Callable[[], None]]:
+    """Start a server with its database in `folder`; as `prefect_server`, without asking who else is there."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = folder / "server.log"

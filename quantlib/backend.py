@@ -127,12 +127,17 @@ def freeze_batch_norm(model: nn.Module) -> None:
     model.apply(intrinsic_qat.freeze_bn_stats)
 
 
-def set_fake_quantization(model: nn.Module, *, weights: bool, activations: bool) -> None:
-    """Switch fake quantization of weights and of activations on or off; observers are switched off."""
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizeBase):
-            module.disable_observer()
-            module.enable_fake_quant(weights if name.endswith("weight_fake_quant") else activations)
+def fake_quantize_qat(prepared: nn.Module, *, weights: bool, activations: bool) -> None:
+    """Make a quantization-aware trained model compute in float what int8 would, in place.
+
+    Each fake quantization is replaced by rounding to the grid that `convert` takes, or by nothing. Its own would not
+    do: torch's fused kernel has max/127 for a symmetric range, and torch's conversion 2 max/255.
+    """
+    for module in list(prepared.modules()):
+        for name, wanted in (("weight_fake_quant", weights), ("activation_post_process", activations)):
+            fake_quantize = getattr(module, name, None)
+            if isinstance(fake_quantize, FakeQuantizeBase):
+                setattr(module, name, FixedFakeQuantize(fake_quantize) if wanted else nn.Identity())
 
 
 def fake_quantize_ptq(prepared: nn.Module, *, weights: bool, activations: bool) -> None:

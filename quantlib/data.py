@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -212,9 +213,10 @@ def _imagenet(root: Path, split: SplitName) -> Split:
         raise DataError(f"No folder {root}: data.root must be torchvision's ImageNet folder.")
     try:
         dataset = ImageNet(str(root), split=split)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"Folder {root} is not torchvision's ImageNet: {error} It needs ILSVRC2012_devkit_t12.tar.gz and the "
+            f"Folder {root} is not torchvision's ImageNet: {reason} It needs ILSVRC2012_devkit_t12.tar.gz and the "
             "archives of both splits (or what torchvision unpacks from them). For plain folders of images, "
             'use format = "imagefolder".'
         ) from None
@@ -251,12 +253,28 @@ def _user_dataset(data_format: str, root: str | None, split: SplitName) -> Split
             f"{data_format} returned a {type(dataset).__name__}: it must have `classes`, `targets` and give "
             "(PIL image, label) for dataset[i], as torchvision's datasets do."
         )
+    labels = np.asarray(labels, dtype=np.int64)
+    outside = labels[(labels < 0) | (labels >= len(classes))]
+    if len(outside) > 0:
+        raise DataError(
+            f"{data_format} gives the label {outside[0]}, and has {len(classes)} classes: "
+            "a label is a place in `classes`, counted from 0."
+        )
     return Split(
-        labels=np.asarray(labels, dtype=np.int64),
+        labels=labels,
         classes=tuple(str(name) for name in classes),
-        open=lambda index: dataset[index][0].convert("RGB"),
+        open=lambda index: _pil_image(dataset[index][0], data_format).convert("RGB"),
         name_of=lambda index: f"{index} of {data_format}'s {split} split",
     )
+
+
+def _pil_image(image: Any, data_format: str) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        raise DataError(
+            f"{data_format} gives a {type(image).__name__} as image: it must be a PIL image, as it is before any "
+            "transform."
+        )
+    return image
 
 
 def _of_samples(samples: Sequence[tuple[str, int]], classes: tuple[str, ...]) -> Split:

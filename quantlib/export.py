@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantlib import backend
+from quantlib import backend, torchscript
 from quantlib.errors import ModelError
 
 
 def script(model: nn.Module, engine: str | None = None) -> bytes:
     """A model as a TorchScript file; `torch.jit.load` reads it without this package.
+
+    The same model gives the same bytes.
 
     Args:
         model: Fused float, or int8.
@@ -23,12 +25,13 @@ def script(model: nn.Module, engine: str | None = None) -> bytes:
     buffer = io.BytesIO()
     try:
         with backend.use_engine(engine or "auto"):
+            torchscript.forget_classes()
             torch.jit.save(torch.jit.script(model.eval()), buffer)
     except (RuntimeError, NotImplementedError, OSError) as error:
         raise ModelError(
             f"The model cannot be scripted: {error}\nUse operations that torch.jit.script supports in its forward()."
         ) from None
-    return buffer.getvalue()
+    return torchscript.canonical(buffer.getvalue())
 
 
 def load(path: Path) -> nn.Module:

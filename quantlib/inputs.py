@@ -18,10 +18,13 @@ from typing import Literal
 from quantlib import codehash
 from quantlib.errors import DataError, ModelError, RecipeError
 from quantlib.progress import Progress, silent
-from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file
+from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file, suggest
 from quantlib.store import write_atomically
 
 SplitName = Literal["train", "val"]
+
+ARCHITECTURES = ("mobilenet_v2",)
+"""Registered names; quantlib.models builds them, which needs torch."""
 
 NOT_IN_KEY = {"in_key": False}
 """Metadata of a field that says where something lies, and not what it is."""
@@ -159,6 +162,11 @@ def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> Non
 
 def _find_model(recipe: Recipe) -> ModelInput:
     section = recipe.model
+    if section.architecture not in ARCHITECTURES and not is_import_path(section.architecture):
+        raise RecipeError(
+            f"model.architecture = {section.architecture!r} is unknown{suggest(section.architecture, ARCHITECTURES)} "
+            f'Allowed: {", ".join(ARCHITECTURES)}, or "package.module:function".'
+        )
     fingerprint = section.weights
     if is_weights_file(section.weights):
         path = Path(section.weights)
@@ -181,13 +189,9 @@ def _find_model(recipe: Recipe) -> ModelInput:
 def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Progress) -> SplitInput:
     """Identify a split; it is opened and hashed only where its files have changed since it was last."""
     code = _user_code(recipe.format, "data.format")
-    files = sorted(_files(recipe, name))
-    listing = hashlib.sha256(repr((recipe.format, name, code, _library(recipe.format))).encode())
-    for path, status in files:
-        listing.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    remembered = cache / f"{listing.hexdigest()}.json"
+    _, state = _look(recipe, name, code)
     try:
-        found = json.loads(remembered.read_bytes())
+        found = json.loads((cache / f"{state}.json").read_bytes())
         return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
     except (OSError, ValueError, TypeError, KeyError):
         pass  # Not seen before, or the note of it is damaged: look at the files themselves.
@@ -195,42 +199,53 @@ def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Prog
     from quantlib import data
 
     split = data.open_split(recipe.format, recipe.root, name)
-    content = hashlib.sha256(listing.copy().digest() if not files else repr((recipe.format, code)).encode())
+    # Again: opening may make the files, as torchvision unpacks ImageNet's archives then.
+    paths, state = _look(recipe, name, code)
+    content = hashlib.sha256(repr((recipe.format, code, "" if paths else state)).encode())
     root = Path(recipe.root or "")
     with ThreadPoolExecutor(2) as pool:
-        hashes = pool.map(_hash_file, (path for path, _ in files))
-        for done, ((path, _), sha256) in enumerate(zip(files, hashes, strict=True), start=1):
+        for done, (path, sha256) in enumerate(zip(paths, pool.map(_hash_file, paths), strict=True), start=1):
             content.update(f"{Path(path).relative_to(root)}\0{sha256}\n".encode())
-            if done % 256 == 0 or done == len(files):
-                progress(done, len(files))
+            if done % 256 == 0 or done == len(paths):
+                progress(done, len(paths))
     found_input = SplitInput(recipe.format, name, recipe.root, content.hexdigest(), len(split), split.classes)
     kept = {key: value for key, value in asdict(found_input).items() if key != "root"}
-    write_atomically(remembered, json.dumps(kept).encode())
+    write_atomically(cache / f"{state}.json", json.dumps(kept).encode())
     return found_input
+
+
+def _look(recipe: DataRecipe, name: SplitName, code: str) -> tuple[list[str], str]:
+    """A split's files, and a hash of what tells without reading them whether they have changed."""
+    files = sorted(_files(recipe, name))
+    state = hashlib.sha256(repr((recipe.format, name, code, _library(recipe.format))).encode())
+    for path, status in files:
+        state.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return [path for path, _ in files], state.hexdigest()
 
 
 def _files(recipe: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_result]]:
     """The files that a split is made of; none for data that a library carries."""
-    if recipe.root is None:
+    if recipe.root is None or recipe.format == "digits":
         return
     folder = Path(recipe.root)
     if recipe.format in {"imagefolder", "imagenet"}:
         folder = folder / name
     elif recipe.format == "cifar10":
         folder = folder / "cifar-10-batches-py"
-    yield from _walk(str(folder))
+    if folder.is_dir():  # Else `open_split` says what is missing.
+        yield from _walk(str(folder))
 
 
 def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    yield from _walk(entry.path)
-                else:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path)
+            else:
+                try:
                     yield entry.path, entry.stat()
-    except FileNotFoundError:
-        return  # `open_split` says what is missing.
+                except OSError as error:  # A link that leads nowhere, say.
+                    raise _unreadable(entry.path, error) from None
 
 
 def _library(data_format: str) -> str:
@@ -256,6 +271,8 @@ def _hash_file(path: str) -> str:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(
-            f"Image file {path} cannot be read: {error.strerror}. Mend it, or remove it from the dataset."
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> DataError:
+    return DataError(f"Image file {path} cannot be read: {error.strerror}. Mend it, or remove it from the dataset.")

@@ -170,7 +170,8 @@ class Journal:
 
     def _append(self, line: dict[str, Any]) -> None:
         with (self.folder / "stages.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            # The break before it ends a line that a crash has cut short.
+            file.write(f"\n{json.dumps(line)}\n")
 
 
 def read_runs(folder: Path) -> list[RunStatus]:

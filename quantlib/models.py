@@ -140,6 +140,7 @@ class MobileNetV2(nn.Module):
 mobilenet_v2 = MobileNetV2
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2}
+"""The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES are their names."""
 
 
 def find_architecture(name: str) -> Callable[..., nn.Module]:

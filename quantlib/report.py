@@ -189,8 +189,8 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
     for name, table in tables.items():
         place = folder / name / f"run_id={report.run_id}"
         place.parent.mkdir(parents=True, exist_ok=True)
-        # A name that starts with a dot is passed over by every reader.
-        unfinished = Path(tempfile.mkdtemp(dir=place.parent, prefix=".writing-"))
+        # Beside the tables and not in one: DuckDB's glob takes folders whose names start with a dot.
+        unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
         try:
             pq.write_table(table, unfinished / "part-0.parquet")
             unfinished.chmod(0o755)

@@ -22,7 +22,7 @@ def simulate(prepared: nn.Module, mode: FuseMode, parts: Parts) -> nn.Module:
     model = copy.deepcopy(prepared).eval()
     switches = {"weights": parts != "activations", "activations": parts != "weights"}
     if mode == "qat":
-        backend.set_fake_quantization(model, **switches)
+        backend.fake_quantize_qat(model, **switches)
     else:
         backend.fake_quantize_ptq(model, **switches)
     return model

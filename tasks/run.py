@@ -71,7 +71,7 @@ class Run:
 
 
 LISTENER: ContextVar[Listener] = ContextVar("listener")
-RUN_ID: ContextVar[str] = ContextVar("run_id")
+RUN_ID: ContextVar[str | None] = ContextVar("run_id", default=None)
 """Set to go on with a run."""
 _RUN: ContextVar[Run] = ContextVar("run")
 
@@ -96,7 +96,7 @@ def start_run(flow: str, recipe: Recipe, flow_run_id: str | None) -> Iterator[Ru
         flow_run_id: Prefect's, where there is one: a flow run that Prefect retries goes on with its run.
     """
     home, store = home_folder(), open_store()
-    journal = Journal(home / "runs" / (RUN_ID.get(None) or _run_id(home, recipe, flow_run_id)))
+    journal = Journal(home / "runs" / (RUN_ID.get() or _run_id(home, recipe, flow_run_id)))
     run = Run(home, store, journal, ProgressArtifacts(LISTENER.get(Silence())))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):
         token = _RUN.set(run)

@@ -1,0 +1,72 @@
+"""TorchScript files whose bytes the model alone decides.
+
+torch.jit.save writes what the process happened to do before into the file: numbers that tell classes of one name
+apart count every model scripted so far, constants stand in the order of a Python set, and debug records hold the
+paths of this machine. A run that is resumed would give other bytes than one that was not.
+"""
+
+import io
+import re
+from collections.abc import Iterable
+
+import torch
+
+_MANGLED = re.compile(rb"___torch_mangle_(\d+)")
+_FINAL = re.compile(rb"(?:^  \w+ : Final\[.*\n)+", re.MULTILINE)
+# The writer adds these itself.
+_WRITTEN_BY_TORCH = ("version", "byteorder", ".data/serialization_id")
+
+
+def forget_classes() -> None:
+    """Let the next model be scripted as if it were the process's first, but for the numbers of its classes.
+
+    What torch's own tests do between each other (torch.testing._internal.jit_utils.clear_class_registry).
+    """
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
+
+
+def canonical(content: bytes) -> bytes:
+    """The same TorchScript file, with classes numbered by first use, constants sorted, and no debug records."""
+    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
+    names = [
+        name for name in reader.get_all_records() if name not in _WRITTEN_BY_TORCH and not name.endswith(".debug_pkl")
+    ]
+    records = {name: reader.get_record(name) for name in names}
+    # data.pkl names every class in the order of the modules, which is the same each time.
+    numbers = _first_uses([records["data.pkl"], *(records[name] for name in sorted(names, key=_without_numbers))])
+    renamed = {_renumber(name.encode(), numbers).decode(): _rewrite(name, records[name], numbers) for name in names}
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    for name in sorted(renamed):
+        writer.write_record(name, renamed[name], len(renamed[name]))
+    writer.write_end_of_file()
+    return buffer.getvalue()
+
+
+def _rewrite(name: str, record: bytes, numbers: dict[bytes, bytes]) -> bytes:
+    if name.endswith(".py"):
+        return _FINAL.sub(_sort_lines, _renumber(record, numbers))
+    # Class names in a pickle end with a line break and carry no length, so that they can be longer or shorter.
+    return _renumber(record, numbers) if name.endswith(".pkl") else record
+
+
+def _first_uses(texts: Iterable[bytes]) -> dict[bytes, bytes]:
+    numbers: dict[bytes, bytes] = {}
+    for text in texts:
+        for number in _MANGLED.findall(text):
+            numbers.setdefault(number, str(len(numbers)).encode())
+    return numbers
+
+
+def _renumber(text: bytes, numbers: dict[bytes, bytes]) -> bytes:
+    return _MANGLED.sub(lambda found: b"___torch_mangle_" + numbers.get(found[1], found[1]), text)
+
+
+def _sort_lines(found: re.Match[bytes]) -> bytes:
+    return b"".join(sorted(found[0].splitlines(keepends=True)))
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)

@@ -1,0 +1,219 @@
+"""A tiny net and tiny images, so that a test costs a fraction of a second."""
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from quantlib import backend, calibration, data, fusion, images, models, training
+from quantlib.data import Split
+from quantlib.recipe import TrainingRecipe
+from quantlib.store import Store
+from quantlib.transforms import EvalTransform, TrainTransform
+
+CLASSES = ("blue", "green", "red")
+CROP = 32
+TINY_ARGUMENTS = {
+    "num_classes": len(CLASSES),
+    "width_mult": 0.25,
+    # The first and the last row have a block whose input is added to its output.
+    "inverted_residual_setting": [[1, 32, 1, 1], [2, 48, 1, 2], [4, 64, 2, 2]],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """A tiny net gains nothing from more threads, and on a busy machine they wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Prefect server for every run of the tests that need one."""
+    with harness.serve_prefect(tmp_path_factory.mktemp("prefect")):
+        yield
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, harness.Outcome]:
+    """A run that nothing happened to: its home, and what it left. Copy the home before changing it."""
+    home = tmp_path_factory.mktemp("undisturbed") / "home"
+    outcome = harness.run(home)
+    assert outcome.error == ""
+    assert outcome.exitcode == 0
+    return home, outcome
+
+
+@pytest.fixture
+def home_copy(undisturbed: tuple[Path, harness.Outcome], tmp_path: Path) -> Path:
+    """The home of a finished run, to do with as one likes."""
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Finds real data and weights, which lie beside the repository; skips where they do not."""
+
+    def find(name: str) -> Path:
+        path = request.config.rootpath.parent / "shared" / name
+        if not path.exists():
+            pytest.skip(f"needs ../shared/{name}")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/CLASS/IMAGE and val/CLASS/IMAGE: noise of three colours, 12 and 6 images a class, of all shapes.
+
+    Read-only: tests that change files take `own_folder`.
+    """
+    root = tmp_path_factory.mktemp("image_folder")
+    rng = np.random.default_rng(0)
+    for split, num_images in (("train", 12), ("val", 6)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(num_images):
+                height, width = rng.integers(34, 60, 2)
+                pixels = rng.integers(0, 150, (height, width, 3))
+                pixels[..., 2 - label] += 100
+                # Both the usual formats; each name sorts where its number says.
+                suffix = "png" if number % 2 else "jpg"
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02}.{suffix}")
+    return root
+
+
+@pytest.fixture
+def own_folder(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `image_folder` that a test may change."""
+    import shutil
+
+    return Path(shutil.copytree(image_folder, tmp_path / "own_folder"))
+
+
+@pytest.fixture(scope="session")
+def train_split(image_folder: Path) -> Split:
+    return data.open_split("imagefolder", str(image_folder), "train")
+
+
+@pytest.fixture(scope="session")
+def val_split(image_folder: Path) -> Split:
+    return data.open_split("imagefolder", str(image_folder), "val")
+
+
+def _decoded(split: Split, path: Path) -> Path:
+    order = np.random.default_rng(1).permutation(len(split))
+    pixels, labels = data.decode(split, order, EvalTransform(CROP, CROP), seed=0)
+    with path.open("wb") as file:
+        images.save(pixels, labels, file)
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_shard(train_split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 decoded images, classes mixed."""
+    return _decoded(train_split, tmp_path_factory.mktemp("shards") / "train")
+
+
+@pytest.fixture(scope="session")
+def val_shard(val_split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 decoded images, classes mixed."""
+    return _decoded(val_split, tmp_path_factory.mktemp("shards") / "val")
+
+
+@pytest.fixture(scope="session")
+def val_inputs(val_shard: Path) -> torch.Tensor:
+    """The 18 images of `val_shard` as a model's input."""
+    return images.to_input(images.open_shard(val_shard)[0])
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments() -> dict[str, Any]:
+    return dict(TINY_ARGUMENTS)
+
+
+@pytest.fixture(scope="session")
+def stir_batch_norm() -> Callable[[nn.Module], nn.Module]:
+    """Gives every BatchNorm statistics and weights that are not the initial 0 and 1, in place."""
+
+    def stir(model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+                with torch.no_grad():
+                    module.weight.uniform_(0.5, 1.5, generator=generator)
+                    module.bias.normal_(0, 0.3, generator=generator)
+        return model
+
+    return stir
+
+
+@pytest.fixture
+def tiny_model(stir_batch_norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A MobileNetV2 of four blocks, two of them residual, untrained, in eval mode."""
+    torch.manual_seed(0)
+    return stir_batch_norm(models.mobilenet_v2(**TINY_ARGUMENTS)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_header() -> dict[str, Any]:
+    """What `models.save` is told of `tiny_model` and `trained_model`."""
+    return {"architecture": "mobilenet_v2", "arguments": TINY_ARGUMENTS, "code": ""}
+
+
+@pytest.fixture(scope="session")
+def trained_model(train_split: Split) -> nn.Module:
+    """The tiny net, trained to tell the three colours; read-only."""
+    torch.manual_seed(0)
+    model = models.mobilenet_v2(**TINY_ARGUMENTS)
+    recipe = TrainingRecipe(epochs=20, batch_size=12, learning_rate=0.01)
+    training.train(model, train_split, np.arange(len(train_split)), TrainTransform(CROP, (0.5, 1.0), 0.5), recipe, 0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def fused_model(trained_model: nn.Module) -> nn.Module:
+    """Fused in mode "eval"; read-only."""
+    return fusion.fuse_model(trained_model, "eval")
+
+
+@pytest.fixture(scope="session")
+def calibrated(fused_model: nn.Module, train_shard: Path) -> Callable[[str], nn.Module]:
+    """The trained net, calibrated with the qconfig of a name, once; read-only."""
+    known: dict[str, nn.Module] = {}
+
+    def calibrate(qconfig: str) -> nn.Module:
+        if qconfig not in known:
+            known[qconfig] = backend.prepare(fused_model, qconfig, "eval")
+            calibration.calibrate(known[qconfig], train_shard, batch_size=12)
+        return known[qconfig]
+
+    return calibrate
+
+
+@pytest.fixture(scope="session")
+def engine() -> str:
+    """The int8 engine that torch prefers on this machine."""
+    return backend.resolve_engine("auto")
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(0)

@@ -1,0 +1,76 @@
+"""A damaged store: the damage is noticed, the stage it belongs to runs again, and nothing else does."""
+
+import harness
+import pytest
+
+from quantlib.store import Store
+
+DAMAGES = {
+    "deleted": lambda path: path.unlink(),
+    "cut to half": lambda path: _overwrite(path, path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path: _overwrite(path, b""),
+    "one byte changed": lambda path: _overwrite(path, _with_one_byte_changed(path.read_bytes())),
+}
+
+
+def _overwrite(path, content):
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def _with_one_byte_changed(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def check_repair(home, expected, record, path, damage):
+    DAMAGES[damage](path)
+    repaired = harness.run(home)
+    assert repaired.error == ""
+    assert repaired.variants == expected.variants
+    ran = {label for label, cached in repaired.stages.items() if not cached}
+    labels = {label for label, key in harness.keys_done(home).items() if key == record.key}
+    assert ran <= labels | {"benchmark"}, f"{record.stage}, {damage}"
+    # An artifact that an earlier stage makes, too, is there again before this one is asked for it.
+    assert len(ran) == 1, f"{record.stage}, {damage}: not noticed"
+    assert Store(home / "store").holds(next(ref for ref in record.outputs if ref.sha256 == path.name)) or ran == {
+        "benchmark"
+    }
+
+
+def artifacts(home):
+    """Each artifact once, with the first record that names it in the flow's order."""
+    store = Store(home / "store")
+    by_key = {record.key: record for record in store.records()}
+    seen = {}
+    for key in harness.keys_done(home).values():
+        for ref in by_key[key].outputs:
+            seen.setdefault(ref.sha256, by_key[key])
+    return [(record, home / "store" / "blobs" / sha[:2] / sha) for sha, record in seen.items()]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_artifact_is_made_again_and_nothing_else_is(damage, home_copy, undisturbed):
+    home, (_, expected) = home_copy, undisturbed
+    number = list(DAMAGES).index(damage)
+    found = artifacts(home)
+    record, path = found[number * len(found) // len(DAMAGES)]
+    check_repair(home, expected, record, path, damage)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_artifact_is_made_again_and_nothing_else_is(damage, home_copy, undisturbed):
+    home, (_, expected) = home_copy, undisturbed
+    for record, path in artifacts(home):
+        check_repair(home, expected, record, path, damage)
+
+
+def test_a_damaged_record_makes_its_stage_run_again_and_nothing_else(home_copy, undisturbed):
+    home, (_, expected) = home_copy, undisturbed
+    key = harness.keys_done(home)["calibrate-per_channel"]
+    _overwrite(home / "store" / "records" / f"{key}.json", b"{")
+    repaired = harness.run(home)
+    assert repaired.variants == expected.variants
+    assert [label for label, cached in repaired.stages.items() if not cached] == ["calibrate-per_channel"]

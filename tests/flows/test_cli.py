@@ -1,0 +1,189 @@
+"""The command line: exit statuses and messages."""
+
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from flows import cli, parameters
+
+
+@pytest.fixture
+def quantflow(tmp_path, monkeypatch):
+    """Runs a command line in an empty folder; gives (exit status, what it said)."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("QUANTFLOW_HOME", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def call(*arguments):
+        result = CliRunner().invoke(cli.main, [*arguments])
+        return result.exit_code, result.output
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder of two classes."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            place = tmp_path / "data" / split / name
+            place.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (40, 40), (number * 20, 0, 0)).save(place / f"{number}.png")
+    return tmp_path / "data"
+
+
+RECIPE = """
+name = "own"
+[model]
+weights = "train"
+[data]
+format = "imagefolder"
+root = "data"
+resize = 32
+crop = 32
+[evaluation]
+num_held_back = 2
+[calibration]
+batch_size = 2
+num_batches = 1
+[[ptq]]
+name = "per_channel"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, folder):
+    path = tmp_path / "own.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+WRONG_SETTINGS = [
+    ("ptq.0.qconfg=default", "Unknown key 'ptq.0.qconfg' (did you mean 'qconfig'?)"),
+    ("ptq.0.qconfig=fbgem", "(did you mean 'fbgemm'?). Allowed: default, fbgemm, x86, onednn, qnnpack"),
+    ("data.root=nowhere", "data.root must hold train/CLASS/IMAGE"),
+    (
+        "data.format=imagfolder",
+        "data.format = 'imagfolder' is unknown. Allowed: digits, imagefolder, imagenet, cifar10",
+    ),
+    ("model.weights=none.pth", "No weights file"),
+    ("model.architecture=mobilnet", "model.architecture = 'mobilnet' is unknown"),
+    ("model.arguments.num_classes=7", "num_classes = 7, and the data has 2 classes"),
+    ("calibration.num_batches=100", "calibration asks for 100 batches of 2 = 200 images"),
+    ("evaluation.num_held_back=5", "at most half may be held back"),
+    ("engine=qnnpak", "(did you mean 'qnnpack'?)"),
+    ("gate.max_top1_drop=2", "gate.max_top1_drop = 2 is not allowed"),
+    ("data", "has no value: write KEY=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("setting", "message"), WRONG_SETTINGS)
+def test_a_wrong_setting_is_named_with_what_is_allowed_and_nothing_is_run(
+    setting, message, recipe, quantflow, tmp_path
+):
+    status, said = quantflow("run", str(recipe), "--set", setting)
+    assert status == cli.WRONG_INPUT
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / ".quantflow" / "store").exists()
+    assert not (tmp_path / ".quantflow" / "runs").exists()
+
+
+def remove_classes(folder):
+    shutil.rmtree(folder / "train")
+    (folder / "train").mkdir()
+
+
+def rename_class(folder):
+    (folder / "val" / "dog").rename(folder / "val" / "cow")
+
+
+def remove_images(folder):
+    for path in (folder / "val").rglob("*.png"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (remove_classes, "has no classes"),
+        (rename_class, "they differ in cow, dog"),
+        (remove_images, "has a class without images"),
+    ],
+)
+def test_a_spoilt_dataset_is_named_before_any_stage_starts(spoil, message, folder, recipe, quantflow, tmp_path):
+    spoil(folder)
+    status, said = quantflow("run", str(recipe))
+    assert status == cli.WRONG_INPUT
+    assert message in said
+    assert not (tmp_path / ".quantflow" / "store").exists()
+
+
+def test_an_engine_that_this_cpu_lacks_is_an_error_that_names_those_it_has(recipe, quantflow, monkeypatch):
+    import torch
+
+    supported = property(lambda _: ["none", "x86"])
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", supported)
+    status, said = quantflow("run", str(recipe), "--set", "engine=qnnpack")
+    assert status == cli.WRONG_INPUT
+    assert "this machine's torch has x86" in said
+
+
+def test_an_unknown_recipe_names_those_there_are(quantflow):
+    status, said = quantflow("run", "digit")
+    assert status == cli.WRONG_INPUT
+    assert "did you mean 'digits'?" in said
+
+
+def test_a_file_that_is_not_toml_is_named(quantflow, tmp_path):
+    (tmp_path / "broken.toml").write_text("name = ")
+    status, said = quantflow("run", "broken.toml")
+    assert status == cli.WRONG_INPUT
+    assert "cannot be read as TOML" in said
+
+
+def test_every_recipe_is_listed(quantflow):
+    status, said = quantflow("recipes")
+    assert status == 0
+    for name in parameters.packaged_recipes():
+        assert name in said
+
+
+def test_version(quantflow):
+    assert quantflow("--version")[1].startswith("quantflow, version ")
+
+
+@pytest.mark.parametrize("command", [["report"], ["runs"]])
+def test_an_empty_home_is_not_an_error(command, quantflow):
+    status, said = quantflow(*command)
+    assert status == 0
+    assert "quantflow run" in said
+
+
+def test_nothing_to_resume_is_said(quantflow):
+    status, said = quantflow("resume")
+    assert status == cli.WRONG_INPUT
+    assert "Nothing to resume" in said
+
+
+def test_report_and_runs_and_cache_show_a_finished_run(home_copy, quantflow):
+    for command, words in [
+        (["report"], ["per_channel", "winner", "baseline"]),
+        (["runs"], ["completed", "benchmark"]),
+        (["cache", "list"], ["qat_epoch", "calibrate"]),
+        (["cache", "verify"], ["0 damaged"]),
+    ]:
+        status, said = quantflow(*command, "--home", str(home_copy))
+        assert status == 0, said
+        for word in words:
+            assert word in said
+
+
+def test_freeing_without_saying_what_is_refused(home_copy, quantflow):
+    status, said = quantflow("cache", "free", "--home", str(home_copy))
+    assert status == cli.WRONG_INPUT
+    assert "--keep-runs" in said

@@ -1,0 +1,93 @@
+"""The whole flow, once, on the small recipe of the harness."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import duckdb
+import harness
+import pandas as pd
+import pyarrow.dataset as ds
+import pytest
+
+from quantlib import report
+from quantlib.store import Store
+
+
+def test_shared_stages_run_once_whatever_the_number_of_branches(undisturbed):
+    home, _ = undisturbed
+    labels = [line["label"] for line in harness.stage_lines(home) if "cached" in line]
+    assert max(Counter(labels).values()) == 1
+    assert {"load_float", "fuse-eval", "fuse-qat", "decode-calibration-0", "benchmark"} <= set(labels)
+    assert {"calibrate-per_channel", "convert-per_channel", "script_and_save-per_channel"} <= set(labels)
+    assert {"qat_epoch-qat-0", "qat_epoch-qat-1", "choose_epoch-qat"} <= set(labels)
+
+
+def test_a_second_run_computes_nothing_and_reports_the_same(undisturbed, home_copy):
+    _, expected = undisturbed
+    again = harness.run(home_copy)
+    assert again.error == ""
+    assert all(again.stages.values())
+    assert again.variants == expected.variants
+
+
+@pytest.mark.parametrize("table", report.SCHEMAS)
+def test_each_table_is_read_by_pyarrow_pandas_and_duckdb_in_one_glob(table, undisturbed):
+    home, _ = undisturbed
+    place = home / "reports" / table
+    columns = {"run_id", *report.SCHEMAS[table].names}
+    with_arrow = ds.dataset(place, partitioning="hive").to_table()
+    with_pandas = pd.read_parquet(place)
+    with_duckdb = duckdb.sql(f"SELECT * FROM '{place}/*/*.parquet'").fetchall()
+    assert set(with_arrow.column_names) == columns == set(with_pandas.columns)
+    assert len(with_arrow) == len(with_pandas) == len(with_duckdb) > 0
+
+
+def test_top1_recomputed_from_predictions_is_the_reported_one(undisturbed):
+    home, _ = undisturbed
+    predictions = pd.read_parquet(home / "reports" / "predictions")
+    variants = pd.read_parquet(home / "reports" / "variants")
+    correct = predictions.label == predictions.top5.str[0]
+    assert correct.groupby(predictions.variant).mean().to_dict() == pytest.approx(
+        dict(zip(variants.variant, variants.top1, strict=True)), abs=1e-12
+    )
+
+
+def test_qat_reports_its_best_epoch_with_that_epochs_accuracy(undisturbed):
+    home, _ = undisturbed
+    epochs = pd.read_parquet(home / "reports" / "epochs")
+    variant = pd.read_parquet(home / "reports" / "variants").set_index("variant").loc["qat"]
+    best = epochs[epochs.best].iloc[0]
+    assert best.epoch == variant.best_epoch
+    assert best.top1 == variant.top1
+    assert best.top1_selection == epochs.top1_selection.max() == variant.top1_selection
+    assert list(epochs.batch_norm_frozen) == [True, True]
+    assert list(epochs.observers_frozen) == [False, True]
+
+
+def test_the_laid_out_file_gives_the_reported_top1_with_torch_alone(undisturbed, tmp_path):
+    home, _ = undisturbed
+    variant = pd.read_parquet(home / "reports" / "variants").set_index("variant").loc["per_channel"]
+    store = Store(home / "store")
+    shard = store.path(store.find_record(harness.keys_done(home)["decode-validation-0"]).outputs[0])
+    code = f"""
+import torch, warnings
+warnings.simplefilter("ignore")
+shard = torch.load({str(shard)!r}, weights_only=True)
+x = shard["pixels"].permute(0, 3, 1, 2).float().div(255)
+x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+model = torch.jit.load({variant.artifact_path!r})
+with torch.inference_mode():
+    print(float((model(x).argmax(1) == shard["labels"]).float().mean()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert float(done.stdout) == pytest.approx(variant.top1, abs=1e-6)
+
+
+def test_every_stage_is_named_after_its_branch_and_reported_with_its_key(undisturbed):
+    home, outcome = undisturbed
+    stages = pd.read_parquet(home / "reports" / "stages").set_index("stage")
+    assert set(stages.index) == set(outcome.stages)
+    assert stages.key.to_dict() == harness.keys_done(home)
+    assert not stages.cached.any()
+    assert (stages.seconds > 0).all()

@@ -1,0 +1,194 @@
+"""Runs of a small recipe in processes of their own, which can be killed at any point of their work.
+
+The processes are forked from a server that has imported everything, so that a run takes seconds. Nothing of
+quantflow is replaced in them, but for the tie between equally fast variants: how fast a tiny net is on a busy
+machine is chance, and a winner that depends on it could not be compared.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.server import set_defaults, start
+from quantlib.journal import Journal, read_runs
+from quantlib.store import Ref, Store
+
+RECIPE = {
+    "name": "faults",
+    "model": {
+        "weights": "train",
+        "arguments": {"width_mult": 0.25, "inverted_residual_setting": [[1, 16, 1, 2], [2, 16, 2, 2]]},
+        "training": {"epochs": 1, "batch_size": 64},
+    },
+    "data": {"format": "digits", "resize": 16, "crop": 16, "train_flip": 0.0},
+    "evaluation": {"max_images": 60, "num_held_back": 40},
+    "calibration": {"batch_size": 16, "num_batches": 2},
+    "ptq": [{"name": "per_channel"}],
+    "qat": [
+        {
+            "name": "qat",
+            "epochs": 2,
+            "batches_per_epoch": 3,
+            "batch_size": 16,
+            "freeze_batch_norm_after_epoch": -1,
+            "freeze_observer_after_epoch": 0,
+        }
+    ],
+    "benchmark": {"num_samples": 10},
+    "gate": {"max_top1_drop": 1.0},
+}
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    ["flows.ptq", "flows.qat", "flows.quantize", "quantlib.conversion", "quantlib.qat", "quantlib.training"]
+)
+
+
+@contextmanager
+def serve_prefect(folder: Path) -> Iterator[None]:
+    """A Prefect server for the runs inside the block."""
+    before = dict(os.environ)
+    set_defaults(folder, verbose=False)
+    try:
+        with start(folder) as wait:
+            wait()
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    exitcode: int
+    """Of its process; -9 where it was killed."""
+    variants: list[dict[str, Any]]
+    """The columns of the table that a second run of the same recipe must repeat."""
+    points: list[str]
+    """Every point of its work at which it could have been killed."""
+    stages: dict[str, bool]
+    """By label: was it reused?"""
+    error: str
+
+
+def start_run(home: Path, *, kill_at: int | None = None, run_id: str | None = None) -> Any:
+    """Start a run of RECIPE in a process of its own.
+
+    Args:
+        home: Its home folder.
+        kill_at: Kill it with SIGKILL at this point of its work, counted from 0.
+        run_id: Of the run to go on with.
+    """
+    result = home.with_suffix(f".{os.urandom(4).hex()}.json")
+    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, run_id))
+    process.result = result
+    process.start()
+    return process
+
+
+def stage_lines(home: Path) -> list[dict[str, Any]]:
+    """The lines that every run of the home has written about its stages."""
+    runs = read_runs(home / "runs")
+    return [line for run in runs for line in Journal(home / "runs" / run.file.run_id).stages()]
+
+
+def keys_done(home: Path) -> dict[str, str]:
+    """The key of every stage that the home's runs had finished, by label."""
+    return {line["label"]: line["key"] for line in stage_lines(home) if "cached" in line}
+
+
+def outputs_of(home: Path) -> dict[str, tuple[Ref, ...]]:
+    """The artifacts of every recorded stage by its key, but for timings, which no two runs share."""
+    return {r.key: r.outputs for r in Store(home / "store").records() if r.stage != "benchmark"}
+
+
+def run_id_of(home: Path) -> str:
+    """The newest run's name."""
+    return read_runs(home / "runs")[0].file.run_id
+
+
+def finish(process: Any, timeout: float = 240) -> Outcome:
+    """Wait for a run to end."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError("the run did not end")
+    found = json.loads(process.result.read_text()) if process.result.exists() else {}
+    return Outcome(
+        process.exitcode,
+        found.get("variants", []),
+        found.get("points", []),
+        found.get("stages", {}),
+        found.get("error", ""),
+    )
+
+
+def run(home: Path, **options: Any) -> Outcome:
+    """Run RECIPE to its end, or to where it is killed."""
+    return finish(start_run(home, **options))
+
+
+def _work(home: str, result: str, kill_at: int | None, run_id: str | None) -> None:
+    os.environ["QUANTFLOW_HOME"] = home
+    points: list[str] = []
+
+    def pass_point(name: str) -> None:
+        if len(points) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        points.append(name)
+
+    _hook_points(pass_point)
+    found: dict[str, Any] = {"points": points}
+    try:
+        found |= _run_flow(run_id)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    Path(result).write_text(json.dumps(found, default=str))
+
+
+def _run_flow(run_id: str | None) -> dict[str, Any]:
+    from flows.quantize import quantize
+    from quantlib import verdict
+    from quantlib.recipe import parse_recipe
+    from tasks.run import RUN_ID
+
+    verdict.EQUALLY_FAST = float("inf")
+    if run_id is not None:
+        RUN_ID.set(run_id)
+    report = quantize(parse_recipe(RECIPE))
+    timed = {"latency_p50_ms", "speedup", "artifact_path", "created_at"}
+    return {
+        "variants": [{k: v for k, v in vars(row).items() if k not in timed} for row in report.variants],
+        "stages": {row.stage: row.cached for row in report.stages},
+    }
+
+
+def _hook_points(pass_point: Callable[[str], None]) -> None:
+    """Pass a point at each step that a crash could fall between: stage boundaries, progress inside, and writes."""
+    from quantlib.journal import Journal
+    from tasks.run import Run
+
+    def before(owner: Any, name: str, label: Callable[..., str]) -> None:
+        original = getattr(owner, name)
+
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            pass_point(label(*args))
+            return original(*args, **kwargs)
+
+        setattr(owner, name, hooked)
+
+    before(Journal, "stage_started", lambda _, label, *rest: f"before {label}")
+    before(Journal, "stage_finished", lambda _, label, *rest: f"after {label}")
+    before(Run, "progress", lambda run, *rest: f"inside {run._computing}")
+    # In the middle of a write: the bytes are in the temporary file, not yet on the disk; then, not yet in place.
+    before(os, "fsync", lambda *_: "write: flush")
+    before(Path, "replace", lambda *_: "write: rename")

@@ -1,0 +1,109 @@
+"""The TorchScript file that is shipped."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantlib import backend, conversion, export, models
+from quantlib.errors import ModelError
+
+Calibrated = Callable[[str], nn.Module]
+
+# What a user writes to serve the file: torch alone, quantlib out of reach.
+_SERVE = """
+import sys
+assert "quantlib" not in sys.modules
+import torch
+torch.set_num_threads(1)
+model = torch.jit.load(sys.argv[1])
+with torch.inference_mode():
+    torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+assert "quantlib" not in sys.modules
+"""
+
+
+def test_the_int8_file_gives_the_same_logits_with_torch_alone(
+    calibrated: Calibrated, val_inputs: torch.Tensor, engine: str, tmp_path: Path
+) -> None:
+    int8 = conversion.convert(calibrated("fbgemm"), engine)
+    with torch.inference_mode(), backend.use_engine(engine):
+        expected = int8(val_inputs)
+    (tmp_path / "model.pt").write_bytes(export.script(int8, engine))
+    torch.save(val_inputs, tmp_path / "inputs")
+    arguments = [tmp_path / name for name in ("model.pt", "inputs", "logits")]
+
+    # -I: neither the working folder nor the user's packages are on the path. -W: torch.jit is announced for removal.
+    subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", _SERVE, *arguments], check=True, cwd=tmp_path)
+
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+
+
+def test_a_float_file_gives_the_same_logits(fused_model: nn.Module, val_inputs: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(export.script(fused_model))
+
+    loaded = export.load(tmp_path / "model.pt")
+
+    assert not loaded.training
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(val_inputs), fused_model(val_inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_has_the_same_bytes_each_time(fused_model: nn.Module, calibrated: Calibrated, engine: str) -> None:
+    int8 = conversion.convert(calibrated("default"), engine)
+
+    assert export.script(int8, engine) == export.script(int8, engine)
+    assert export.script(fused_model) == export.script(fused_model)
+
+
+_SCRIPT = """
+import hashlib, pathlib, sys, warnings
+import torch
+from torch import nn
+from quantlib import conversion, export
+warnings.simplefilter("ignore")
+torch.jit.script(nn.Sequential(nn.Linear(1, 1), nn.Conv2d(1, 1, 1)))
+content = export.script(*conversion.load_deployable(pathlib.Path(sys.argv[1]).read_bytes()))
+print(hashlib.sha256(content).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
+    calibrated: Calibrated, tiny_header: dict[str, Any], engine: str, tmp_path: Path, hash_seed: str
+) -> None:
+    int8 = conversion.convert(calibrated("fbgemm"), engine)
+    header = tiny_header | {"fused": "eval", "qconfig": "fbgemm", "engine": engine}
+    (tmp_path / "model").write_bytes(models.save(int8, header))
+    other = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, tmp_path / "model"],
+        env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    assert other.stdout.strip() == hashlib.sha256(export.script(int8, engine)).hexdigest()
+
+
+def test_the_engine_in_use_is_put_back(calibrated: Calibrated, engine: str) -> None:
+    before = torch.backends.quantized.engine
+    export.script(conversion.convert(calibrated("default"), engine), engine)
+
+    assert torch.backends.quantized.engine == before
+
+
+def test_an_architecture_that_cannot_be_scripted_is_refused() -> None:
+    class Unscriptable(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return globals()["torch"].relu(x)
+
+    with pytest.raises(ModelError, match=r"cannot be scripted.*"):
+        export.script(Unscriptable())

@@ -1,0 +1,389 @@
+"""What a run reads from outside: found, checked, identified."""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from quantlib import codehash, data, inputs
+from quantlib.errors import DataError, ModelError, RecipeError
+from quantlib.inputs import Inputs, Selection, SplitInput, find_inputs
+from quantlib.recipe import Recipe, parse_recipe
+
+module_numbers = itertools.count()
+
+
+@pytest.fixture
+def find(own_folder: Path, tmp_path: Path) -> Callable[..., Inputs]:
+    """Finds the inputs of a recipe for `own_folder` (36 images to train on, 18 to validate), some keys changed."""
+
+    def call(root: Path = own_folder, cache: str = "splits", **changes: Any) -> Inputs:
+        return find_inputs(_recipe(root, **changes), tmp_path / cache)
+
+    return call
+
+
+def _recipe(root: Path | None, **changes: Any) -> Recipe:
+    tables: dict[str, Any] = {
+        "name": "test",
+        "model": {"weights": "train"},
+        "data": {"format": "imagefolder", "root": None if root is None else str(root)},
+        "evaluation": {"num_held_back": 10},
+        "calibration": {"batch_size": 2, "num_batches": 13},
+        "ptq": [{"name": "ptq"}],
+        "qat": [{"name": "qat", "batch_size": 2, "batches_per_epoch": 13}],
+    }
+    for key, value in changes.items():
+        tables[key] = tables[key] | value if isinstance(value, dict) else value
+    return parse_recipe(tables)
+
+
+# Checks
+
+
+def test_a_recipe_that_asks_for_every_image_is_fine(find: Callable[..., Inputs]) -> None:
+    found = find()
+
+    assert (found.train.num_images, found.val.num_images) == (36, 18)
+    assert found.train.classes == ("blue", "green", "red")
+    assert found.val.num_classes == 3
+    assert found.model.fingerprint == "train"
+
+
+def test_class_folders_that_differ_are_named(find: Callable[..., Inputs], own_folder: Path) -> None:
+    (own_folder / "val" / "red").rename(own_folder / "val" / "rot")
+
+    with pytest.raises(DataError, match="they differ in red, rot"):
+        find()
+
+
+def test_a_class_that_validation_lacks_is_named(find: Callable[..., Inputs], own_folder: Path) -> None:
+    shutil.rmtree(own_folder / "val" / "red")
+
+    with pytest.raises(DataError, match="train has 3 classes and val has 2; they differ in red"):
+        find()
+
+
+def test_another_number_of_classes_than_the_datas_is_refused(find: Callable[..., Inputs]) -> None:
+    with pytest.raises(ModelError, match=r"num_classes = 10, and the data has 3 classes"):
+        find(model={"arguments": {"num_classes": 10}})
+    find(model={"arguments": {"num_classes": 3}})
+
+
+def test_missing_weights_are_named(find: Callable[..., Inputs], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"No weights file .*w\.pth"):
+        find(model={"weights": str(tmp_path / "w.pth")})
+
+
+def test_weights_are_identified_by_their_bytes(find: Callable[..., Inputs], tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
+    for path, content in zip(paths, (b"same", b"same", b"other"), strict=True):
+        path.write_bytes(content)
+
+    same, again, other = (find(model={"weights": str(path)}).model.fingerprint for path in paths)
+
+    assert same == again != other
+    assert same == "0967115f2813a3541eaef77de9d9d5773f1c0c04314b0bbfe4ff3b3b1c55b5d5"  # echo -n same | sha256sum
+
+
+def test_torchvisions_weights_are_identified_by_name(find: Callable[..., Inputs]) -> None:
+    assert find(model={"weights": "torchvision:DEFAULT"}).model.fingerprint == "torchvision:DEFAULT"
+
+
+def test_more_than_half_held_back_is_refused(find: Callable[..., Inputs]) -> None:
+    fewer = {"calibration": {"num_batches": 1}, "qat": [], "evaluation": {"num_held_back": 18}}
+    find(**fewer)
+    with pytest.raises(RecipeError, match=r"num_held_back = 19 of 36 training images.*Set it to 18 or less"):
+        find(**fewer | {"evaluation": {"num_held_back": 19}})
+
+
+def test_more_calibration_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:
+    with pytest.raises(RecipeError, match=r"14 batches of 2 = 28 images, and the training split has 26"):
+        find(calibration={"num_batches": 14})
+    find(calibration={"num_batches": 14}, ptq=[])  # nothing is calibrated
+
+
+def test_more_qat_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:
+    branches = [{"name": "a", "batch_size": 26}, {"name": "b", "batch_size": 3, "batches_per_epoch": 9}]
+
+    with pytest.raises(RecipeError, match=r"qat\.1 asks for 27 images an epoch, and the training split has 26"):
+        find(qat=branches)
+    with pytest.raises(RecipeError, match=r"qat\.0 asks for 27 images"):
+        find(qat=[{"name": "a", "batch_size": 27}])
+
+
+def test_a_missing_dataset_is_named(find: Callable[..., Inputs], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"No folder .*nowhere"):
+        find(root=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_where_a_split_should_be_is_named(find: Callable[..., Inputs], own_folder: Path, split: str) -> None:
+    shutil.rmtree(own_folder / split)
+    (own_folder / split).touch()
+
+    with pytest.raises(DataError, match=f"No folder .*{split}"):
+        find()
+
+
+@pytest.mark.parametrize("name", ["lost.jpg", "lost.txt"])
+def test_a_link_that_leads_nowhere_is_named(find: Callable[..., Inputs], own_folder: Path, name: str) -> None:
+    (own_folder / "train" / "red" / name).symlink_to("nowhere")
+
+    with pytest.raises(DataError, match=rf"red/{name} cannot be read"):
+        find()
+
+
+# Selections
+
+
+def test_held_back_and_training_images_share_none_and_are_all(find: Callable[..., Inputs]) -> None:
+    found = find()
+    held_back, training = (data.select(selection)[1].tolist() for selection in (found.held_back, found.training))
+
+    assert len(held_back) == 10
+    assert sorted(held_back + training) == list(range(36))
+    assert held_back != sorted(held_back)  # of all classes, and not the first folder's
+
+
+def test_choosing_on_validation_holds_nothing_back(find: Callable[..., Inputs]) -> None:
+    found = find(evaluation={"select_on": "validation"})
+
+    assert (found.held_back.start, found.held_back.stop) == (0, 0)
+    assert found.held_back.parts(10) == ()
+    assert (found.training.start, found.training.stop) == (0, 36)
+
+
+@pytest.mark.parametrize(("max_images", "expected"), [(None, 18), (5, 5), (100, 18)])
+def test_validation_is_the_first_images_in_the_datasets_order(
+    find: Callable[..., Inputs], max_images: int | None, expected: int
+) -> None:
+    found = find(evaluation={"max_images": max_images})
+
+    assert found.validation.split.name == "val"
+    assert data.select(found.validation)[1].tolist() == list(range(expected))
+
+
+def test_parts_are_the_selection_in_order() -> None:
+    split = SplitInput("digits", "train", None, "", 100, ("a",))
+    selection = Selection(split, 3, 10, 45)
+
+    parts = selection.parts(20)
+
+    assert [(part.start, part.stop) for part in parts] == [(10, 30), (30, 45)]
+    assert all((part.split, part.seed) == (split, 3) for part in parts)
+    assert selection.parts(35) == (selection,)
+    assert replace(selection, stop=10).parts(20) == ()
+
+
+# Fingerprints
+
+
+def _fingerprints(found: Inputs) -> tuple[str, str]:
+    return found.train.fingerprint, found.val.fingerprint
+
+
+def test_a_changed_image_changes_its_splits_fingerprint_alone(find: Callable[..., Inputs], own_folder: Path) -> None:
+    train, val = _fingerprints(find())
+    Image.new("RGB", (40, 40)).save(own_folder / "val" / "red" / "01.png")
+
+    assert find().train.fingerprint == train
+    assert find().val.fingerprint != val
+
+
+def test_a_changed_byte_in_a_file_of_the_same_size_changes_the_fingerprint(
+    find: Callable[..., Inputs], own_folder: Path
+) -> None:
+    before = find().val.fingerprint
+    path = own_folder / "val" / "red" / "01.png"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    assert find().val.fingerprint != before
+
+
+@pytest.mark.parametrize("change", ["rename", "move to another class", "remove", "add"])
+def test_what_images_there_are_and_where_decides_the_fingerprint(
+    find: Callable[..., Inputs], own_folder: Path, change: str
+) -> None:
+    before = find().train.fingerprint
+    path = own_folder / "train" / "red" / "01.png"
+    match change:
+        case "rename":
+            path.rename(path.with_name("99.png"))
+        case "move to another class":
+            path.rename(own_folder / "train" / "blue" / "99.png")
+        case "remove":
+            path.unlink()
+        case "add":
+            shutil.copy(path, path.with_name("99.png"))
+    fewer = {"calibration": {"num_batches": 1}, "qat": []}
+
+    assert find(**fewer).train.fingerprint != before
+
+
+def test_a_copy_elsewhere_has_the_same_fingerprint(
+    find: Callable[..., Inputs], own_folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(own_folder, tmp_path / "some" / "other place")
+
+    assert _fingerprints(find(root=copy)) == _fingerprints(find())
+
+
+def test_a_touched_file_keeps_the_fingerprint(find: Callable[..., Inputs], own_folder: Path) -> None:
+    before = _fingerprints(find())
+    for path in own_folder.glob("*/*/*"):
+        os.utime(path, (time.time() + 100, time.time() + 100))
+
+    assert _fingerprints(find()) == before
+
+
+def test_files_are_read_once(find: Callable[..., Inputs], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = find()
+
+    def read(path: str, *_: object) -> str:
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(inputs, "_hash_file", read)
+    monkeypatch.setattr(data, "open_split", read)
+
+    assert find() == first
+    with pytest.raises(AssertionError, match="read again"):
+        find(cache="empty")
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"classes": 3}', b'{"classes": [], "more": 1}'])
+def test_a_damaged_note_is_made_anew(find: Callable[..., Inputs], tmp_path: Path, damage: bytes) -> None:
+    first = find()
+    notes = list((tmp_path / "splits").iterdir())
+    for note in notes:
+        note.write_bytes(damage)
+
+    assert find() == first
+    assert all(note.read_bytes() != damage for note in notes)
+
+
+def test_progress_counts_the_files_of_each_split(own_folder: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    find_inputs(_recipe(own_folder), tmp_path / "splits", lambda *call: calls.append(call))
+
+    assert calls == [(36, 36), (18, 18)]
+
+
+def test_digits_are_identified_by_the_library_that_carries_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(None, data={"format": "digits"})
+    before = _fingerprints(find_inputs(recipe, tmp_path))
+    monkeypatch.setattr(inputs, "_library", lambda _: "99.0")
+
+    after = _fingerprints(find_inputs(recipe, tmp_path))
+
+    assert len({*before, *after}) == 4
+
+
+def test_a_root_is_nothing_to_the_digits(own_folder: Path, tmp_path: Path) -> None:
+    with_root = find_inputs(_recipe(own_folder, data={"format": "digits"}), tmp_path)
+
+    assert _fingerprints(with_root) == _fingerprints(find_inputs(_recipe(None, data={"format": "digits"}), tmp_path))
+
+
+def test_files_that_opening_unpacks_are_part_of_the_fingerprint(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_split, kept = data.open_split, own_folder.rename(tmp_path / "archive")
+
+    def unpack(data_format: str, root: str, split: str) -> data.Split:
+        if not own_folder.exists():
+            shutil.copytree(kept, own_folder)
+        return open_split(data_format, root, split)
+
+    monkeypatch.setattr(data, "open_split", unpack)
+
+    first = find_inputs(_recipe(own_folder), tmp_path / "splits")
+
+    assert _fingerprints(find_inputs(_recipe(own_folder), tmp_path / "splits")) == _fingerprints(first)
+    assert _fingerprints(find_inputs(_recipe(kept), tmp_path / "splits")) == _fingerprints(first)
+
+
+# A user's own code
+
+
+@pytest.fixture
+def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module that can be imported, each time the same one, and gives its name."""
+    folder = tmp_path / "users"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    name = f"users_input_{next(module_numbers)}"
+
+    def write(source: str) -> str:
+        (folder / f"{name}.py").write_text(source)
+        codehash.module_hashes.cache_clear()  # as in a new process
+        return name
+
+    return write
+
+
+def test_a_users_architecture_is_identified_by_its_code(
+    find: Callable[..., Inputs], users_module: Callable[[str], str]
+) -> None:
+    first, same, other = (
+        find(model={"architecture": f"{users_module(source)}:net"}).model.code
+        for source in ("def net(): return 1", "def net(): return 1  # a comment", "def net(): return 2")
+    )
+
+    assert first == same != other
+    assert find().model.code == ""
+
+
+def test_a_users_dataset_is_identified_by_its_code_and_its_files(
+    users_module: Callable[[str], str], own_folder: Path, tmp_path: Path
+) -> None:
+    source = (
+        "from torchvision.datasets import ImageFolder\n"
+        "def dataset(root, split):\n"
+        "    return ImageFolder(f'{root}/{split}')\n"
+    )
+
+    def find(text: str) -> str:
+        recipe = _recipe(own_folder, data={"format": f"{users_module(text)}:dataset"})
+        return find_inputs(recipe, tmp_path / "splits").val.fingerprint
+
+    first, same, other = find(source), find(source + "# the end"), find(source.replace("def ", "LIMIT = 1\ndef "))
+    (own_folder / "val" / "red" / "01.png").write_bytes(b"other")
+
+    assert first == same
+    assert len({first, other, find(source)}) == 3
+
+
+def test_users_code_that_is_not_there_is_named(find: Callable[..., Inputs]) -> None:
+    with pytest.raises(RecipeError, match=r"model\.architecture = 'no_such_module:net' cannot be imported"):
+        find(model={"architecture": "no_such_module:net"})
+    with pytest.raises(RecipeError, match=r"data\.format = 'no_such_module:data' cannot be imported"):
+        find(data={"format": "no_such_module:data"})
+
+
+def test_finding_inputs_imports_no_torch(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    source = "import sys, quantlib.inputs; assert not {'torch', 'torchvision'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=pytestconfig.rootpath)
+
+
+def test_architecture_arguments_are_identified_in_any_order(find: Callable[..., Inputs]) -> None:
+    first, second = (
+        find(model={"arguments": arguments}).model.arguments
+        for arguments in ({"width_mult": 0.5, "num_classes": 3}, {"num_classes": 3, "width_mult": 0.5})
+    )
+
+    assert first == second

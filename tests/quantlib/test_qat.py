@@ -1,0 +1,246 @@
+"""Quantization-aware training, epoch by epoch."""
+
+import copy
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantlib import backend, calibration, conversion, data, evaluation, fusion, images, models, qat
+from quantlib.data import Split
+from quantlib.qat import EpochMetrics, QATState
+from quantlib.schedule import Schedule
+from quantlib.transforms import EvalTransform, TrainTransform
+
+TRANSFORM = TrainTransform(32, (0.5, 1.0), 0.5)
+SCHEDULE = Schedule(
+    batches_per_epoch=2,
+    batch_size=6,
+    learning_rate=0.01,
+    freeze_batch_norm_after_epoch=0,
+    freeze_observer_after_epoch=1,
+    seed=7,
+)
+
+
+@pytest.fixture(scope="module")
+def fused_content(trained_model: nn.Module, tiny_header: dict[str, Any]) -> bytes:
+    """The trained net, fused in mode "qat"."""
+    return models.save(fusion.fuse_model(trained_model, "qat"), tiny_header | {"fused": "qat"})
+
+
+def _load(content: bytes, qconfig: str = "fbgemm") -> QATState:
+    return qat.load(content, qconfig, SCHEDULE.learning_rate)
+
+
+def _train(state: QATState, epoch: int, split: Split, schedule: Schedule = SCHEDULE, **kwargs: Any) -> EpochMetrics:
+    return qat.train_epoch(state, epoch, schedule, split, np.arange(len(split)), TRANSFORM, **kwargs)
+
+
+def _assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name, value in got.items() if not torch.equal(value, expected[name])] == []
+
+
+def _pick(state: QATState, *endings: str) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.model.state_dict().items() if name.endswith(endings)}
+
+
+def _batch_norm(state: QATState) -> dict[str, Tensor]:
+    return _pick(state, "running_mean", "running_var")
+
+
+def _ranges(state: QATState) -> dict[str, Tensor]:
+    return _pick(state, "min_val", "max_val", "scale", "zero_point")
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("qconfig", ["fbgemm", "default"])
+def test_epochs_resumed_from_saved_bytes_are_bit_for_bit_those_of_an_uninterrupted_run(
+    fused_content: bytes, train_split: Split, qconfig: str
+) -> None:
+    straight = _load(fused_content, qconfig)
+    content = fused_content
+    for epoch in range(4):  # BatchNorm is frozen in epoch 2, observers in epoch 3
+        expected = _train(straight, epoch, train_split)
+        torch.rand(3)  # another process has another random state
+        resumed = _load(content, qconfig)
+        got = _train(resumed, epoch, train_split)
+        content = resumed.save()
+
+        assert got == expected
+        _assert_equal(resumed.model.state_dict(), straight.model.state_dict())
+        assert content == straight.save()
+
+
+def test_an_epoch_depends_on_its_number_and_the_seed(fused_content: bytes, train_split: Split) -> None:
+    losses = {
+        _train(_load(fused_content), epoch, train_split, replace(SCHEDULE, seed=seed)).loss
+        for epoch, seed in ((0, 7), (1, 7), (0, 1000))
+    }
+
+    assert len(losses) == 3
+
+
+def test_a_saved_state_is_read_without_running_code(fused_content: bytes, train_split: Split) -> None:
+    state = _load(fused_content)
+    _train(state, 0, train_split)
+
+    saved = torch.load(io.BytesIO(state.save()), weights_only=True)
+
+    assert saved["header"]["qconfig"] == "fbgemm"
+    assert saved["optimizer"] == state.optimizer.state_dict()
+    _assert_equal(saved["state"], state.model.state_dict())
+
+
+def test_the_learning_rate_is_the_optimizers(fused_content: bytes) -> None:
+    assert [group["lr"] for group in qat.load(fused_content, "fbgemm", 0.3).optimizer.param_groups] == [0.3]
+
+
+def test_a_saved_epoch_converts_and_is_nearly_as_accurate(
+    fused_content: bytes, train_split: Split, val_shard: Path, engine: str
+) -> None:
+    state = _load(fused_content)
+    _train(state, 0, train_split)
+
+    prepared, header = calibration.load_prepared(state.save())
+    int8 = conversion.convert(prepared, engine)
+
+    assert header["fused"] == "qat"
+    with backend.use_engine(engine):
+        assert evaluation.evaluate(int8, val_shard, batch_size=18).top1 > 0.9
+
+
+# Freezing
+
+
+def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: bytes, train_split: Split) -> None:
+    state = _load(fused_content)
+    moved: list[tuple[bool, bool]] = []
+    for epoch in range(4):
+        batch_norm, ranges = _batch_norm(state), _ranges(state)
+        weight = state.model.features[0][0].weight.clone()
+        metrics = _train(state, epoch, train_split)
+        assert metrics.batch_norm_frozen == (epoch >= 1)
+        assert metrics.observers_frozen == (epoch >= 2)
+        assert not torch.equal(weight, state.model.features[0][0].weight)  # weights go on learning
+        moved.append(
+            tuple(
+                any(not torch.equal(value, after[name]) for name, value in before.items())
+                for before, after in ((batch_norm, _batch_norm(state)), (ranges, _ranges(state)))
+            )
+        )
+
+    # Frozen at the end of epochs 1 and 2, so still from epochs 2 and 3 on.
+    assert moved == [(True, True), (True, True), (False, True), (False, False)]
+
+
+def test_frozen_batch_norm_normalizes_with_its_statistics_also_after_a_resume(
+    fused_content: bytes, train_split: Split
+) -> None:
+    state = _load(fused_content)
+    for epoch in range(2):
+        _train(state, epoch, train_split)
+    before = _batch_norm(state)
+    resumed = _load(state.save())
+
+    _train(resumed, 2, train_split)
+
+    _assert_equal(_batch_norm(resumed), before)
+    assert all(module.freeze_bn for module in resumed.model.modules() if hasattr(module, "freeze_bn"))
+
+
+def test_evaluating_an_epoch_changes_nothing_in_it(fused_content: bytes, train_split: Split, engine: str) -> None:
+    state = _load(fused_content)
+    _train(state, 0, train_split)
+    before = copy.deepcopy(state.model.state_dict())
+
+    conversion.convert(state.model, engine)
+
+    _assert_equal(state.model.state_dict(), before)
+
+
+# What is trained on, and what is reported
+
+
+def test_a_full_epoch_sees_every_image_once(fused_content: bytes, train_split: Split) -> None:
+    seen: list[int] = []
+    watched = replace(train_split, open=lambda index: seen.append(index) or train_split.open(index))
+    calls: list[tuple[int, int]] = []
+    metrics = _train(
+        _load(fused_content),
+        0,
+        watched,
+        replace(SCHEDULE, batches_per_epoch=None, batch_size=8),
+        progress=lambda done, total: calls.append((done, total)),
+    )
+
+    assert sorted(seen) == list(range(36))
+    assert metrics.num_images == 36
+    assert calls == [(step, 5) for step in range(1, 6)]  # four of 8 images, one of 4
+
+
+def test_a_last_batch_of_one_image_is_dropped(fused_content: bytes, train_split: Split) -> None:
+    metrics = _train(_load(fused_content), 0, train_split, replace(SCHEDULE, batches_per_epoch=None, batch_size=7))
+
+    assert metrics.num_images == 35
+
+
+def test_an_epoch_takes_its_batches_from_the_given_images_alone(fused_content: bytes, train_split: Split) -> None:
+    seen: list[int] = []
+    watched = replace(train_split, open=lambda index: seen.append(index) or train_split.open(index))
+
+    metrics = qat.train_epoch(_load(fused_content), 0, SCHEDULE, watched, np.arange(10, 30), TRANSFORM)
+
+    assert metrics.num_images == 12
+    assert len(set(seen)) == 12
+    assert set(seen) <= set(range(10, 30))
+
+
+class _Fixed(nn.Module):
+    """Gives the same logits for every image, whatever is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([2.0, 0.0, 0.0]).expand(len(x), 3) + 0 * self.scale
+
+
+def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_split: Split) -> None:
+    schedule = replace(SCHEDULE, batches_per_epoch=None, batch_size=5)
+    indices = np.concatenate([np.arange(5), np.arange(12, 14)])  # five of class 0, two of class 1: batches of 5 and 2
+
+    metrics = qat.train_epoch(QATState(_Fixed(), {}, 0.1), 3, schedule, train_split, indices, EvalTransform(32, 32))
+
+    # Cross-entropy of softmax([2, 0, 0]), in nats.
+    normalizer = np.log(np.exp(2) + 2)
+    assert metrics.loss == pytest.approx((5 * (normalizer - 2) + 2 * normalizer) / 7)
+    assert metrics.train_top1 == pytest.approx(5 / 7)
+    assert metrics.epoch == 3
+
+
+def test_a_step_is_plain_gradient_descent(fused_content: bytes, train_split: Split) -> None:
+    schedule = replace(SCHEDULE, batches_per_epoch=1)
+    state, twin = _load(fused_content), _load(fused_content)
+    _train(state, 0, train_split, schedule)
+
+    torch.manual_seed(schedule.seed)
+    order = data.shuffled(len(train_split), schedule.seed)[: schedule.batch_size]
+    pixels, labels = next(data.batches(train_split, order, TRANSFORM, schedule.seed, schedule.batch_size))
+    model = twin.model.train().to(memory_format=torch.channels_last)
+    logits = model(images.to_input(torch.from_numpy(pixels)))
+    nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
+    weight = twin.model.classifier[1].weight
+
+    expected = (weight - schedule.learning_rate * weight.grad).detach()
+    torch.testing.assert_close(state.model.classifier[1].weight.detach(), expected)

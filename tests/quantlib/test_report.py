@@ -1,0 +1,315 @@
+"""The report as others read it: Parquet tables, one folder a run."""
+
+import os
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from quantlib import report
+from quantlib.errors import StoreError
+from quantlib.predictions import Predictions
+from quantlib.report import EpochRow, LatencyRow, Report, StageRow, VariantRow
+
+STARTED = datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+# The contract: columns may be added, and none renamed.
+COLUMNS = {
+    "variants": "run_id, recipe, variant, method, qconfig, engine, top1, top5, num_images, top1_drop, size_bytes, "
+    "latency_p50_ms, speedup, accepted, winner, artifact_sha256, artifact_path, torch_version, cpu_model, created_at",
+    "epochs": "run_id, variant, epoch, loss, train_top1, top1, observers_frozen, batch_norm_frozen",
+    "latency": "run_id, variant, runtime, batch_size, num_threads, p50_ms, p95_ms, images_per_second, num_samples",
+    "predictions": "run_id, variant, image_index, label, top5",
+    "stages": "run_id, stage, key, cached, seconds, started_at",
+}
+NUM_ROWS = {"variants": 3, "epochs": 1, "latency": 1, "predictions": 12, "stages": 2}
+
+
+def _variant(name: str, **changes: Any) -> VariantRow:
+    values: dict[str, Any] = {
+        "recipe": "test",
+        "variant": name,
+        "method": "ptq",
+        "qconfig": "fbgemm",
+        "engine": "x86",
+        "top1": 0.5,
+        "top5": 1.0,
+        "loss": 0.7,
+        "num_images": 4,
+        "top1_drop": 0.25,
+        "top1_selection": 0.5,
+        "selected_on": "held_back",
+        "top1_simulated": None,
+        "top1_weights_only": None,
+        "top1_activations_only": None,
+        "best_epoch": None,
+        "size_bytes": 1000,
+        "latency_p50_ms": 1.5,
+        "speedup": 2.0,
+        "accepted": True,
+        "winner": False,
+        "artifact_sha256": "ab" * 32,
+        "artifact_path": f"models/{name}.pt",
+        "torch_version": "2.15.0",
+        "cpu_model": "a CPU",
+        "created_at": STARTED,
+    }
+    return VariantRow(**values | changes)
+
+
+def _answers(num_correct: int) -> Predictions:
+    labels = np.array([0, 1, 2, 0])
+    top5 = np.stack([(labels + n + (np.arange(4) >= num_correct)) % 3 for n in range(3)], axis=1)
+    return Predictions(labels, top5, np.zeros(4, np.float32))
+
+
+PREDICTIONS = {"float": _answers(3), "a": _answers(2), "b": _answers(4)}
+
+
+@pytest.fixture
+def found() -> Report:
+    accuracy = {name: answers.top1 for name, answers in PREDICTIONS.items()}
+    return Report(
+        run_id="20250102-030405-test-abcd1234",
+        variants=(
+            _variant("float", method="float", qconfig=None, engine=None, top1=accuracy["float"], accepted=False),
+            _variant("a", top1=accuracy["a"]),
+            _variant("b", method="qat", top1=accuracy["b"], best_epoch=1, top1_simulated=0.5, winner=True),
+        ),
+        epochs=(
+            EpochRow(
+                variant="b",
+                epoch=1,
+                loss=0.3,
+                train_top1=0.75,
+                top1=1.0,
+                top1_selection=1.0,
+                best=True,
+                observers_frozen=False,
+                batch_norm_frozen=True,
+            ),
+        ),
+        latency=(
+            LatencyRow(
+                variant="a",
+                runtime="torchscript",
+                batch_size=50,
+                num_threads=1,
+                p50_ms=10.0,
+                p95_ms=12.0,
+                images_per_second=5000.0,
+                num_samples=100,
+            ),
+        ),
+        stages=(
+            StageRow("fuse-eval", "aa", cached=True, seconds=0.1, started_at=STARTED),
+            StageRow("convert-a", "bb", cached=False, seconds=1.5, started_at=STARTED),
+        ),
+    )
+
+
+@pytest.fixture
+def reports(tmp_path: Path, found: Report) -> Path:
+    """The folder of two runs' reports."""
+    report.write(tmp_path / "reports", found, PREDICTIONS)
+    later = [replace(row, created_at=STARTED + timedelta(days=1)) for row in found.variants]
+    report.write(tmp_path / "reports", replace(found, run_id="20250103-test", variants=tuple(later)), PREDICTIONS)
+    return tmp_path / "reports"
+
+
+# Readers
+
+
+def _with_pyarrow(reports: Path, table: str) -> pd.DataFrame:
+    return ds.dataset(reports / table, partitioning="hive").to_table().to_pandas()
+
+
+def _with_pandas(reports: Path, table: str) -> pd.DataFrame:
+    return pd.read_parquet(reports / table)
+
+
+def _with_duckdb(reports: Path, table: str) -> pd.DataFrame:
+    found = duckdb.sql(f"SELECT * FROM read_parquet('{reports}/{table}/*/*.parquet', hive_partitioning = true)")
+    return pd.DataFrame(found.fetchall(), columns=found.columns)
+
+
+READERS = [_with_pyarrow, _with_pandas, _with_duckdb]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("table", COLUMNS)
+def test_every_table_of_all_runs_reads_with_one_glob(reports: Path, read: Any, table: str) -> None:
+    rows = read(reports, table)
+
+    assert set(COLUMNS[table].split(", ")) <= set(rows.columns)
+    assert len(rows) == 2 * NUM_ROWS[table]
+    assert sorted(rows["run_id"].astype(str).unique()) == ["20250102-030405-test-abcd1234", "20250103-test"]
+
+
+@pytest.mark.parametrize("table", COLUMNS)
+def test_the_design_lists_these_columns(pytestconfig: pytest.Config, table: str) -> None:
+    design = pytestconfig.rootpath.parent / "shared" / "design.md"
+    if not design.exists():
+        pytest.skip("needs ../shared/design.md")
+    row = next(line for line in design.read_text().splitlines() if line.startswith(f"| {table} |"))
+    columns = re.sub(r"\([^)]*\)", "", row.split("|")[3])
+
+    assert [name.strip() for name in columns.split(",")] == COLUMNS[table].split(", ")
+
+
+def test_values_arrive_with_their_types(reports: Path) -> None:
+    rows = _with_duckdb(reports, "variants").sort_values(["run_id", "variant"]).reset_index()
+    b = rows.iloc[1]
+
+    assert b["variant"] == "b"
+    assert (b["top1"], b["size_bytes"], b["winner"], b["best_epoch"]) == (1.0, 1000, True, 1)
+    assert pd.Timestamp(b["created_at"]) == pd.Timestamp(STARTED)
+    assert pd.isna(rows.iloc[2]["qconfig"])  # float
+    assert pd.isna(rows.iloc[0]["top1_simulated"])
+
+
+def test_accuracy_recomputed_from_the_predictions_is_that_of_the_variants(reports: Path) -> None:
+    query = f"""
+        SELECT variant, avg((p.top5[1] = label)::INT) AS recomputed, any_value(v.top1) AS top1, count(*) AS num_images
+        FROM read_parquet('{reports}/predictions/*/*.parquet', hive_partitioning = true) p
+        JOIN read_parquet('{reports}/variants/*/*.parquet', hive_partitioning = true) v USING (run_id, variant)
+        GROUP BY run_id, variant ORDER BY variant
+    """
+    rows = duckdb.sql(query).fetchall()
+
+    assert rows == [(name, top1, top1, 4) for name, top1 in (("a", 0.5), ("b", 1.0), ("float", 0.75)) for _ in range(2)]
+
+
+def test_predictions_number_the_images_of_each_variant_from_zero(reports: Path) -> None:
+    rows = _with_pandas(reports, "predictions")
+    first = rows[rows["run_id"].astype(str) == "20250103-test"]
+
+    assert first["image_index"].tolist() == [0, 1, 2, 3] * 3
+    assert first["top5"].iloc[0].tolist() == [0, 1, 2]
+
+
+# Writing
+
+
+def test_a_run_that_is_written_again_is_replaced(reports: Path, found: Report) -> None:
+    report.write(reports, replace(found, stages=found.stages[:1]), PREDICTIONS)
+
+    rows = _with_pandas(reports, "stages")
+    assert (rows["run_id"] == found.run_id).sum() == 1
+    assert len(rows) == 1 + 2
+
+
+def test_tables_without_rows_have_their_columns_all_the_same(tmp_path: Path, found: Report) -> None:
+    report.write(tmp_path, replace(found, epochs=()), PREDICTIONS)
+
+    rows = _with_duckdb(tmp_path, "epochs")
+    assert len(rows) == 0
+    assert set(COLUMNS["epochs"].split(", ")) <= set(rows.columns)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_reader_sees_nothing_of_a_run_that_is_being_written(
+    reports: Path, found: Report, read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table, counts = pq.write_table, []
+
+    def write_and_read(table: Any, where: Path) -> None:
+        write_table(table, where)
+        counts.append({name: len(read(reports, name)) for name in COLUMNS})
+
+    monkeypatch.setattr(pq, "write_table", write_and_read)
+    report.write(reports, replace(found, run_id="third"), PREDICTIONS)
+
+    # At the moment when the n-th file is complete, the tables before it are there, and its own is not.
+    order = ["epochs", "latency", "predictions", "stages", "variants"]
+    assert counts == [
+        {name: NUM_ROWS[name] * (3 if order.index(name) < step else 2) for name in COLUMNS} for step in range(5)
+    ]
+
+
+def test_a_failure_leaves_nothing_behind_and_no_row_in_variants(
+    reports: Path, found: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table = pq.write_table
+
+    def fill_the_disk(table: Any, where: Path) -> None:
+        if "seconds" in table.column_names:
+            where.write_bytes(b"half a fi")
+            raise OSError("No space left on device")
+        write_table(table, where)
+
+    monkeypatch.setattr(pq, "write_table", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(reports, replace(found, run_id="third"), PREDICTIONS)
+
+    assert not [path for path in reports.rglob("*") if path.name.startswith(".")]
+    assert len(_with_pandas(reports, "variants")) == 6
+    assert len(_with_pandas(reports, "stages")) == 4
+
+
+def test_others_may_read_what_is_written(reports: Path) -> None:
+    folder = next((reports / "variants").iterdir())
+
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert os.access(folder / "part-0.parquet", os.R_OK)
+
+
+# Reading back
+
+
+def test_variants_come_back_the_newest_run_first_in_the_recipes_order(reports: Path, found: Report) -> None:
+    rows = report.read_variants(reports)
+
+    assert [run_id for run_id, _ in rows] == ["20250103-test"] * 3 + [found.run_id] * 3
+    assert tuple(row for _, row in rows[3:]) == found.variants
+
+
+def test_before_the_first_run_there_is_nothing(tmp_path: Path) -> None:
+    assert report.read_variants(tmp_path / "reports") == []
+    assert report.read_table(tmp_path / "reports", "stages").num_rows == 0
+
+
+def test_a_damaged_file_is_named(reports: Path) -> None:
+    next((reports / "variants").glob("*/*.parquet")).write_bytes(b"no Parquet")
+
+    with pytest.raises(StoreError, match=r"variants cannot be read: .*Remove the damaged file"):
+        report.read_variants(reports)
+
+
+def test_a_report_of_an_earlier_version_lacks_columns_and_reads_all_the_same(reports: Path) -> None:
+    path = next((reports / "variants").glob("run_id=20250103-test/*.parquet"))
+    pq.write_table(pq.ParquetFile(path).read().drop_columns(["loss"]), path)
+
+    rows = {row.variant: row for run_id, row in report.read_variants(reports) if run_id == "20250103-test"}
+
+    assert rows["b"].loss is None
+    assert rows["b"].top1 == 1.0
+
+
+# Winner and best
+
+
+def test_the_winner_is_the_best(found: Report) -> None:
+    assert found.winner == found.best == found.variants[2]
+
+
+def test_without_a_winner_the_best_is_the_quantized_model_that_chose_best(found: Report) -> None:
+    none = replace(
+        found,
+        variants=(
+            replace(found.variants[0], top1_selection=0.99),  # float is never it
+            replace(found.variants[1], top1_selection=0.8, top1=0.1),
+            replace(found.variants[2], top1_selection=0.7, winner=False),
+        ),
+    )
+
+    assert none.winner is None
+    assert none.best.variant == "a"

@@ -1,0 +1,130 @@
+import hashlib
+import os
+import threading
+
+import pytest
+
+from quantlib.errors import MachineError, StoreError
+from quantlib.store import Record, Ref, write_atomically
+
+
+def record(key, *refs):
+    return Record(key, "fuse", {"stage": "fuse"}, refs, 0.5, "2026-01-01T00:00:00+00:00")
+
+
+def test_what_was_put_is_read_and_named_by_its_content(store):
+    ref = store.put("model", b"weights")
+    assert store.read(ref) == b"weights"
+    assert ref == Ref("model", hashlib.sha256(b"weights").hexdigest(), 7)
+    assert store.path(ref).name == ref.sha256
+
+
+def test_the_same_bytes_are_stored_once(store):
+    first, second = store.put("a", b"same"), store.put("b", b"same")
+    assert store.path(first) == store.path(second)
+    assert len([p for p in (store.folder / "blobs").rglob("*") if p.is_file()]) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"weigh", b"weightz", b"weights and more"])
+def test_a_damaged_artifact_is_never_read(store, damage):
+    ref = store.put("model", b"weights")
+    path = store.path(ref)
+    path.chmod(0o644)
+    path.write_bytes(damage)
+    assert not store.holds(ref)
+    with pytest.raises(StoreError, match="damaged"):
+        store.read(ref)
+
+
+def test_damage_is_noticed_though_the_artifact_was_verified_before(store):
+    ref = store.put("model", b"weights")
+    assert store.holds(ref)
+    path = store.path(ref)
+    path.unlink()
+    path.write_bytes(b"weightz")
+    assert not store.holds(ref)
+
+
+def test_putting_a_damaged_artifact_again_mends_it(store):
+    ref = store.put("model", b"weights")
+    store.path(ref).unlink()
+    assert store.put("model", b"weights") == ref
+    assert store.read(ref) == b"weights"
+
+
+def test_a_writer_that_fails_leaves_nothing(store):
+    def fill(file):
+        file.write(b"half")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError):
+        store.write("model", fill)
+    assert [p for p in store.folder.rglob("*") if p.is_file()] == []
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(store, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match="disk is full"):
+        store.put("model", b"weights")
+    assert [p for p in store.folder.rglob("*") if p.is_file()] == []
+
+
+def test_a_record_is_found_with_its_artifacts_and_not_without(store):
+    ref = store.put("model", b"weights")
+    store.add_record(record("k" * 64, ref))
+    assert store.find_record("k" * 64) == record("k" * 64, ref)
+    store.path(ref).unlink()
+    assert store.find_record("k" * 64) is None
+    assert store.read_record("k" * 64) == record("k" * 64, ref)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"outputs": [{"kind": 1}]}', b"\xff"])
+def test_a_damaged_record_counts_as_none(store, content):
+    ref = store.put("model", b"weights")
+    store.add_record(record("key", ref))
+    path = store.folder / "records" / "key.json"
+    path.chmod(0o644)
+    path.write_bytes(content)
+    assert store.find_record("key") is None
+
+
+def test_a_record_under_another_key_counts_as_none(store):
+    store.add_record(record("key", store.put("model", b"weights")))
+    (store.folder / "records" / "key.json").rename(store.folder / "records" / "other.json")
+    assert store.find_record("other") is None
+
+
+def test_an_artifact_that_is_laid_out_outlives_the_store(store, tmp_path):
+    ref = store.put("torchscript", b"file")
+    place = store.lay_out(ref, tmp_path / "models" / "run" / "float.pt")
+    store.path(ref).unlink()
+    assert place.read_bytes() == b"file"
+
+
+def test_nothing_is_freed_while_the_store_is_in_use(store):
+    with store.in_use(), store.in_use(), pytest.raises(MachineError, match="A flow is running"), store.freeing():
+        pass
+    with store.freeing():
+        pass
+
+
+def test_a_reader_sees_the_old_file_or_the_new_and_never_a_part(tmp_path):
+    path, contents = tmp_path / "file", [b"a" * 100_000, b"b" * 100_000]
+    write_atomically(path, contents[0])
+    seen = set()
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(50):
+        write_atomically(path, contents[number % 2])
+    stop.set()
+    reader.join()
+    assert seen <= set(contents)

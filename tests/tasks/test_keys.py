@@ -1,0 +1,184 @@
+"""A stage's key holds what decides its result, and nothing else."""
+
+import ast
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import grimp
+import pytest
+
+import quantlib
+from quantlib.inputs import ModelInput, Selection, SplitInput
+from quantlib.schedule import Schedule
+from quantlib.store import Ref
+from quantlib.transforms import EvalTransform, TrainTransform
+from tasks import data, export, measure, model, quantize
+from tasks.caching import Stage, key_of
+
+STAGES = {
+    value.name: value
+    for module in (data, export, measure, model, quantize)
+    for value in vars(module).values()
+    if isinstance(value, Stage)
+}
+# Prints the code that every stage's key holds, for the quantlib that Python finds first.
+PRINT_CODE = """
+import json, sys
+from pathlib import Path
+from quantlib import codehash
+import quantlib
+from tasks import data, export, measure, model, quantize
+from tasks.caching import Stage
+stages = {v.name: v for m in (data, export, measure, model, quantize) for v in vars(m).values() if isinstance(v, Stage)}
+folder = Path(quantlib.__file__).parent
+def code():
+    codehash.module_hashes.cache_clear()
+    Stage._code.cache_clear()
+    return {name: stage._code() for name, stage in stages.items()}
+found = {"": code()}
+for edit, text in (("code", "edited = 1"), ("comment", "# edited")):
+    for path in sorted(folder.glob("*.py")):
+        before = path.read_text()
+        path.write_text(before + "\\n" + text + "\\n")
+        found[f"{edit} {path.stem}"] = code()
+        path.write_text(before)
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def code_of_edits(tmp_path_factory):
+    """The code in every stage's key: as it is, and with each module of quantlib edited."""
+    copy = tmp_path_factory.mktemp("project")
+    project = Path(quantlib.__file__).parents[1]
+    for package in ("quantlib", "tasks", "flows"):
+        shutil.copytree(project / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_CODE],
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=copy,
+    )
+    return json.loads(done.stdout)
+
+
+def modules_behind(stage, graph):
+    """The modules that a stage's work imports, found by another tool than the one that is tested."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(stage.work)))
+    names = {
+        f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in graph.modules else node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return names | {m for name in names for m in graph.find_upstream_modules(name)} | {"quantlib"}
+
+
+def test_editing_a_module_changes_the_keys_of_exactly_the_stages_whose_work_imports_it(code_of_edits):
+    graph = grimp.build_graph("quantlib", exclude_type_checking_imports=True, cache_dir=None)
+    modules = sorted(name for name in graph.modules if name != "quantlib")
+    assert len(modules) > 20
+    for module in modules:
+        after = code_of_edits[f"code {module.removeprefix('quantlib.')}"]
+        changed = {name for name in STAGES if after[name] != code_of_edits[""][name]}
+        expected = {name for name, stage in STAGES.items() if module in modules_behind(stage, graph)}
+        assert changed == expected, module
+
+
+def test_editing_a_comment_changes_no_key(code_of_edits):
+    edits = [edit for edit in code_of_edits if edit.startswith("comment ")]
+    assert len(edits) > 20
+    assert all(code_of_edits[edit] == code_of_edits[""] for edit in edits)
+
+
+@pytest.mark.parametrize("module", ["report", "verdict", "journal", "retention", "recipe"])
+def test_what_only_reports_or_reads_the_recipe_is_in_no_key(module, code_of_edits):
+    assert code_of_edits[f"code {module}"] == code_of_edits[""]
+
+
+def test_no_stage_computes_with_what_is_imported_at_the_top_of_its_file():
+    allowed = {"quantlib.inputs", "quantlib.recipe", "quantlib.schedule", "quantlib.store", "quantlib.transforms"}
+    for module in (data, export, measure, model, quantize):
+        tree = ast.parse(Path(module.__file__).read_text())
+        imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert {name for name in imported if name.startswith("quantlib")} <= allowed, module.__name__
+
+
+REF = Ref("model", "a" * 64, 10)
+SPLIT = SplitInput("imagefolder", "train", "/data", "f" * 64, 100, ("cat", "dog"))
+SELECTION = Selection(SPLIT, 1, 0, 50)
+
+
+def key(stage, *arguments, **named):
+    return key_of(stage.ingredients(stage.bind(*arguments, **named)))
+
+
+def test_what_decides_the_result_is_in_the_key():
+    base = key(data.decode, SELECTION, EvalTransform(64, 64), 1, branch="x")
+    others = [
+        key(data.decode, replace(SELECTION, stop=40), EvalTransform(64, 64), 1, branch="x"),
+        key(data.decode, replace(SELECTION, seed=2), EvalTransform(64, 64), 1, branch="x"),
+        key(
+            data.decode,
+            replace(SELECTION, split=replace(SPLIT, fingerprint="e" * 64)),
+            EvalTransform(64, 64),
+            1,
+            branch="x",
+        ),
+        key(data.decode, SELECTION, EvalTransform(72, 64), 1, branch="x"),
+        key(data.decode, SELECTION, TrainTransform(64, (0.5, 1.0), 0.5), 1, branch="x"),
+        key(data.decode, SELECTION, EvalTransform(64, 64), 2, branch="x"),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_where_data_lies_and_what_a_run_is_called_are_not_in_the_key():
+    base = key(data.decode, SELECTION, EvalTransform(64, 64), 1, branch="x")
+    assert key(data.decode, SELECTION, EvalTransform(64, 64), 1, branch="y") == base
+    assert (
+        key(
+            data.decode,
+            replace(SELECTION, split=replace(SPLIT, root="/elsewhere")),
+            EvalTransform(64, 64),
+            1,
+            branch="x",
+        )
+        == base
+    )
+    source = ModelInput("mobilenet_v2", "{}", "a.pth", "f" * 64, "")
+    assert key(model.load_float, source, 10, 64, 1, None) == key(
+        model.load_float, replace(source, weights="b.pth"), 10, 64, 1, None
+    )
+
+
+def test_two_stages_with_equal_inputs_have_different_keys():
+    assert (
+        len(
+            {key(stage, REF, REF, 50, branch="x") for stage in (measure.evaluate_baseline,)}
+            | {key(export.script_and_save, REF, branch="x")}
+        )
+        == 2
+    )
+
+
+def test_the_number_of_qat_epochs_is_not_in_an_epochs_key():
+    schedule = Schedule(None, 30, 1e-4, 2, 3, 1)
+    names = quantize.qat_epoch.ingredients(
+        quantize.qat_epoch.bind(REF, 0, "fbgemm", schedule, SELECTION, EvalTransform(64, 64), branch="qat")
+    )
+    assert not any(name.endswith("epochs") for name in names)
+    assert names["schedule.learning_rate"] == "0.0001"
+
+
+def test_the_torch_version_is_in_every_key():
+    for stage in STAGES.values():
+        assert "library.torch" in stage.ingredients({})
