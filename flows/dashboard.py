@@ -165,9 +165,9 @@ def _make_pool(client: "SyncPrefectClient") -> None:
 
 def _deploy(client: "SyncPrefectClient", home: Path) -> None:
     """Make the deployments of prefect.yaml, unless that was done: what was changed in the dashboard stays."""
-    project = find_project()
+    project, file = find_project(), find_deployments()
     done = home / "prefect" / "deployed.json"
-    sources = [project / "prefect.yaml", *sorted((project / "flows").glob("*.py")), project / "quantlib" / "recipe.py"]
+    sources = [file, *sorted((project / "flows").glob("*.py")), project / "quantlib" / "recipe.py"]
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
     if _read_json(done) == {"digest": digest, "project": str(project)} and len(client.read_deployments()) >= 3:
         return
@@ -175,8 +175,8 @@ def _deploy(client: "SyncPrefectClient", home: Path) -> None:
     # Where the variable is known it is filled in; it must stay, for the worker to fill in.
     environment = {name: value for name, value in os.environ.items() if name != "QUANTFLOW_PROJECT"}
     with log.open("wb") as output:
-        status = subprocess.run(
-            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+        status = subprocess.run(  # noqa: S603 (our own file)
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
             cwd=project,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -185,13 +185,19 @@ def _deploy(client: "SyncPrefectClient", home: Path) -> None:
             check=False,
         ).returncode
     if status != 0:
-        raise MachineError(f"The deployments of {project / 'prefect.yaml'} cannot be made; the reason is in {log}.")
+        raise MachineError(f"The deployments of {file} cannot be made; the reason is in {log}.")
     write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
 
 
 def find_project() -> Path:
-    """The folder with prefect.yaml and the packages: a checkout, or where quantflow is installed."""
+    """The folder that the packages are in: a checkout, or where quantflow is installed."""
     return Path(flows.__file__).parents[1]
+
+
+def find_deployments() -> Path:
+    """The prefect.yaml of a checkout, or the one that was installed with the flows."""
+    checkout = find_project() / "prefect.yaml"
+    return checkout if checkout.exists() else find_project() / "flows" / "prefect.yaml"
 
 
 def _read_json(file: Path) -> object:

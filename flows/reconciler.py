@@ -6,12 +6,13 @@ say for certain. A server for many machines needs the automation; see automation
 """
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
     TaskRunFilter,
@@ -25,6 +26,7 @@ from flows.processes import is_alive
 from quantlib.journal import Journal
 
 _PATIENCE_SECONDS = 45.0
+_TASKS_ARRIVE = timedelta(seconds=30)
 _UNFINISHED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
@@ -58,6 +60,7 @@ class Reconciler:
         dead = [run for run in runs if self._is_dead(run, patience)]
         for run in dead:
             self._mark(run)
+        self._mark_tasks()
         return dead
 
     def _is_dead(self, run: FlowRun, patience: float) -> bool:
@@ -92,13 +95,15 @@ class Reconciler:
         message = "The run's process is gone. Retry goes on from its finished stages."
         state: State[None] = Cancelled() if cancelled else Crashed(message=message)
         self._client.set_flow_run_state(run.id, state, force=True)
-        running = TaskRunFilter(
-            state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
-        )
-        for task_run in self._client.read_task_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run.id]}}), task_run_filter=running
-        ):
-            self._client.set_task_run_state(task_run.id, Crashed(message="The run's process is gone."), force=True)
+
+    def _mark_tasks(self) -> None:
+        """Set the tasks that ended runs have left behind as running to Crashed."""
+        # The last states of a run's tasks arrive some seconds after its own.
+        ended = FlowRunFilter(end_time=FlowRunFilterEndTime(before_=datetime.now(UTC) - _TASKS_ARRIVE))
+        left = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=_UNFINISHED)))
+        for task_run in self._client.read_task_runs(flow_run_filter=ended, task_run_filter=left):
+            died: State[None] = Crashed(message="The process of its run is gone.")
+            self._client.set_task_run_state(task_run.id, died, force=True)
 
 
 class _Attempt:

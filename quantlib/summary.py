@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlib.report import Report, VariantRow, read_table
+from quantlib.sketch import Axis, as_markdown, plot
 
 _MAX_COMPUTED = 12
 
@@ -23,6 +24,7 @@ def summarize(report: Report, reports: Path) -> str:
     parts = [
         _headline(report),
         _table(report.variants),
+        *_plots(report),
         f"## Since {'`' + previous + '`' if previous else 'the last run'}",
         _changes(report.variants, before) if previous else f"This is the first run of recipe `{recipe}`.",
         _stages(report),
@@ -66,6 +68,22 @@ def _table(variants: Sequence[VariantRow]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _plots(report: Report) -> list[str]:
+    rows = report.variants
+    latency = Axis.over("latency p50, ms (batch 1, one thread)", "{:.2f}".format, (row.latency_p50_ms for row in rows))
+    top1 = Axis.over("top-1", "{:.2%}".format, (row.top1 for row in rows))
+    points = {row.variant: [(row.latency_p50_ms, row.top1)] for row in rows}
+    plots = [as_markdown(plot(latency, top1, points, lines=False), "Accuracy against latency")]
+    if report.epochs:
+        epoch = Axis.over("epoch of QAT", "{:.1f}".format, (row.epoch for row in report.epochs))
+        accuracy = Axis.over("top-1", "{:.2%}".format, (row.top1 for row in report.epochs))
+        branches: dict[str, list[tuple[float, float]]] = {}
+        for row in sorted(report.epochs, key=lambda row: row.epoch):
+            branches.setdefault(row.variant, []).append((row.epoch, row.top1))
+        plots.append(as_markdown(plot(epoch, accuracy, branches, lines=True), "QAT accuracy by epoch"))
+    return plots
 
 
 def _changes(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]) -> str:
