@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from quantlib import machine
 from quantlib.inputs import Inputs, Selection
-from quantlib.recipe import PTQRecipe, QATRecipe, Recipe
+from quantlib.recipe import BranchRecipe, PTQRecipe, QATRecipe, Recipe
 from quantlib.schedule import Schedule
+from quantlib.scheme import Scheme
 from quantlib.store import Ref
 from quantlib.transforms import EvalTransform, TrainTransform, Transform
 from tasks.data import decode
 from tasks.export import script_and_save
 from tasks.measure import evaluate, evaluate_baseline, simulate
-from tasks.model import Training, fuse, load_float
-from tasks.quantize import calibrate, choose_epoch, convert, qat_epoch
+from tasks.model import Training, equalize, fuse, load_float
+from tasks.quantize import calibrate, choose_epoch, convert, correct_bias, has_stalled, qat_epoch, start_qat
 from tasks.report import EpochRefs, VariantRefs
 
 # A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
@@ -30,7 +33,7 @@ class Trunk:
     engine: str
     float_model: Ref
     fused: Ref
-    """Fused in mode "eval": the baseline's, and every PTQ branch's."""
+    """Fused in mode "eval": the baseline's."""
     validation: tuple[Ref, ...]
     """Decoded shards."""
     held_back: tuple[Ref, ...]
@@ -47,7 +50,7 @@ def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
         recipe.seed,
         training if recipe.model.weights == "train" else None,
     )
-    fused = fuse(float_model, "eval")
+    fused = fuse(float_model, "eval", branch="eval")
     validation = _decode(recipe, inputs.validation, _eval_transform(recipe), "validation")
     held_back = _decode(recipe, inputs.held_back, _eval_transform(recipe), "held_back")
     return Trunk(recipe, inputs, engine, float_model, fused, validation, held_back)
@@ -65,6 +68,9 @@ def float_branch(trunk: Trunk) -> VariantRefs:
         method="float",
         qconfig=None,
         engine=None,
+        scheme=None,
+        equalized=False,
+        bias_corrected=False,
         artifact=artifact,
         validation=validation,
         selection=selection,
@@ -74,28 +80,50 @@ def float_branch(trunk: Trunk) -> VariantRefs:
 
 def ptq_branches(trunk: Trunk) -> list[VariantRefs]:
     """Every post-training quantization branch; they share the calibration images."""
-    recipe = trunk.recipe
-    if not recipe.ptq:
+    if not trunk.recipe.ptq:
         return []
-    calibration = recipe.calibration
-    transform = _eval_transform(recipe) if calibration.transform == "eval" else _train_transform(recipe)
-    first = trunk.inputs.training.start
-    chosen = replace(trunk.inputs.training, stop=first + calibration.batch_size * calibration.num_batches)
-    images = _decode(recipe, chosen, transform, "calibration")
-    return [_ptq_branch(trunk, branch, images) for branch in recipe.ptq]
+    images = _calibration_images(trunk)
+    return [_ptq_branch(trunk, branch, images) for branch in trunk.recipe.ptq]
 
 
 def qat_branches(trunk: Trunk) -> list[VariantRefs]:
     """Every quantization-aware training branch; they share the model fused for training."""
     if not trunk.recipe.qat:
         return []
-    trainable = fuse(trunk.float_model, "qat")
-    return [_qat_branch(trunk, branch, trainable) for branch in trunk.recipe.qat]
+    return [_qat_branch(trunk, branch) for branch in trunk.recipe.qat]
+
+
+def _calibration_images(trunk: Trunk) -> tuple[Ref, ...]:
+    recipe = trunk.recipe
+    calibration = recipe.calibration
+    transform = _eval_transform(recipe) if calibration.transform == "eval" else _train_transform(recipe)
+    first = trunk.inputs.training.start
+    chosen = replace(trunk.inputs.training, stop=first + calibration.batch_size * calibration.num_batches)
+    return _decode(recipe, chosen, transform, "calibration")
+
+
+def _fused(trunk: Trunk, branch: BranchRecipe, mode: Literal["eval", "qat"]) -> Ref:
+    """The float model that a branch quantizes; the stages are shared by all branches that ask for the same."""
+    if not branch.equalizes:
+        return trunk.fused if mode == "eval" else fuse(trunk.float_model, mode, branch=mode)
+    equalized = equalize(trunk.float_model, trunk.recipe.data.crop)
+    return fuse(equalized, mode, branch=f"{mode}-equalized")
+
+
+def _calibrate(trunk: Trunk, branch: BranchRecipe, images: tuple[Ref, ...], name: str) -> Ref:
+    """Calibrated, and corrected where the branch asks for it."""
+    batch_size = trunk.recipe.calibration.batch_size
+    prepared = calibrate(_fused(trunk, branch, "eval"), images, _scheme(trunk, branch), batch_size, branch=name)
+    return correct_bias(prepared, images, branch=name) if branch.corrects_bias else prepared
+
+
+def _scheme(trunk: Trunk, branch: BranchRecipe) -> Scheme:
+    return branch.scheme(machine.activation_bits(trunk.engine))
 
 
 def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> VariantRefs:
-    """Calibrated, converted, scripted, evaluated."""
-    prepared = calibrate(trunk.fused, images, branch.qconfig, trunk.recipe.calibration.batch_size, branch=branch.name)
+    """Calibrated, corrected, converted, scripted, evaluated."""
+    prepared = _calibrate(trunk, branch, images, branch.name)
     artifact = _export(trunk, prepared, branch.name)
     validation, selection = _evaluate(trunk, artifact, branch.name)
     return VariantRefs(
@@ -103,6 +131,9 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> Var
         method="ptq",
         qconfig=branch.qconfig,
         engine=trunk.engine,
+        scheme=_scheme(trunk, branch),
+        equalized=branch.equalizes,
+        bias_corrected=branch.corrects_bias,
         artifact=artifact,
         validation=validation,
         selection=selection,
@@ -110,26 +141,36 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> Var
     )
 
 
-def _qat_branch(trunk: Trunk, branch: QATRecipe, trainable: Ref) -> VariantRefs:
+def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     """Each epoch trained, converted, scripted and evaluated; the best one kept."""
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
         batch_size=branch.batch_size,
+        epochs=branch.epochs,
         learning_rate=branch.learning_rate,
+        decay=branch.learning_rate_decay,
         freeze_batch_norm_after_epoch=branch.freeze_batch_norm_after_epoch,
         freeze_observer_after_epoch=branch.freeze_observer_after_epoch,
         seed=trunk.recipe.seed,
     )
-    images, transform = trunk.inputs.training, _train_transform(trunk.recipe)
-    states = [trainable]
+    images, scheme = trunk.inputs.training, _scheme(trunk, branch)
+    transform = replace(_train_transform(trunk.recipe), scale=branch.train_scale)
+    teacher = trunk.fused if branch.distill else None
+    states, start = [_fused(trunk, branch, "qat")], None
+    if branch.start == "calibrated":
+        calibrated = _calibrate(trunk, branch, _calibration_images(trunk), branch.name)
+        states = [start_qat(states[0], calibrated, branch=branch.name)]
+        start = _evaluate(trunk, _export(trunk, states[0], f"{branch.name}-start"), f"{branch.name}-start")
     epochs: list[EpochRefs] = []
     for epoch in range(branch.epochs):
-        state, metrics = qat_epoch(states[-1], epoch, branch.qconfig, schedule, images, transform, branch=branch.name)
+        state, metrics = qat_epoch(states[-1], epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
         states.append(state)
         name = f"{branch.name}-{epoch}"
         artifact = _export(trunk, state, name)
         validation, selection = _evaluate(trunk, artifact, name)
         epochs.append(EpochRefs(artifact=artifact, metrics=metrics, validation=validation, selection=selection))
+        if branch.patience is not None and has_stalled([refs.selection for refs in epochs], branch.patience):
+            break
     best_artifact, best_state = choose_epoch(
         tuple(epoch.artifact for epoch in epochs),
         tuple(states[1:]),
@@ -141,7 +182,11 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe, trainable: Ref) -> VariantRefs:
         method="qat",
         qconfig=branch.qconfig,
         engine=trunk.engine,
+        scheme=scheme,
+        equalized=branch.equalizes,
+        bias_corrected=branch.start == "calibrated" and branch.corrects_bias,
         artifact=best_artifact,
+        start=start,
         simulated=_simulate(trunk, best_state, branch.name),
         epochs=tuple(epochs),
     )

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlib import backend, fusion, images, models
+from quantlib import fusion, images, models, preparation
 from quantlib.progress import Progress, silent
+from quantlib.scheme import Scheme
 
 
 def calibrate(
     fused: nn.Module,
-    qconfig: str,
+    scheme: Scheme,
     shards: Sequence[Path],
     batch_size: int,
     progress: Progress = silent,
@@ -22,12 +23,12 @@ def calibrate(
 
     Args:
         fused: Fused in mode "eval".
-        qconfig: Which observers; see `backend.prepare`.
+        scheme: Which observers, and which layers they are put into.
         shards: Files of decoded images, in order.
         batch_size: Images a forward pass.
         progress: Called with (images done, images in all).
     """
-    prepared = backend.prepare(fused, qconfig, "eval")
+    prepared = preparation.prepare(fused, scheme, "eval")
     total, done = images.count(shards), 0
     with torch.inference_mode():
         for x, _ in images.batches(shards, batch_size):
@@ -40,6 +41,6 @@ def calibrate(
 def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
     """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `models.save` made it."""
     header, state = models.open_saved(content)
-    prepared = backend.prepare(fusion.rebuild(header), header["qconfig"], header["fused"])
+    prepared = preparation.prepare(fusion.rebuild(header), Scheme.from_header(header), header["fused"])
     prepared.load_state_dict(state)
     return prepared, header
