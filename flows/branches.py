@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
+from quantlib import machine
 from quantlib.inputs import Inputs, Selection
-from quantlib.recipe import PTQRecipe, QATRecipe, Recipe
+from quantlib.recipe import BranchRecipe, PTQRecipe, QATRecipe, Recipe
 from quantlib.schedule import Schedule
+from quantlib.scheme import Scheme
 from quantlib.store import Ref
 from quantlib.transforms import EvalTransform, TrainTransform, Transform
 from tasks.data import decode
 from tasks.export import script_and_save
 from tasks.measure import evaluate, evaluate_baseline, simulate
-from tasks.model import Training, fuse, load_float
-from tasks.quantize import calibrate, choose_epoch, convert, qat_epoch
+from tasks.model import Training, equalize, fuse, load_float
+from tasks.quantize import calibrate, choose_epoch, convert, correct_bias, has_stalled, qat_epoch, start_qat
 from tasks.report import EpochRefs, VariantRefs
 
 # A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
@@ -23,18 +27,55 @@ _SHARD_IMAGES = 5000
 
 @dataclass(frozen=True)
 class Trunk:
-    """What every branch shares."""
+    """What the branches share: each stage here runs when the first branch asks for it, and for that one only."""
 
     recipe: Recipe
     inputs: Inputs
     engine: str
     float_model: Ref
-    fused: Ref
-    """Fused in mode "eval": the baseline's, and every PTQ branch's."""
     validation: tuple[Ref, ...]
     """Decoded shards."""
     held_back: tuple[Ref, ...]
     """Likewise; empty where the recipe chooses on validation."""
+
+    def fused(self, mode: Literal["eval", "qat"], *, equalized: bool) -> Ref:
+        """The float model that a branch quantizes."""
+        return {
+            ("eval", False): lambda: self.fused_eval,
+            ("qat", False): lambda: self._fused_qat,
+            ("eval", True): lambda: self._fused_eval_equalized,
+            ("qat", True): lambda: self._fused_qat_equalized,
+        }[mode, equalized]()
+
+    @cached_property
+    def fused_eval(self) -> Ref:
+        """The baseline's model, and of every PTQ branch that is not equalized."""
+        return fuse(self.float_model, "eval", branch="eval")
+
+    @cached_property
+    def calibration(self) -> tuple[Ref, ...]:
+        """Decoded shards of the calibration images."""
+        recipe, first = self.recipe, self.inputs.training.start
+        settings = recipe.calibration
+        transform = _eval_transform(recipe) if settings.transform == "eval" else _train_transform(recipe)
+        chosen = replace(self.inputs.training, stop=first + settings.batch_size * settings.num_batches)
+        return _decode(recipe, chosen, transform, "calibration", settings.batch_size)
+
+    @cached_property
+    def _equalized(self) -> Ref:
+        return equalize(self.float_model, self.recipe.data.crop)
+
+    @cached_property
+    def _fused_qat(self) -> Ref:
+        return fuse(self.float_model, "qat", branch="qat")
+
+    @cached_property
+    def _fused_eval_equalized(self) -> Ref:
+        return fuse(self._equalized, "eval", branch="eval-equalized")
+
+    @cached_property
+    def _fused_qat_equalized(self) -> Ref:
+        return fuse(self._equalized, "qat", branch="qat-equalized")
 
 
 def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
@@ -47,15 +88,14 @@ def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
         recipe.seed,
         training if recipe.model.weights == "train" else None,
     )
-    fused = fuse(float_model, "eval")
     validation = _decode(recipe, inputs.validation, _eval_transform(recipe), "validation")
     held_back = _decode(recipe, inputs.held_back, _eval_transform(recipe), "held_back")
-    return Trunk(recipe, inputs, engine, float_model, fused, validation, held_back)
+    return Trunk(recipe, inputs, engine, float_model, validation, held_back)
 
 
 def float_branch(trunk: Trunk) -> VariantRefs:
     """The baseline: fused, scripted, evaluated."""
-    artifact = script_and_save(trunk.fused, branch="float")
+    artifact = script_and_save(trunk.fused_eval, branch="float")
     batch_size = trunk.recipe.evaluation.batch_size
     validation, selection = _on_shards(
         trunk, "float", lambda shard, name: evaluate_baseline(artifact, shard, batch_size, branch=name)
@@ -65,6 +105,9 @@ def float_branch(trunk: Trunk) -> VariantRefs:
         method="float",
         qconfig=None,
         engine=None,
+        scheme=None,
+        equalized=False,
+        bias_corrected=False,
         artifact=artifact,
         validation=validation,
         selection=selection,
@@ -73,31 +116,30 @@ def float_branch(trunk: Trunk) -> VariantRefs:
 
 
 def ptq_branches(trunk: Trunk) -> list[VariantRefs]:
-    """Every post-training quantization branch; they share the calibration images."""
-    recipe = trunk.recipe
-    if not recipe.ptq:
-        return []
-    calibration = recipe.calibration
-    transform = _eval_transform(recipe) if calibration.transform == "eval" else _train_transform(recipe)
-    first = trunk.inputs.training.start
-    chosen = replace(trunk.inputs.training, stop=first + calibration.batch_size * calibration.num_batches)
-    images = _decode(recipe, chosen, transform, "calibration", calibration.batch_size)
-    return [_ptq_branch(trunk, branch, images) for branch in recipe.ptq]
+    """Every post-training quantization branch."""
+    return [_ptq_branch(trunk, branch) for branch in trunk.recipe.ptq]
 
 
 def qat_branches(trunk: Trunk) -> list[VariantRefs]:
-    """Every quantization-aware training branch; they share the model fused for training."""
-    if not trunk.recipe.qat:
-        return []
-    trainable = fuse(trunk.float_model, "qat")
-    return [_qat_branch(trunk, branch, trainable) for branch in trunk.recipe.qat]
+    """Every quantization-aware training branch."""
+    return [_qat_branch(trunk, branch) for branch in trunk.recipe.qat]
 
 
-def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> VariantRefs:
-    """Calibrated, converted, scripted, evaluated."""
-    prepared = trunk.fused
-    for shard, label in _labelled(images, branch.name):
-        prepared = calibrate(prepared, shard, branch.qconfig, trunk.recipe.calibration.batch_size, branch=label)
+def _calibrate(trunk: Trunk, branch: BranchRecipe) -> Ref:
+    """Calibrated, and corrected where the branch asks for it."""
+    prepared = trunk.fused("eval", equalized=branch.equalizes)
+    for shard, label in _labelled(trunk.calibration, branch.name):
+        prepared = calibrate(prepared, shard, _scheme(trunk, branch), trunk.recipe.calibration.batch_size, branch=label)
+    return correct_bias(prepared, trunk.calibration, branch=branch.name) if branch.corrects_bias else prepared
+
+
+def _scheme(trunk: Trunk, branch: BranchRecipe) -> Scheme:
+    return branch.scheme(machine.activation_bits(trunk.engine))
+
+
+def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
+    """Calibrated, corrected, converted, scripted, evaluated."""
+    prepared = _calibrate(trunk, branch)
     artifact = _export(trunk, prepared, branch.name)
     validation, selection = _evaluate(trunk, artifact, branch.name)
     return VariantRefs(
@@ -105,6 +147,9 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> Var
         method="ptq",
         qconfig=branch.qconfig,
         engine=trunk.engine,
+        scheme=_scheme(trunk, branch),
+        equalized=branch.equalizes,
+        bias_corrected=branch.corrects_bias,
         artifact=artifact,
         validation=validation,
         selection=selection,
@@ -112,26 +157,35 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe, images: tuple[Ref, ...]) -> Var
     )
 
 
-def _qat_branch(trunk: Trunk, branch: QATRecipe, trainable: Ref) -> VariantRefs:
+def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     """Each epoch trained, converted, scripted and evaluated; the best one kept."""
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
         batch_size=branch.batch_size,
+        epochs=branch.epochs,
         learning_rate=branch.learning_rate,
+        decay=branch.learning_rate_decay,
         freeze_batch_norm_after_epoch=branch.freeze_batch_norm_after_epoch,
         freeze_observer_after_epoch=branch.freeze_observer_after_epoch,
         seed=trunk.recipe.seed,
     )
-    images, transform = trunk.inputs.training, _train_transform(trunk.recipe)
-    states = [trainable]
+    images, scheme = trunk.inputs.training, _scheme(trunk, branch)
+    transform = replace(_train_transform(trunk.recipe), scale=branch.train_scale)
+    teacher = trunk.fused_eval if branch.distill else None
+    states, start = [trunk.fused("qat", equalized=branch.equalizes)], None
+    if branch.start == "calibrated":
+        states = [start_qat(states[0], _calibrate(trunk, branch), branch=branch.name)]
+        start = _evaluate(trunk, _export(trunk, states[0], f"{branch.name}-start"), f"{branch.name}-start")
     epochs: list[EpochRefs] = []
     for epoch in range(branch.epochs):
-        state, metrics = qat_epoch(states[-1], epoch, branch.qconfig, schedule, images, transform, branch=branch.name)
+        state, metrics = qat_epoch(states[-1], epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
         states.append(state)
         name = f"{branch.name}-{epoch}"
         artifact = _export(trunk, state, name)
         validation, selection = _evaluate(trunk, artifact, name)
         epochs.append(EpochRefs(artifact=artifact, metrics=metrics, validation=validation, selection=selection))
+        if branch.patience is not None and has_stalled([refs.selection for refs in epochs], branch.patience):
+            break
     best_artifact, best_state = choose_epoch(
         tuple(epoch.artifact for epoch in epochs),
         tuple(states[1:]),
@@ -143,7 +197,11 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe, trainable: Ref) -> VariantRefs:
         method="qat",
         qconfig=branch.qconfig,
         engine=trunk.engine,
+        scheme=scheme,
+        equalized=branch.equalizes,
+        bias_corrected=branch.start == "calibrated" and branch.corrects_bias,
         artifact=best_artifact,
+        start=start,
         simulated=_simulate(trunk, best_state, branch.name),
         epochs=tuple(epochs),
     )

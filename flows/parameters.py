@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from quantlib.errors import RecipeError
-from quantlib.recipe import Recipe, load_recipe, suggest
+from quantlib.errors import RecipeError, suggest
+from quantlib.recipe import Recipe, load_recipe
 
 
 def find_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:

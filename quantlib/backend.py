@@ -3,7 +3,6 @@
 PyTorch has announced the removal of eager-mode quantization; whatever replaces it is met here.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -19,7 +18,11 @@ from quantlib.errors import MachineError
 QuantStub = tq.QuantStub
 DeQuantStub = tq.DeQuantStub
 FloatFunctional = torch.ao.nn.quantized.FloatFunctional
+FusedModule: Any = torch.ao.nn.intrinsic.ConvReLU2d.__mro__[1]
 ObserverBase = tq.ObserverBase
+MinMaxObserver = tq.MinMaxObserver
+MovingAverageMinMaxObserver = tq.MovingAverageMinMaxObserver
+HistogramObserver = tq.HistogramObserver
 FakeQuantizeBase = tq.FakeQuantizeBase
 
 FuseMode = Literal["eval", "qat"]
@@ -80,21 +83,42 @@ def fuse_modules(model: nn.Module, groups: list[list[str]], mode: FuseMode) -> N
         tq.fuse_modules(model.eval(), groups, inplace=True)
 
 
-def prepare(fused: nn.Module, qconfig: str, mode: FuseMode) -> nn.Module:
-    """A copy of a fused model with observers (mode "eval") or fake quantization (mode "qat") put in.
+def ptq_qconfig(activation: Any, per_channel: bool) -> Any:
+    """A qconfig of observers.
 
     Args:
-        fused: Fused in the same mode.
-        qconfig: `default` is min/max per tensor; else the name of an engine, whose own observers are taken.
-        mode: As it was fused.
+        activation: Makes the observer of each activation.
+        per_channel: Whether weights have one scale an output channel, or one a tensor.
     """
-    model = copy.deepcopy(fused)
-    if mode == "qat":
-        own = tq.default_qat_qconfig if qconfig == "default" else tq.get_default_qat_qconfig(qconfig)
-        model.qconfig = cast("Any", own)
-        return tq.prepare_qat(model.train(), inplace=True)
-    model.qconfig = cast("Any", tq.default_qconfig if qconfig == "default" else tq.get_default_qconfig(qconfig))
+    weight = tq.default_per_channel_weight_observer if per_channel else tq.default_weight_observer
+    return tq.QConfig(activation=activation, weight=weight)
+
+
+def qat_qconfig(reduce_range: bool, per_channel: bool) -> Any:
+    """A qconfig of fake quantization, as torch's own for each engine.
+
+    Args:
+        reduce_range: Activations on 7 bits; else on 8.
+        per_channel: Whether weights have one scale an output channel, or one a tensor.
+    """
+    return tq.QConfig(
+        activation=tq.FusedMovingAvgObsFakeQuantize.with_args(
+            observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=reduce_range
+        ),
+        weight=tq.default_fused_per_channel_wt_fake_quant if per_channel else tq.default_fused_wt_fake_quant,
+    )
+
+
+def prepare_ptq(model: nn.Module, qconfig: Any) -> nn.Module:
+    """Put observers into a model fused in mode "eval", in place."""
+    model.qconfig = qconfig
     return tq.prepare(model.eval(), inplace=True)
+
+
+def prepare_qat(model: nn.Module, qconfig: Any) -> nn.Module:
+    """Put fake quantization into a model fused in mode "qat", in place."""
+    model.qconfig = qconfig
+    return tq.prepare_qat(model.train(), inplace=True)
 
 
 def convert(prepared: nn.Module) -> nn.Module:
@@ -112,6 +136,42 @@ def convert_blank(prepared: nn.Module) -> nn.Module:
         if weight_fake_quant is not None:
             weight_fake_quant(module.weight)
     return convert(prepared)
+
+
+def set_range(fake_quantize: Any, observer: Any) -> None:
+    """Give fake quantization the grid that an observer has found, and its moving average that range to start from."""
+    scale, zero_point = observer.calculate_qparams()
+    low = (observer.quant_min - zero_point) * scale
+    high = (observer.quant_max - zero_point) * scale
+    own = fake_quantize.activation_post_process
+    own.min_val.resize_(()).copy_(low.squeeze())
+    own.max_val.resize_(()).copy_(high.squeeze())
+    fake_quantize.scale.resize_(scale.shape).copy_(scale)
+    fake_quantize.zero_point.resize_(zero_point.shape).copy_(zero_point)
+
+
+def set_bias(module: Any, bias: torch.Tensor) -> None:
+    """Set the bias [C] of a layer in training; of a fused one, by its BatchNorm: what it is once that is folded."""
+    norm = getattr(module, "bn", None)
+    if norm is None:
+        module.bias.data.copy_(bias)
+        return
+    inside = 0.0 if module.bias is None else module.bias.detach()
+    folded = (inside - norm.running_mean) * norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    norm.bias.data.copy_(bias - folded)
+
+
+def observe_weights(model: nn.Module) -> None:
+    """Find the grid of each weight of a model in training, with BatchNorm folded in as it is now."""
+    for module in model.modules():
+        weight_fake_quant = getattr(module, "weight_fake_quant", None)
+        if weight_fake_quant is not None:
+            weight = cast("Any", module).weight.detach()
+            norm = getattr(module, "bn", None)
+            if norm is not None:
+                factor = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+                weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
+            weight_fake_quant(weight)
 
 
 def freeze_observers(model: nn.Module) -> None:

@@ -1,13 +1,15 @@
 """Calibration: observers in, training images through, activation ranges out."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantlib import backend, fusion, images, models
+from quantlib import fusion, images, models, preparation
 from quantlib.progress import Progress, silent
+from quantlib.scheme import Scheme
 
 
 def calibrate(prepared: nn.Module, shard: Path, batch_size: int, progress: Progress = silent) -> None:
@@ -27,18 +29,18 @@ def calibrate(prepared: nn.Module, shard: Path, batch_size: int, progress: Progr
             progress(done, total)
 
 
-def load_or_prepare(content: bytes, qconfig: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A prepared model and its header: as it was stored, or made from a fused model by putting observers in."""
+def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:
+    """A prepared model and its header: as it was stored, or made from a fused model as the scheme says."""
     header, _ = models.open_saved(content)
-    if "qconfig" in header:
+    if "scheme" in header:
         return load_prepared(content)
     fused, header = fusion.load(content)
-    return backend.prepare(fused, qconfig, header["fused"]), header | {"qconfig": qconfig}
+    return preparation.prepare(fused, scheme, header["fused"]), header | {"scheme": asdict(scheme)}
 
 
 def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
     """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `models.save` made it."""
     header, state = models.open_saved(content)
-    prepared = backend.prepare(fusion.rebuild(header), header["qconfig"], header["fused"])
+    prepared = preparation.prepare(fusion.rebuild(header), Scheme.from_header(header), header["fused"])
     prepared.load_state_dict(state)
     return prepared, header

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from quantlib import backend, fusion, models
+from quantlib import backend, fusion, models, preparation
 from quantlib.errors import ModelError
+from quantlib.scheme import Scheme
 
 
 def convert(prepared: nn.Module, engine: str) -> nn.Module:
@@ -42,7 +43,7 @@ def load_deployable(content: bytes) -> tuple[nn.Module, str | None]:
     header, state = models.open_saved(content)
     if "engine" not in header:
         return fusion.load(content)[0], None
-    prepared = backend.prepare(fusion.rebuild(header), header["qconfig"], header["fused"])
+    prepared = preparation.prepare(fusion.rebuild(header), Scheme.from_header(header), header["fused"])
     with backend.use_engine(header["engine"]):
         model = backend.convert_blank(prepared)
         model.load_state_dict(state)

@@ -10,6 +10,9 @@ Each message says what was got, what is allowed and what to do.
     └── StoreError       an artifact is missing or damaged
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class QuantflowError(Exception):
     """Base of every error that quantflow raises on purpose."""
@@ -33,3 +36,9 @@ class MachineError(QuantflowError):
 
 class StoreError(QuantflowError):
     """An artifact is missing from the store, or is not what was written."""
+
+
+def suggest(got: str, allowed: Iterable[str]) -> str:
+    """The end of a sentence, with the nearest of `allowed` where one is near."""
+    nearest = difflib.get_close_matches(got, list(allowed), n=1)
+    return f" (did you mean {nearest[0]!r}?)." if nearest else "."

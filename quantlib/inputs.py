@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from quantlib import codehash
-from quantlib.errors import DataError, ModelError, RecipeError
+from quantlib.errors import DataError, ModelError, RecipeError, suggest
 from quantlib.progress import Progress, silent
-from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file, suggest
+from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file
 from quantlib.store import write_atomically
 
 SplitName = Literal["train", "val"]
@@ -151,7 +151,8 @@ def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> Non
         )
     available = num_train - num_held_back
     calibration = recipe.calibration.batch_size * recipe.calibration.num_batches
-    if recipe.ptq and calibration > available:
+    calibrates = bool(recipe.ptq) or any(branch.start == "calibrated" for branch in recipe.qat)
+    if calibrates and calibration > available:
         raise RecipeError(
             f"calibration asks for {recipe.calibration.num_batches} batches of {recipe.calibration.batch_size} = "
             f"{calibration} images, and the training split has {available} that are not held back. "

@@ -5,6 +5,8 @@ import platform
 from contextlib import suppress
 from pathlib import Path
 
+from quantlib.scheme import ActivationBits
+
 # glibc's parameters of mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
@@ -31,6 +33,21 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def activation_bits(engine: str) -> ActivationBits:
+    """How many bits of activations this CPU's int8 arithmetic takes without saturating.
+
+    Without VNNI, x86 adds pairs of products in 16 bits: 2 * 255 * 127 does not fit, 2 * 127 * 127 does. qnnpack adds
+    in 32 bits.
+    """
+    if engine == "qnnpack":
+        return 8
+    with suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        if flags & {"avx512_vnni", "avx_vnni"}:
+            return 8
+    return 7
 
 
 def default_engine() -> str:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quantlib import backend, calibration, data, images
+from quantlib import backend, calibration, data, images, preparation
 from quantlib.data import Split
 from quantlib.progress import Progress, silent
 from quantlib.schedule import Schedule
+from quantlib.scheme import Scheme
 from quantlib.transforms import Transform
 
 
@@ -21,6 +22,7 @@ class EpochMetrics:
 
     epoch: int
     loss: float
+    """Cross-entropy with the labels, or with `distill` Kullback-Leibler divergence from the teacher; nats."""
     train_top1: float
     num_images: int
     observers_frozen: bool
@@ -49,17 +51,42 @@ class QATState:
         return buffer.getvalue()
 
 
-def load(content: bytes, qconfig: str, learning_rate: float) -> QATState:
-    """The state that an epoch left, or the one before the first epoch, from a model fused in mode "qat".
+def load(content: bytes, scheme: Scheme, learning_rate: float) -> QATState:
+    """The state that an epoch left, or the one before the first epoch, from a model fused or prepared in mode "qat".
 
     BatchNorm's freeze is in no state_dict: `train_epoch` sets it again.
     """
-    model, header = calibration.load_or_prepare(content, qconfig)
+    model, header = calibration.load_or_prepare(content, scheme)
     state = QATState(model, header, learning_rate)
     optimizer = torch.load(io.BytesIO(content), weights_only=True).get("optimizer")
     if optimizer is not None:
         state.optimizer.load_state_dict(optimizer)
     return state
+
+
+def start_from(trainable: nn.Module, calibrated: nn.Module, scheme: Scheme) -> nn.Module:
+    """A model for training that computes what a calibrated one does, converted: the same biases, ranges and grids.
+
+    Args:
+        trainable: Fused in mode "qat", from the same float model as `calibrated`.
+        calibrated: Prepared in mode "eval" with the same scheme; its biases may have been corrected.
+        scheme: How both are quantized.
+
+    Returns:
+        Prepared in mode "qat".
+    """
+    model = preparation.prepare(trainable, scheme, "qat")
+    for path, module in calibrated.named_modules():
+        observer = getattr(module, "activation_post_process", None)
+        if isinstance(observer, backend.ObserverBase):
+            backend.set_range(model.get_submodule(path).activation_post_process, observer)
+        # In a fused module, what holds the bias is the part that was a layer of its own.
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            parent = calibrated.get_submodule(path.rpartition(".")[0])
+            place = path.rpartition(".")[0] if isinstance(parent, backend.FusedModule) else path
+            backend.set_bias(model.get_submodule(place), module.bias.detach())
+    backend.observe_weights(model)
+    return model
 
 
 def train_epoch(
@@ -69,6 +96,7 @@ def train_epoch(
     split: Split,
     indices: np.ndarray,
     transform: Transform,
+    teacher: nn.Module | None = None,
     progress: Progress = silent,
 ) -> EpochMetrics:
     """Train one epoch in place; a function of the state and the epoch's number alone.
@@ -80,6 +108,7 @@ def train_epoch(
         split: The training images.
         indices: Those of them to train on, [n] int64.
         transform: Applied to each image.
+        teacher: A float model whose logits are to be met; None: the labels are.
         progress: Called with (batches done, batches in all).
 
     Returns:
@@ -97,11 +126,16 @@ def train_epoch(
     model = state.model.train().to(memory_format=torch.channels_last)
     if schedule.freezes_batch_norm(epoch - 1):
         backend.freeze_batch_norm(model)
+    if schedule.freezes_observers(epoch - 1):
+        backend.freeze_observers(model)
     total_loss, correct = 0.0, 0
     for step, (pixels, labels_array) in enumerate(data.batches(split, order, transform, seed, schedule.batch_size)):
         labels = torch.from_numpy(labels_array)
-        logits = model(images.to_input(torch.from_numpy(pixels)))
-        loss = nn.functional.cross_entropy(logits, labels)
+        x = images.to_input(torch.from_numpy(pixels))
+        logits = model(x)
+        loss = _loss(logits, labels, x, teacher)
+        for group in state.optimizer.param_groups:
+            group["lr"] = schedule.learning_rate_at(epoch, step / num_batches)
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
@@ -120,3 +154,13 @@ def train_epoch(
         observers_frozen=schedule.freezes_observers(epoch),
         batch_norm_frozen=schedule.freezes_batch_norm(epoch),
     )
+
+
+def _loss(logits: Tensor, labels: Tensor, x: Tensor, teacher: nn.Module | None) -> Tensor:
+    """How far logits [n, num_classes] are from the labels [n], or from what a teacher says of the images."""
+    if teacher is None:
+        return nn.functional.cross_entropy(logits, labels)
+    with torch.no_grad():
+        target = teacher(x).log_softmax(1)
+    # Distillation at temperature 1, Hinton et al. 2015 (arXiv:1503.02531), section 2.
+    return nn.functional.kl_div(logits.log_softmax(1), target, reduction="batchmean", log_target=True)

@@ -1,17 +1,17 @@
 """What a run is: the recipe, read from TOML and checked once."""
 
-import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from quantlib.errors import RecipeError
+from quantlib.errors import RecipeError, suggest
+from quantlib.schedule import LearningRateDecay
+from quantlib.scheme import BUNDLES, ActivationBits, ObserverName, QConfigName, Scheme, WeightGrid
 
-QConfigName = Literal["default", "fbgemm", "x86", "onednn", "qnnpack"]
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 BranchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Count = Annotated[int, Field(gt=0)]
@@ -22,6 +22,17 @@ class Section(BaseModel):
     """A frozen table of the recipe; a key that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
+    """The least and the most of an image that a random crop takes, as they are.
+
+    Raises:
+        ValueError: If they are out of order.
+    """
+    if not 0.0 < scale[0] <= scale[1]:
+        raise ValueError("must be [least, most] with 0 < least <= most <= 1")
+    return scale
 
 
 class TrainingRecipe(Section):
@@ -67,9 +78,7 @@ class DataRecipe(Section):
     @field_validator("train_scale")
     @classmethod
     def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0.0 < scale[0] <= scale[1]:
-            raise ValueError("must be [least, most] with 0 < least <= most <= 1")
-        return scale
+        return check_scale(scale)
 
     @model_validator(mode="after")
     def _crop_inside_resize(self) -> Self:
@@ -106,35 +115,103 @@ class CalibrationRecipe(Section):
     """"eval": resize and centre crop; "train": random crops and flips."""
 
 
-class PTQRecipe(Section):
+class BranchRecipe(Section):
+    """What post-training quantization and quantization-aware training have in common."""
+
+    name: BranchName
+    """The variant's name in the report."""
+    qconfig: QConfigName = "accurate"
+    """`accurate` is what keeps accuracy best; the others are torch's own: `default` is min/max per tensor, the rest
+    the engines', weights per channel (qnnpack: per tensor). Each option below takes the place of one of these."""
+    observer: ObserverName | None = None
+    """How activation ranges are found; absent: as `qconfig` says."""
+    weights: WeightGrid | None = None
+    """One scale a weight tensor, or one an output channel; absent: as `qconfig` says."""
+    activation_bits: ActivationBits | Literal["auto"] | None = None
+    """8, or 7 where the CPU's int8 arithmetic would saturate; "auto": what this CPU can; absent: as `qconfig` says."""
+    equalize: bool | None = None
+    """Cross-layer equalization first; absent: as `qconfig` says."""
+    bias_correction: bool | None = None
+    """Correct each layer's mean output, on the calibration images; absent: as `qconfig` says."""
+    float_layers: tuple[str, ...] = ()
+    """Layers that stay float, by dotted path or by class."""
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether the float model is equalized first."""
+        return BUNDLES[self.qconfig].equalize if self.equalize is None else self.equalize
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether biases are corrected after calibration."""
+        return BUNDLES[self.qconfig].bias_correction if self.bias_correction is None else self.bias_correction
+
+    def scheme(self, cpu_bits: ActivationBits) -> Scheme:
+        """What is put into the model.
+
+        Args:
+            cpu_bits: What "auto" stands for.
+        """
+        bundle = BUNDLES[self.qconfig]
+        bits = self.activation_bits or bundle.activation_bits
+        return Scheme(
+            observer=self.observer or bundle.observer,
+            weights=self.weights or bundle.weights,
+            activation_bits=cpu_bits if bits == "auto" else bits,
+            float_layers=self.float_layers,
+        )
+
+
+class PTQRecipe(BranchRecipe):
     """One post-training quantization branch."""
 
-    name: BranchName
-    """The variant's name in the report."""
-    qconfig: QConfigName = "fbgemm"
-    """Observers: `default` is min/max per tensor; the others are the engines' own, weights per channel
-    (qnnpack: per tensor)."""
 
-
-class QATRecipe(Section):
+class QATRecipe(BranchRecipe):
     """One quantization-aware training branch."""
 
-    name: BranchName
-    """The variant's name in the report."""
-    qconfig: QConfigName = "fbgemm"
-    """The fake quantization that is trained through."""
+    start: Literal["calibrated", "float"] = "calibrated"
+    """calibrated: from what PTQ with the same options gives; float: from the float model, its ranges still to be
+    found while training (`observer` and `bias_correction` then have no effect, and are refused)."""
     epochs: Count = 8
     """Each epoch is a cached stage, evaluated as an int8 model; the best is kept."""
+    patience: Count | None = None
+    """Stop after so many epochs without a new best; absent: train all."""
     batches_per_epoch: Count | None = None
     """Training batches an epoch; absent: the whole training split."""
     batch_size: Annotated[int, Field(gt=1)] = 30
     """Images a training step (BatchNorm needs two at least)."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
-    """Of plain SGD."""
-    freeze_batch_norm_after_epoch: Annotated[int, Field(ge=-1)] = 2
-    """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this."""
-    freeze_observer_after_epoch: Annotated[int, Field(ge=-1)] = 3
-    """Observers are frozen at the end of each 0-based epoch whose number is greater than this."""
+    """Of plain SGD, at the start."""
+    learning_rate_decay: LearningRateDecay = "cosine"
+    """cosine: to zero at the last epoch's end; constant: none."""
+    distill: bool = True
+    """Learn what the float model says of each image, not the labels."""
+    train_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
+    """As [data] train_scale, of this branch. The nearer to the images that the float model was trained on, the less
+    BatchNorm moves."""
+    freeze_batch_norm_after_epoch: Annotated[int, Field(ge=-2)] = -2
+    """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the
+    start, as so few images are worse statistics than what the float model brings."""
+    freeze_observer_after_epoch: Annotated[int, Field(ge=-2)] = -2
+    """Observers are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the start."""
+
+    @model_validator(mode="after")
+    def _starts_with_ranges(self) -> Self:
+        if self.start == "float":
+            given = [name for name in ("observer", "bias_correction") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f'{given[0]} is of calibration, and start = "float" skips it: remove one of them')
+            if self.freeze_observer_after_epoch == -2:
+                raise ValueError(
+                    'start = "float" has no ranges yet: set freeze_observer_after_epoch to the epoch that ends '
+                    "their search"
+                )
+        return self
+
+    @field_validator("train_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        return check_scale(scale)
 
 
 class BenchmarkRecipe(Section):
@@ -153,6 +230,9 @@ class GateRecipe(Section):
 
     max_top1_drop: Fraction = 0.01
     """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point."""
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
+    its drop is inside; absent: the drop itself is what counts."""
 
 
 class Recipe(Section):
@@ -321,12 +401,6 @@ def _explain(details: Any) -> str:
     if details["type"] == "value_error" and not isinstance(details["input"], (str, int, float, list, tuple)):
         return f"{where}: {message}."
     return f"{where} = {details['input']!r} is not allowed: {message}."
-
-
-def suggest(got: str, allowed: Iterable[str]) -> str:
-    """The end of a sentence, with the nearest of `allowed` where one is near."""
-    nearest = difflib.get_close_matches(got, list(allowed), n=1)
-    return f" (did you mean {nearest[0]!r}?)." if nearest else "."
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:

@@ -30,6 +30,16 @@ class VariantRow:
     """float, ptq or qat."""
     qconfig: str | None
     engine: str | None
+    observer: str | None
+    """How activation ranges were found; null for float, as the next three."""
+    weights: str | None
+    """per_tensor or per_channel."""
+    activation_bits: int | None
+    """7 or 8; 8 saturate on an x86 CPU without VNNI."""
+    float_layers: list[str] | None
+    """What was kept in float, as the recipe names it."""
+    equalized: bool
+    bias_corrected: bool
     top1: float
     """Fraction of the validation images, as are the other accuracies without another word."""
     top5: float
@@ -38,6 +48,11 @@ class VariantRow:
     num_images: int
     top1_drop: float
     """Float's top1 less this one's."""
+    top1_drop_low: float
+    """Ends of the 95% interval of the drop, image by image on the same images."""
+    top1_drop_high: float
+    p_value: float
+    """Exact McNemar test: how likely a model as accurate as float differs from it by this much or more."""
     top1_selection: float
     """On the images that choices are made by."""
     selected_on: str
@@ -48,6 +63,10 @@ class VariantRow:
     top1_activations_only: float | None
     best_epoch: int | None
     """0-based; the epoch of QAT that this is."""
+    top1_start: float | None
+    """Of the int8 model that QAT started from."""
+    below_start: bool | None
+    """Whether QAT ended below its start, on the images that choices are made by: then it did harm."""
     size_bytes: int
     """Of the TorchScript file."""
     latency_p50_ms: float
@@ -56,6 +75,10 @@ class VariantRow:
     """Float's latency_p50_ms over this one's."""
     accepted: bool
     """Inside the gate."""
+    gate: str
+    """inside, outside, or undecided: too few images to say with the confidence that the recipe asks for."""
+    num_images_to_decide: int | None
+    """Of an undecided variant: about how many images would tell."""
     winner: bool
     artifact_sha256: str
     artifact_path: str
@@ -149,6 +172,7 @@ _COLUMN_TYPES: dict[Any, pa.DataType] = {
     bool: pa.bool_(),
     datetime: pa.timestamp("us", tz="UTC"),
     list[int]: pa.list_(pa.int64()),
+    list[str]: pa.list_(pa.string()),
 }
 
 

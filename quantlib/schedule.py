@@ -1,6 +1,10 @@
 """When quantization-aware training does what."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
+
+LearningRateDecay = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -10,13 +14,28 @@ class Schedule:
     batches_per_epoch: int | None
     """None: all of the training images."""
     batch_size: int
+    epochs: int
     learning_rate: float
+    """At the start."""
+    decay: LearningRateDecay
+    """cosine: to zero at the last epoch's end (Loshchilov and Hutter 2016, arXiv:1608.03983, eq. 5)."""
     freeze_batch_norm_after_epoch: int
     """Frozen at the end of each 0-based epoch whose number is greater."""
     freeze_observer_after_epoch: int
     """Likewise, the observers."""
     seed: int
     """Of data order, crops and dropout, together with the epoch's number."""
+
+    def learning_rate_at(self, epoch: int, progress: float) -> float:
+        """The learning rate of a step.
+
+        Args:
+            epoch: 0-based.
+            progress: The part of the epoch's steps that are done, in [0, 1).
+        """
+        if self.decay == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * (epoch + progress) / self.epochs)) / 2
 
     def freezes_batch_norm(self, epoch: int) -> bool:
         """Whether BatchNorm is frozen once this epoch is trained."""

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from quantlib import significance
 from quantlib.predictions import Predictions
+from quantlib.recipe import GateRecipe
 from quantlib.report import EpochRow, LatencyRow, VariantRow
+from quantlib.scheme import Scheme
 
 # Timings of one model differ by about this much from run to run; variants closer than that are equally fast.
 EQUALLY_FAST = 1.10
@@ -33,11 +36,18 @@ class Measured:
     method: str
     qconfig: str | None
     engine: str | None
+    scheme: Scheme | None
+    """None: float."""
+    equalized: bool
+    bias_corrected: bool
     validation: Predictions
     selection: Predictions
     simulated: Mapping[str, Predictions]
     """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
     epochs: tuple[Epoch, ...]
+    start_validation: Predictions | None
+    """Of the int8 model that QAT started from, where it started from one."""
+    start_selection: Predictions | None
     samples_ms: Mapping[tuple[int, int], Sequence[float]]
     """By (batch size, threads)."""
     artifact_sha256: str
@@ -57,17 +67,17 @@ class Circumstances:
 
 
 def variant_rows(
-    variants: Sequence[Measured], max_top1_drop: float, circumstances: Circumstances
+    variants: Sequence[Measured], gate: GateRecipe, circumstances: Circumstances
 ) -> tuple[VariantRow, ...]:
     """A row for each variant, the winner marked.
 
     Args:
         variants: The float model first.
-        max_top1_drop: The gate, as a fraction.
+        gate: What a variant may lose.
         circumstances: Repeated in each row.
     """
     baseline = variants[0]
-    rows = [_variant_row(variant, baseline, max_top1_drop, circumstances) for variant in variants]
+    rows = [_variant_row(variant, baseline, gate, circumstances) for variant in variants]
     winner = choose_winner(rows)
     return tuple(replace(row, winner=row.variant == winner) for row in rows)
 
@@ -126,10 +136,10 @@ def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
     )
 
 
-def _variant_row(
-    variant: Measured, baseline: Measured, max_top1_drop: float, circumstances: Circumstances
-) -> VariantRow:
+def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circumstances: Circumstances) -> VariantRow:
     drop = baseline.validation.top1 - variant.validation.top1
+    paired = _paired(baseline, variant, 0.95)
+    outcome, num_to_decide = _judge(baseline, variant, gate)
     latency = float(np.percentile(variant.samples_ms[1, 1], 50))
     simulated = {parts: predictions.top1 for parts, predictions in variant.simulated.items()}
     return VariantRow(
@@ -138,22 +148,34 @@ def _variant_row(
         method=variant.method,
         qconfig=variant.qconfig,
         engine=variant.engine,
+        observer=variant.scheme.observer if variant.scheme else None,
+        weights=variant.scheme.weights if variant.scheme else None,
+        activation_bits=variant.scheme.activation_bits if variant.scheme else None,
+        float_layers=list(variant.scheme.float_layers) if variant.scheme else None,
+        equalized=variant.equalized,
+        bias_corrected=variant.bias_corrected,
         top1=variant.validation.top1,
         top5=variant.validation.top5_accuracy,
         loss=variant.validation.mean_loss,
         num_images=len(variant.validation),
         top1_drop=drop,
+        top1_drop_low=paired.low,
+        top1_drop_high=paired.high,
+        p_value=paired.p_value,
         top1_selection=variant.selection.top1,
         selected_on=circumstances.selected_on,
         top1_simulated=simulated.get("both"),
         top1_weights_only=simulated.get("weights"),
         top1_activations_only=simulated.get("activations"),
         best_epoch=next((epoch.metrics["epoch"] for epoch in variant.epochs if epoch.chosen), None),
+        top1_start=variant.start_validation.top1 if variant.start_validation else None,
+        below_start=variant.selection.top1 < variant.start_selection.top1 if variant.start_selection else None,
         size_bytes=variant.size_bytes,
         latency_p50_ms=latency,
         speedup=float(np.percentile(baseline.samples_ms[1, 1], 50)) / latency,
-        # A drop of exactly the gate is not to be lost to float64's rounding; one image is far more than this.
-        accepted=drop <= max_top1_drop + 1e-9,
+        accepted=outcome == "inside",
+        gate=outcome,
+        num_images_to_decide=num_to_decide,
         winner=False,
         artifact_sha256=variant.artifact_sha256,
         artifact_path=variant.artifact_path,
@@ -161,3 +183,25 @@ def _variant_row(
         cpu_model=circumstances.cpu_model,
         created_at=circumstances.created_at,
     )
+
+
+def _paired(baseline: Measured, variant: Measured, confidence: float) -> significance.PairedDrop:
+    return significance.paired_drop(baseline.validation.top1_correct, variant.validation.top1_correct, confidence)
+
+
+def _judge(baseline: Measured, variant: Measured, gate: GateRecipe) -> tuple[str, int | None]:
+    """Whether a variant is inside the gate, outside, or undecided; then, how many images would tell."""
+    num_images = len(variant.validation)
+    # Both accuracies are counts over the same images: half an image is added so that a drop of exactly the gate is
+    # not lost to rounding.
+    limit = gate.max_top1_drop + 0.5 / num_images
+    paired = _paired(baseline, variant, gate.confidence or 0.95)
+    if variant is baseline:
+        return "inside", None
+    if gate.confidence is None:
+        return ("inside" if paired.drop <= limit else "outside"), None
+    if paired.high <= limit:
+        return "inside", None
+    if paired.low > limit:
+        return "outside", None
+    return "undecided", significance.images_to_tell(paired, num_images, limit)

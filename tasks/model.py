@@ -1,4 +1,4 @@
-"""Stages that make float models: load, fuse."""
+"""Stages that make float models: load_float, equalize, fuse."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -35,8 +35,18 @@ def load_float(model: ModelInput, num_classes: int, crop: int, seed: int, traini
     return run.store.put("model", models.save(module, header))
 
 
-@stage("fuse-{mode}")
-def fuse(model: Ref, mode: Literal["eval", "qat"]) -> Ref:
+@stage("equalize")
+def equalize(model: Ref, crop: int) -> Ref:
+    """Make channel ranges equal across layers; the float model computes the same."""
+    from quantlib import equalization, models
+
+    store = current_run().store
+    module, header = models.load(store.read(model))
+    return store.put("model", models.save(equalization.equalize(module, crop), header))
+
+
+@stage("fuse-{branch}")
+def fuse(model: Ref, mode: Literal["eval", "qat"], *, branch: str) -> Ref:
     """Fuse Conv, BatchNorm and ReLU: folded ("eval": baseline and PTQ), or kept live ("qat")."""
     from quantlib import fusion, models
 

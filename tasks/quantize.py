@@ -1,22 +1,36 @@
-"""Stages that quantize: calibrate, convert, qat_epoch, choose_epoch."""
+"""Stages that quantize: calibrate, correct_bias, convert, qat_epoch, choose_epoch."""
+
+from collections.abc import Sequence
 
 from quantlib.inputs import Selection
 from quantlib.schedule import Schedule
+from quantlib.scheme import Scheme
 from quantlib.store import Ref
 from quantlib.transforms import Transform
-from tasks.caching import stage
+from tasks.caching import PLANNER, stage
 from tasks.run import current_run
 
 
 @stage("calibrate-{branch}")
-def calibrate(before: Ref, images: Ref, qconfig: str, batch_size: int, *, branch: str) -> Ref:
+def calibrate(before: Ref, images: Ref, scheme: Scheme, batch_size: int, *, branch: str) -> Ref:
     """Show a shard of calibration images to the observers of a fused model, or of the shard before."""
     from quantlib import calibration, models
 
     run = current_run()
-    prepared, header = calibration.load_or_prepare(run.store.read(before), qconfig)
+    prepared, header = calibration.load_or_prepare(run.store.read(before), scheme)
     calibration.calibrate(prepared, run.store.path(images), batch_size, run.progress)
     return run.store.put("model", models.save(prepared, header))
+
+
+@stage("correct_bias-{branch}")
+def correct_bias(prepared: Ref, images: tuple[Ref, ...], *, branch: str) -> Ref:
+    """Give each layer of a calibrated model the mean output that it has in float."""
+    from quantlib import bias_correction, calibration, models
+
+    store = current_run().store
+    module, header = calibration.load_prepared(store.read(prepared))
+    corrected = bias_correction.correct_bias(module, [store.path(ref) for ref in images])
+    return store.put("model", models.save(corrected, header))
 
 
 @stage("convert-{branch}")
@@ -31,25 +45,54 @@ def convert(prepared: Ref, engine: str, crop: int, *, branch: str) -> Ref:
     return store.put("model", models.save(int8, header | {"engine": engine}))
 
 
+@stage("start_qat-{branch}")
+def start_qat(trainable: Ref, calibrated: Ref, *, branch: str) -> Ref:
+    """Give a model fused for QAT the biases and ranges of a calibrated one."""
+    from quantlib import calibration, fusion, models, qat
+    from quantlib.scheme import Scheme
+
+    store = current_run().store
+    module, header = fusion.load(store.read(trainable))
+    source, source_header = calibration.load_prepared(store.read(calibrated))
+    model = qat.start_from(module, source, Scheme.from_header(source_header))
+    return store.put("model", models.save(model, header | {"scheme": source_header["scheme"]}))
+
+
 @stage("qat_epoch-{branch}-{epoch}")
 def qat_epoch(
     before: Ref,
     epoch: int,
-    qconfig: str,
+    scheme: Scheme,
     schedule: Schedule,
     images: Selection,
     transform: Transform,
+    teacher: Ref | None,
     *,
     branch: str,
 ) -> tuple[Ref, Ref]:
-    """Train one epoch from the model fused for QAT, or from the epoch before; the new state, and its metrics."""
-    from quantlib import data, qat
+    """Train one epoch from the start, or from the epoch before; the new state, and its metrics."""
+    from quantlib import data, fusion, qat
 
     run = current_run()
-    state = qat.load(run.store.read(before), qconfig, schedule.learning_rate)
+    state = qat.load(run.store.read(before), scheme, schedule.learning_rate)
     split, indices = data.select(images)
-    metrics = qat.train_epoch(state, epoch, schedule, split, indices, transform, run.progress)
+    taught_by = fusion.load(run.store.read(teacher))[0] if teacher is not None else None
+    metrics = qat.train_epoch(state, epoch, schedule, split, indices, transform, taught_by, run.progress)
     return run.store.put("model", state.save()), run.store.put_json("metrics", metrics)
+
+
+def has_stalled(evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:
+    """Whether none of the last `patience` epochs was better than all before them.
+
+    No stage: it reads what stages found. A run that is only planned trains every epoch.
+    """
+    from quantlib import predictions
+
+    if PLANNER.get() is not None:
+        return False
+    store = current_run().store
+    top1 = [predictions.concatenate([predictions.load(store.read(ref)) for ref in parts]).top1 for parts in evaluations]
+    return len(top1) - 1 - top1.index(max(top1)) >= patience
 
 
 @stage("choose_epoch-{branch}")

@@ -12,6 +12,7 @@ from quantlib import machine, predictions, report, verdict
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
 from quantlib.report import Report
+from quantlib.scheme import Scheme
 from quantlib.store import Ref, Store
 from tasks import tracking
 from tasks.run import current_run
@@ -35,12 +36,17 @@ class VariantRefs:
     method: str
     qconfig: str | None
     engine: str | None
+    scheme: Scheme | None
+    equalized: bool
+    bias_corrected: bool
     artifact: Ref
     validation: tuple[Ref, ...] = ()
     """Empty for QAT: the chosen epoch's are meant."""
     selection: tuple[Ref, ...] = ()
     simulated: dict[str, tuple[Ref, ...]]
     epochs: tuple[EpochRefs, ...] = ()
+    start: tuple[tuple[Ref, ...], tuple[Ref, ...]] | None = None
+    """Of QAT from a calibrated model: that model's validation and selection answers."""
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -63,7 +69,7 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
     )
     found = Report(
         run_id=run.run_id,
-        variants=verdict.variant_rows(measured, recipe.gate.max_top1_drop, circumstances),
+        variants=verdict.variant_rows(measured, recipe.gate, circumstances),
         epochs=verdict.epoch_rows(measured),
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
@@ -93,10 +99,15 @@ def _measured(
         method=refs.method,
         qconfig=refs.qconfig,
         engine=refs.engine,
+        scheme=refs.scheme,
+        equalized=refs.equalized,
+        bias_corrected=refs.bias_corrected,
         validation=_predictions(store, refs.validation) if chosen is None else epochs[chosen].validation,
         selection=_predictions(store, refs.selection) if chosen is None else epochs[chosen].selection,
         simulated={parts: _predictions(store, shards) for parts, shards in refs.simulated.items()},
         epochs=epochs,
+        start_validation=_predictions(store, refs.start[0]) if refs.start else None,
+        start_selection=_predictions(store, refs.start[1]) if refs.start else None,
         samples_ms=samples,
         artifact_sha256=refs.artifact.sha256,
         artifact_path=str(place),

@@ -1,0 +1,89 @@
+"""Preparation: observers or fake quantization put into a fused model, as a scheme says."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantlib import backend, observers
+from quantlib.backend import FuseMode
+from quantlib.errors import ModelError, suggest
+from quantlib.scheme import ObserverName, Scheme
+
+_OBSERVERS: dict[ObserverName, type[backend.ObserverBase]] = {
+    "minmax": backend.MinMaxObserver,
+    "moving_average": backend.MovingAverageMinMaxObserver,
+    "histogram": backend.HistogramObserver,
+    "percentile": observers.PercentileObserver,
+    "mse": observers.MSEObserver,
+}
+
+
+def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
+    """A copy of a fused model with observers (mode "eval") or fake quantization (mode "qat") put in.
+
+    Args:
+        fused: Fused in the same mode.
+        scheme: In mode "qat", ranges are moving averages whatever its observer, because the model moves as well.
+        mode: As it was fused.
+
+    Raises:
+        ModelError: If the model has none of the scheme's `float_layers`.
+    """
+    model = copy.deepcopy(fused)
+    for path in find_layers(model, scheme.float_layers):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, KeptInFloat(model.get_submodule(path)))
+    per_channel, reduce_range = scheme.weights == "per_channel", scheme.activation_bits == 7
+    if mode == "qat":
+        return backend.prepare_qat(model, backend.qat_qconfig(reduce_range, per_channel))
+    activation = _OBSERVERS[scheme.observer].with_args(reduce_range=reduce_range)
+    return backend.prepare_ptq(model, backend.ptq_qconfig(activation, per_channel))
+
+
+class KeptInFloat(nn.Module):
+    """A module that computes in float, between int8 neighbours."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.dequant = backend.DeQuantStub()
+        self.module = module
+        self.quant = backend.QuantStub()
+        # Preparation hands a qconfig down to every module but those that have one already.
+        module_: Any = module
+        module_.qconfig = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the module, int8 in and int8 out."""
+        return self.quant(self.module(self.dequant(x)))
+
+
+def find_layers(model: nn.Module, wanted: Iterable[str]) -> list[str]:
+    """Paths of the modules that are named, by dotted path or by class; of those inside one another, the outermost.
+
+    A fused module counts as what it was fused from, too.
+
+    Raises:
+        ModelError: If the model has none of one name.
+    """
+    found: dict[str, None] = {}
+    for name in wanted:
+        paths = [path for path, module in model.named_modules() if path and name in (path, *_classes(module))]
+        if not paths:
+            known = [
+                path for path, module in model.named_modules() if path and isinstance(module, nn.Conv2d | nn.Linear)
+            ]
+            raise ModelError(
+                f"float_layers names {name!r}, and the model has no module of that path or class"
+                f"{suggest(name, known)} Its layers are {', '.join(known[:3])}, …"
+            )
+        found.update(dict.fromkeys(paths))
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+
+
+def _classes(module: nn.Module) -> set[str]:
+    parts = list(module.children()) if isinstance(module, backend.FusedModule) else []
+    return {type(part).__name__ for part in [module, *parts]} | {
+        base.__name__ for base in type(module).__mro__ if base in {nn.Conv2d, nn.Linear}
+    }

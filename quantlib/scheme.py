@@ -1,0 +1,55 @@
+"""How a model is quantized: which ranges, which grids, which layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+ObserverName = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
+WeightGrid = Literal["per_tensor", "per_channel"]
+ActivationBits = Literal[7, 8]
+QConfigName = Literal["accurate", "default", "fbgemm", "x86", "onednn", "qnnpack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What `preparation.prepare` puts into a model."""
+
+    observer: ObserverName
+    """How activation ranges are found."""
+    weights: WeightGrid
+    """One scale a weight tensor, or one an output channel."""
+    activation_bits: ActivationBits
+    """7 leave room for the 16-bit sums of CPUs without VNNI, on which 8 saturate."""
+    float_layers: tuple[str, ...] = ()
+    """Dotted names or class names of the modules that stay float."""
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> Self:
+        """The scheme that a saved model's header holds, as `asdict` of it."""
+        fields = header["scheme"]
+        return cls(**{**fields, "float_layers": tuple(fields["float_layers"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What a `qconfig` of the recipe stands for; each option that the recipe gives takes the place of one of these."""
+
+    observer: ObserverName
+    weights: WeightGrid
+    activation_bits: ActivationBits | Literal["auto"]
+    equalize: bool = False
+    bias_correction: bool = False
+
+
+# torch's own qconfigs, and one that uses all there is here.
+BUNDLES: dict[QConfigName, Bundle] = {
+    "accurate": Bundle(
+        observer="mse", weights="per_channel", activation_bits="auto", equalize=True, bias_correction=True
+    ),
+    "default": Bundle(observer="minmax", weights="per_tensor", activation_bits=7),
+    "fbgemm": Bundle(observer="histogram", weights="per_channel", activation_bits=7),
+    "x86": Bundle(observer="histogram", weights="per_channel", activation_bits=7),
+    "onednn": Bundle(observer="histogram", weights="per_channel", activation_bits=8),
+    "qnnpack": Bundle(observer="histogram", weights="per_tensor", activation_bits=8),
+}
+assert set(BUNDLES) == set(get_args(QConfigName))
