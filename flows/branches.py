@@ -162,7 +162,7 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
         batch_size=branch.batch_size,
-        epochs=branch.epochs,
+        epochs=None if branch.learning_rate_decay == "constant" else branch.epochs,
         learning_rate=branch.learning_rate,
         decay=branch.learning_rate_decay,
         freeze_batch_norm_after_epoch=branch.freeze_batch_norm_after_epoch,

@@ -153,6 +153,7 @@ class _Tracer(fx.Tracer):
     """Goes into fused modules, and into torch's own containers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is taken as a whole."""
         known = isinstance(m, _HOMOGENEOUS_MODULES)
         return known or super().is_leaf_module(m, module_qualified_name)
 
@@ -182,6 +183,7 @@ class _Ties:
         self.tie_of: dict[fx.Node, Tie] = {}
 
     def found(self) -> list[Tie]:
+        """Every tie of the graph, in the order of its nodes."""
         for node in self.graph.nodes:
             self.tie_of[node] = self._visit(node)
         return list(dict.fromkeys(self.tie_of.values()))

@@ -22,7 +22,10 @@ from quantlib.store import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class VariantRow:
-    """The float model, or one quantized model."""
+    """The float model, or one quantized model.
+
+    A column with a default was added to the table after others: it is null in runs reported before.
+    """
 
     recipe: str
     variant: str
@@ -30,16 +33,16 @@ class VariantRow:
     """float, ptq or qat."""
     qconfig: str | None
     engine: str | None
-    observer: str | None
+    observer: str | None = None
     """How activation ranges were found; null for float, as the next three."""
-    weights: str | None
+    weights: str | None = None
     """per_tensor or per_channel."""
-    activation_bits: int | None
+    activation_bits: int | None = None
     """7 or 8; 8 saturate on an x86 CPU without VNNI."""
-    float_layers: list[str] | None
+    float_layers: list[str] | None = None
     """What was kept in float, as the recipe names it."""
-    equalized: bool
-    bias_corrected: bool
+    equalized: bool | None = None
+    bias_corrected: bool | None = None
     top1: float
     """Fraction of the validation images, as are the other accuracies without another word."""
     top5: float
@@ -48,10 +51,10 @@ class VariantRow:
     num_images: int
     top1_drop: float
     """Float's top1 less this one's."""
-    top1_drop_low: float
+    top1_drop_low: float | None = None
     """Ends of the 95% interval of the drop, image by image on the same images."""
-    top1_drop_high: float
-    p_value: float
+    top1_drop_high: float | None = None
+    p_value: float | None = None
     """Exact McNemar test: how likely a model as accurate as float differs from it by this much or more."""
     top1_selection: float
     """On the images that choices are made by."""
@@ -63,9 +66,9 @@ class VariantRow:
     top1_activations_only: float | None
     best_epoch: int | None
     """0-based; the epoch of QAT that this is."""
-    top1_start: float | None
+    top1_start: float | None = None
     """Of the int8 model that QAT started from."""
-    below_start: bool | None
+    below_start: bool | None = None
     """Whether QAT ended below its start, on the images that choices are made by: then it did harm."""
     size_bytes: int
     """Of the TorchScript file."""
@@ -75,9 +78,9 @@ class VariantRow:
     """Float's latency_p50_ms over this one's."""
     accepted: bool
     """Inside the gate."""
-    gate: str
+    gate: str | None = None
     """inside, outside, or undecided: too few images to say with the confidence that the recipe asks for."""
-    num_images_to_decide: int | None
+    num_images_to_decide: int | None = None
     """Of an undecided variant: about how many images would tell."""
     winner: bool
     artifact_sha256: str

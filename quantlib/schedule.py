@@ -14,7 +14,8 @@ class Schedule:
     batches_per_epoch: int | None
     """None: all of the training images."""
     batch_size: int
-    epochs: int
+    epochs: int | None
+    """That the decay reaches over; None where there is none: then an epoch is the same whatever their number."""
     learning_rate: float
     """At the start."""
     decay: LearningRateDecay
@@ -33,7 +34,7 @@ class Schedule:
             epoch: 0-based.
             progress: The part of the epoch's steps that are done, in [0, 1).
         """
-        if self.decay == "constant":
+        if self.decay == "constant" or self.epochs is None:
             return self.learning_rate
         return self.learning_rate * (1 + math.cos(math.pi * (epoch + progress) / self.epochs)) / 2
 

@@ -36,18 +36,18 @@ class Measured:
     method: str
     qconfig: str | None
     engine: str | None
-    scheme: Scheme | None
+    scheme: Scheme | None = None
     """None: float."""
-    equalized: bool
-    bias_corrected: bool
+    equalized: bool = False
+    bias_corrected: bool = False
     validation: Predictions
     selection: Predictions
     simulated: Mapping[str, Predictions]
     """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
     epochs: tuple[Epoch, ...]
-    start_validation: Predictions | None
+    start_validation: Predictions | None = None
     """Of the int8 model that QAT started from, where it started from one."""
-    start_selection: Predictions | None
+    start_selection: Predictions | None = None
     samples_ms: Mapping[tuple[int, int], Sequence[float]]
     """By (batch size, threads)."""
     artifact_sha256: str
@@ -192,9 +192,8 @@ def _paired(baseline: Measured, variant: Measured, confidence: float) -> signifi
 def _judge(baseline: Measured, variant: Measured, gate: GateRecipe) -> tuple[str, int | None]:
     """Whether a variant is inside the gate, outside, or undecided; then, how many images would tell."""
     num_images = len(variant.validation)
-    # Both accuracies are counts over the same images: half an image is added so that a drop of exactly the gate is
-    # not lost to rounding.
-    limit = gate.max_top1_drop + 0.5 / num_images
+    # A drop of exactly the gate is not to be lost to float64's rounding; one image is far more than this.
+    limit = gate.max_top1_drop + 1e-9
     paired = _paired(baseline, variant, gate.confidence or 0.95)
     if variant is baseline:
         return "inside", None

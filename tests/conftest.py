@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from schemes import scheme
 from torch import nn
 
-from quantlib import backend, calibration, data, fusion, images, models, training
+from quantlib import backend, calibration, data, fusion, images, models, preparation, training
 from quantlib.data import Split
 from quantlib.recipe import TrainingRecipe
 from quantlib.store import Store
@@ -201,7 +202,7 @@ def calibrated(fused_model: nn.Module, train_shard: Path) -> Callable[[str], nn.
 
     def calibrate(qconfig: str) -> nn.Module:
         if qconfig not in known:
-            known[qconfig] = backend.prepare(fused_model, qconfig, "eval")
+            known[qconfig] = preparation.prepare(fused_model, scheme(qconfig), "eval")
             calibration.calibrate(known[qconfig], train_shard, batch_size=12)
         return known[qconfig]
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,17 +80,18 @@ class Outcome:
     error: str
 
 
-def start_run(home: Path, *, kill_at: int | None = None, run_id: str | None = None) -> Any:
+def start_run(home: Path, *, kill_at: int | None = None, hold_at: str | None = None, run_id: str | None = None) -> Any:
     """Start a run of RECIPE in a process of its own.
 
     Args:
         home: Its home folder.
         kill_at: Kill it with SIGKILL at this point of its work, counted from 0.
+        hold_at: Let it sleep at the first point of this name, for ever; `process.held` is then there.
         run_id: Of the run to go on with.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
-    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, run_id))
-    process.result = result
+    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id))
+    process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
 
@@ -137,13 +139,16 @@ def run(home: Path, **options: Any) -> Outcome:
     return finish(start_run(home, **options))
 
 
-def _work(home: str, result: str, kill_at: int | None, run_id: str | None) -> None:
+def _work(home: str, result: str, kill_at: int | None, hold_at: str | None, run_id: str | None) -> None:
     os.environ["QUANTFLOW_HOME"] = home
     points: list[str] = []
 
     def pass_point(name: str) -> None:
         if len(points) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if name == hold_at:
+            Path(result).with_suffix(".held").touch()
+            time.sleep(600)
         points.append(name)
 
     _hook_points(pass_point)

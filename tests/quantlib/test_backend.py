@@ -10,9 +10,10 @@ from typing import get_args
 
 import pytest
 import torch
+from schemes import scheme
 from torch import nn
 
-from quantlib import backend, fusion
+from quantlib import backend, fusion, preparation
 from quantlib.errors import MachineError
 from quantlib.recipe import EngineName, QConfigName
 
@@ -59,7 +60,7 @@ def test_expected_warnings_are_those_that_pyproject_lists(pytestconfig: pytest.C
 def test_each_expected_warning_is_one_that_torch_gives(fused_model: nn.Module) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        int8 = backend.convert(backend.prepare(fused_model, "fbgemm", "eval"))
+        int8 = backend.convert(preparation.prepare(fused_model, scheme("fbgemm"), "eval"))
         torch.jit.script(nn.Linear(1, 1))
     del int8
 
@@ -80,7 +81,7 @@ def test_preparing_leaves_the_given_model_as_it_was(
     fused = fusion.fuse_model(tiny_model, mode)
     before = copy.deepcopy(fused)
 
-    prepared = backend.prepare(fused, qconfig, mode)
+    prepared = preparation.prepare(fused, scheme(qconfig), mode)
 
     assert repr(fused) == repr(before)
     assert not hasattr(fused, "qconfig")
@@ -113,7 +114,7 @@ def test_each_qconfig_has_its_weights_scheme_and_activation_bits(
 def test_freezing_observers_and_batch_norm_stops_their_statistics(
     tiny_model: nn.Module, val_inputs: torch.Tensor
 ) -> None:
-    prepared = backend.prepare(fusion.fuse_model(tiny_model, "qat"), "fbgemm", "qat")
+    prepared = preparation.prepare(fusion.fuse_model(tiny_model, "qat"), scheme("fbgemm"), "qat")
     prepared(val_inputs)
     backend.freeze_observers(prepared)
     backend.freeze_batch_norm(prepared)
@@ -125,7 +126,7 @@ def test_freezing_observers_and_batch_norm_stops_their_statistics(
 
 
 def test_rounding_to_a_fixed_grid_follows_the_affine_map(engine: str) -> None:
-    observer = backend.prepare(nn.Sequential(nn.Linear(1, 1)), "default", "eval")[0].activation_post_process
+    observer = preparation.prepare(nn.Sequential(nn.Linear(1, 1)), scheme("default"), "eval")[0].activation_post_process
     observer(torch.tensor([-1.0, 3.0]))
     scale, zero_point = (float(value) for value in observer.calculate_qparams())
     x = torch.linspace(-2, 4, 101)

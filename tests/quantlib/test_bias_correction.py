@@ -31,13 +31,13 @@ def calibrated(shard) -> nn.Module:
             module.bias.data.normal_(0, 0.5)
     prepared = preparation.prepare(fusion.fuse_model(net.eval(), "eval"), SCHEME, "eval")
     with torch.inference_mode():
-        prepared(next(iter(images.batches([shard], 24)))[0])
+        prepared(next(iter(images.batches(shard, 24)))[0])
     return prepared
 
 
 def mean_logits(model: nn.Module, shard) -> torch.Tensor:
     with torch.inference_mode():
-        return model(next(iter(images.batches([shard], 24)))[0]).mean(0)
+        return model(next(iter(images.batches(shard, 24)))[0]).mean(0)
 
 
 def test_corrected_biases_bring_the_mean_logits_back(calibrated, shard):

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from schemes import header_of, scheme
 from torch import nn
 
 from quantlib import backend, calibration, fusion, images, models
@@ -30,7 +31,7 @@ def _shard(path: Path, pixels: np.ndarray) -> Path:
 def test_calibration_finds_the_least_and_the_greatest_value(fused_content: bytes, tmp_path: Path) -> None:
     pixels = np.full((5, 32, 32, 3), 100, dtype=np.uint8)
     pixels[1, 0, 0, 2], pixels[4, 31, 31, 1] = 0, 255
-    prepared, _ = calibration.load_or_prepare(fused_content, "default")
+    prepared, _ = calibration.load_or_prepare(fused_content, scheme("default"))
 
     calibration.calibrate(prepared, _shard(tmp_path / "shard", pixels), batch_size=2)
 
@@ -52,18 +53,18 @@ def test_every_observer_has_seen_something(calibrated: Calibrated, qconfig: str)
 def test_shard_after_shard_through_the_store_is_one_calibration(
     fused_content: bytes, train_shard: Path, tmp_path: Path, qconfig: str
 ) -> None:
-    whole, _ = calibration.load_or_prepare(fused_content, qconfig)
+    whole, _ = calibration.load_or_prepare(fused_content, scheme(qconfig))
     calibration.calibrate(whole, train_shard, batch_size=12)
 
     content = fused_content
     pixels = images.open_shard(train_shard)[0].numpy()
     for number, part in enumerate((pixels[:24], pixels[24:])):
-        prepared, header = calibration.load_or_prepare(content, qconfig)
+        prepared, header = calibration.load_or_prepare(content, scheme(qconfig))
         calibration.calibrate(prepared, _shard(tmp_path / f"{number}", part), batch_size=12)
         content = models.save(prepared, header)
 
     parts, header = calibration.load_prepared(content)
-    assert header["qconfig"] == qconfig
+    assert header["scheme"] == header_of(qconfig)["scheme"]
     expected = whole.state_dict()
     assert parts.state_dict().keys() == expected.keys()
     for name, value in parts.state_dict().items():
@@ -72,7 +73,7 @@ def test_shard_after_shard_through_the_store_is_one_calibration(
 
 def test_calibration_changes_no_weight(fused_content: bytes, train_shard: Path) -> None:
     fused, _ = fusion.load(fused_content)
-    prepared, _ = calibration.load_or_prepare(fused_content, "fbgemm")
+    prepared, _ = calibration.load_or_prepare(fused_content, scheme("fbgemm"))
 
     calibration.calibrate(prepared, train_shard, batch_size=12)
 
@@ -89,7 +90,7 @@ def test_an_observer_lets_its_input_through(
 
 def test_progress_counts_the_images(fused_content: bytes, val_shard: Path) -> None:
     calls: list[tuple[int, int]] = []
-    prepared, _ = calibration.load_or_prepare(fused_content, "default")
+    prepared, _ = calibration.load_or_prepare(fused_content, scheme("default"))
 
     calibration.calibrate(prepared, val_shard, 8, lambda done, total: calls.append((done, total)))
 

@@ -6,9 +6,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from schemes import header_of, scheme
 from torch import nn
 
-from quantlib import backend, calibration, conversion, evaluation, export, fusion, images, models
+from quantlib import backend, calibration, conversion, evaluation, export, fusion, images, models, preparation
 from quantlib.errors import MachineError, ModelError
 from quantlib.recipe import QConfigName
 
@@ -66,10 +67,10 @@ def test_a_saved_int8_model_comes_back_bit_for_bit(
     mode: backend.FuseMode,
     qconfig: str,
 ) -> None:
-    prepared = backend.prepare(fusion.fuse_model(tiny_model, mode), qconfig, mode)
+    prepared = preparation.prepare(fusion.fuse_model(tiny_model, mode), scheme(qconfig), mode)
     calibration.calibrate(prepared, train_shard, batch_size=36)
     int8 = conversion.convert(prepared, engine)
-    header = tiny_header | {"fused": mode, "qconfig": qconfig, "engine": engine}
+    header = tiny_header | header_of(qconfig) | {"fused": mode, "engine": engine}
 
     content = models.save(int8, header)
     loaded, its_engine = conversion.load_deployable(content)
@@ -122,7 +123,7 @@ class _NoStubs(nn.Module):
 def test_an_architecture_that_cannot_run_in_int8_is_told_what_it_needs(
     architecture: type[nn.Module], train_shard: Path, engine: str
 ) -> None:
-    prepared = backend.prepare(architecture(), "default", "eval")
+    prepared = preparation.prepare(architecture(), scheme("default"), "eval")
     calibration.calibrate(prepared, train_shard, batch_size=12)
     int8 = conversion.convert(prepared, engine)
 
@@ -150,7 +151,7 @@ def test_int8_file_is_less_than_a_third_of_float(
     with (tmp_path / "shard").open("wb") as file:
         pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
         images.save(pixels.numpy(), torch.zeros(2, dtype=torch.int64).numpy(), file)
-    prepared = backend.prepare(full_size, qconfig, "eval")
+    prepared = preparation.prepare(full_size, scheme(qconfig), "eval")
     calibration.calibrate(prepared, tmp_path / "shard", batch_size=2)
 
     size = len(export.script(conversion.convert(prepared, engine), engine))
@@ -203,7 +204,7 @@ def test_real_weights_lose_what_the_tutorial_loses(
     path = str(shared(f"weights/{weights}"))
     models.load_weights(model, models.read_weights(path, "mobilenet_v2"), path)
     fused = fusion.fuse_model(model, "eval")
-    prepared = backend.prepare(fused, qconfig, "eval")
+    prepared = preparation.prepare(fused, scheme(qconfig), "eval")
     calibration.calibrate(prepared, real_shards[1], batch_size=50)
     int8 = conversion.convert(prepared, engine)
 

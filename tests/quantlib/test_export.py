@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from schemes import header_of
 from torch import nn
 
 from quantlib import backend, conversion, export, models
@@ -79,7 +80,7 @@ def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
     calibrated: Calibrated, tiny_header: dict[str, Any], engine: str, tmp_path: Path
 ) -> None:
     int8 = conversion.convert(calibrated("fbgemm"), engine)
-    header = tiny_header | {"fused": "eval", "qconfig": "fbgemm", "engine": engine}
+    header = tiny_header | header_of("fbgemm") | {"fused": "eval", "engine": engine}
     (tmp_path / "model").write_bytes(models.save(int8, header))
     other = subprocess.run(
         [sys.executable, "-c", _SCRIPT, tmp_path / "model"],

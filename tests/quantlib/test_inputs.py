@@ -107,7 +107,14 @@ def test_more_than_half_held_back_is_refused(find: Callable[..., Inputs]) -> Non
 def test_more_calibration_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:
     with pytest.raises(RecipeError, match=r"14 batches of 2 = 28 images, and the training split has 26"):
         find(calibration={"num_batches": 14})
-    find(calibration={"num_batches": 14}, ptq=[])  # nothing is calibrated
+    start_float = {
+        "name": "q",
+        "start": "float",
+        "freeze_observer_after_epoch": 0,
+        "batch_size": 2,
+        "batches_per_epoch": 1,
+    }
+    find(calibration={"num_batches": 14}, ptq=[], qat=[start_float])  # nothing is calibrated
 
 
 def test_more_qat_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:

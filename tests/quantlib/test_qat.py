@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from schemes import header_of, scheme
 from torch import Tensor, nn
 
 from quantlib import backend, calibration, conversion, data, evaluation, fusion, images, models, qat
@@ -22,7 +23,9 @@ TRANSFORM = TrainTransform(32, (0.5, 1.0), 0.5)
 SCHEDULE = Schedule(
     batches_per_epoch=2,
     batch_size=6,
+    epochs=None,
     learning_rate=0.01,
+    decay="constant",
     freeze_batch_norm_after_epoch=0,
     freeze_observer_after_epoch=1,
     seed=7,
@@ -36,7 +39,7 @@ def fused_content(trained_model: nn.Module, tiny_header: dict[str, Any]) -> byte
 
 
 def _load(content: bytes, qconfig: str = "fbgemm") -> QATState:
-    return qat.load(content, qconfig, SCHEDULE.learning_rate)
+    return qat.load(content, scheme(qconfig), SCHEDULE.learning_rate)
 
 
 def _train(state: QATState, epoch: int, split: Split, schedule: Schedule = SCHEDULE, **kwargs: Any) -> EpochMetrics:
@@ -96,13 +99,13 @@ def test_a_saved_state_is_read_without_running_code(fused_content: bytes, train_
 
     saved = torch.load(io.BytesIO(state.save()), weights_only=True)
 
-    assert saved["header"]["qconfig"] == "fbgemm"
+    assert saved["header"]["scheme"] == header_of("fbgemm")["scheme"]
     assert saved["optimizer"] == state.optimizer.state_dict()
     _assert_equal(saved["state"], state.model.state_dict())
 
 
 def test_the_learning_rate_is_the_optimizers(fused_content: bytes) -> None:
-    assert [group["lr"] for group in qat.load(fused_content, "fbgemm", 0.3).optimizer.param_groups] == [0.3]
+    assert [group["lr"] for group in qat.load(fused_content, scheme("fbgemm"), 0.3).optimizer.param_groups] == [0.3]
 
 
 def test_a_saved_epoch_converts_and_is_nearly_as_accurate(

@@ -71,7 +71,7 @@ def test_what_a_recipe_leaves_out_is_the_designs_default() -> None:
         "eval",
     )
     assert (recipe.qat[0].epochs, recipe.qat[0].batches_per_epoch, recipe.qat[0].learning_rate) == (8, None, 1e-4)
-    assert (recipe.qat[0].freeze_batch_norm_after_epoch, recipe.qat[0].freeze_observer_after_epoch) == (2, 3)
+    assert (recipe.qat[0].freeze_batch_norm_after_epoch, recipe.qat[0].freeze_observer_after_epoch) == (-2, -2)
     assert recipe.evaluation.select_on == "held_back"
     assert recipe.gate.max_top1_drop == 0.01
 
@@ -96,7 +96,7 @@ def test_an_unknown_key_is_named_with_the_nearest_that_is_known(key: str, neares
 
 
 def test_an_unknown_key_unlike_any_other_is_named_with_all_that_are_known() -> None:
-    with pytest.raises(RecipeError, match=r"Unknown key 'ptq\.0\.zzz'\. Allowed here: name, qconfig\."):
+    with pytest.raises(RecipeError, match=r"Unknown key 'ptq\.0\.zzz'\. Allowed here: name, qconfig, .*float_layers\."):
         parse_recipe(_with("ptq.0.zzz", 1))
 
 
@@ -126,7 +126,7 @@ def test_an_unknown_value_is_named_with_the_nearest_that_is_known(key: str, valu
         ("qat.0.learning_rate", 0),
         ("qat.0.learning_rate", float("nan")),
         ("qat.0.learning_rate", float("inf")),
-        ("qat.0.freeze_observer_after_epoch", -2),
+        ("qat.0.freeze_observer_after_epoch", -3),
         ("model.training.learning_rate", float("inf")),
         ("gate.max_top1_drop", 1.5),
         ("gate.max_top1_drop", float("nan")),
@@ -255,7 +255,7 @@ def test_overrides_reach_into_tables_and_branches_and_are_toml(recipe_file: Path
     )
 
     assert (recipe.qat[0].epochs, recipe.qat[0].learning_rate) == (2, 1e-3)
-    assert [branch.qconfig for branch in recipe.ptq] == ["fbgemm", "default"]
+    assert [branch.qconfig for branch in recipe.ptq] == ["accurate", "default"]
     assert recipe.evaluation.simulate is True
     assert recipe.benchmark.batch_sizes == (1, 8)
     assert recipe.model.arguments == {"width_mult": 0.5, "num_classes": 7}

@@ -9,7 +9,9 @@ def _schedule(batch_norm: int, observer: int) -> Schedule:
     return Schedule(
         batches_per_epoch=None,
         batch_size=2,
+        epochs=None,
         learning_rate=0.1,
+        decay="constant",
         freeze_batch_norm_after_epoch=batch_norm,
         freeze_observer_after_epoch=observer,
         seed=0,

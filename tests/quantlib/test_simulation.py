@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from schemes import header_of, scheme
 from torch import nn
 
-from quantlib import backend, conversion, fusion, models, simulation
+from quantlib import backend, conversion, fusion, models, preparation, simulation
 from quantlib.backend import FuseMode
 from quantlib.simulation import Parts
 
@@ -22,7 +23,7 @@ def prepared(trained_model: nn.Module, calibrated: Calibrated, val_inputs: torch
     def get(mode: FuseMode, qconfig: str) -> nn.Module:
         if mode == "eval":
             return calibrated(qconfig)
-        model = backend.prepare(fusion.fuse_model(trained_model, "qat"), qconfig, "qat")
+        model = preparation.prepare(fusion.fuse_model(trained_model, "qat"), scheme(qconfig), "qat")
         with torch.no_grad():
             for _ in range(3):
                 model(val_inputs)
@@ -134,7 +135,7 @@ def test_a_stored_model_is_simulated_as_the_one_in_memory(
     prepared: Callable[..., nn.Module], tiny_header: dict[str, Any], val_inputs: torch.Tensor, mode: FuseMode
 ) -> None:
     model = prepared(mode, "fbgemm")
-    content = models.save(model, tiny_header | {"fused": mode, "qconfig": "fbgemm"})
+    content = models.save(model, tiny_header | header_of("fbgemm") | {"fused": mode})
 
     with torch.inference_mode():
         got = simulation.load(content, "both")(val_inputs)

@@ -9,6 +9,7 @@ import pytest
 
 from quantlib import verdict
 from quantlib.predictions import Predictions
+from quantlib.recipe import GateRecipe
 from quantlib.report import VariantRow
 from quantlib.verdict import Circumstances, Epoch, Measured
 
@@ -48,7 +49,7 @@ def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes:
 
 
 def _rows(*variants: Measured, gate: float = 0.01) -> dict[str, VariantRow]:
-    return {row.variant: row for row in verdict.variant_rows(variants, gate, CIRCUMSTANCES)}
+    return {row.variant: row for row in verdict.variant_rows(variants, GateRecipe(max_top1_drop=gate), CIRCUMSTANCES)}
 
 
 def _winner(*variants: Measured, gate: float = 0.01) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grimp
 import pytest
+from schemes import scheme
 
 import quantlib
 from quantlib.inputs import ModelInput, Selection, SplitInput
@@ -106,7 +107,14 @@ def test_what_only_reports_or_reads_the_recipe_is_in_no_key(module, code_of_edit
 
 
 def test_no_stage_computes_with_what_is_imported_at_the_top_of_its_file():
-    allowed = {"quantlib.inputs", "quantlib.recipe", "quantlib.schedule", "quantlib.store", "quantlib.transforms"}
+    allowed = {
+        "quantlib.inputs",
+        "quantlib.recipe",
+        "quantlib.schedule",
+        "quantlib.scheme",
+        "quantlib.store",
+        "quantlib.transforms",
+    }
     for module in (data, export, measure, model, quantize):
         tree = ast.parse(Path(module.__file__).read_text())
         imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
@@ -171,11 +179,13 @@ def test_two_stages_with_equal_inputs_have_different_keys():
 
 
 def test_the_number_of_qat_epochs_is_not_in_an_epochs_key():
-    schedule = Schedule(None, 30, 1e-4, 2, 3, 1)
+    schedule = Schedule(None, 30, None, 1e-4, "constant", 2, 3, 1)
     names = quantize.qat_epoch.ingredients(
-        quantize.qat_epoch.bind(REF, 0, "fbgemm", schedule, SELECTION, EvalTransform(64, 64), branch="qat")
+        quantize.qat_epoch.bind(
+            REF, 0, scheme("fbgemm"), schedule, SELECTION, EvalTransform(64, 64), None, branch="qat"
+        )
     )
-    assert not any(name.endswith("epochs") for name in names)
+    assert names["schedule.epochs"] == "null"
     assert names["schedule.learning_rate"] == "0.0001"
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from prefect.states import State
+from schemes import scheme
 
 from quantlib import data, images
 from quantlib.errors import ModelError, QuantflowError
@@ -61,13 +62,13 @@ def test_a_stage_that_fails_leaves_no_record_and_is_tried_again(run, monkeypatch
 def test_calibration_in_shards_is_calibration_in_one_piece(run, tmp_path):
     recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"resize": 16, "crop": 16})})
     training = find_inputs(recipe, tmp_path / "splits").training
-    fused = fuse.fn(load_float.fn(SOURCE, 10, 16, 1, None), "eval")
+    fused = fuse.fn(load_float.fn(SOURCE, 10, 16, 1, None), "eval", branch="eval")
     observed = []
     for size in (64, 16):
         before = fused
         for n, part in enumerate(replace(training, stop=training.start + 64).parts(size)):
             shard = decode.fn(part, EvalTransform(16, 16), 1, branch=f"{size}-{n}")
-            before = calibrate.fn(before, shard, "fbgemm", 8, branch=f"{size}-{n}")
+            before = calibrate.fn(before, shard, scheme("fbgemm"), 8, branch=f"{size}-{n}")
         observed.append(before)
     assert observed[0] == observed[1]
 
