@@ -111,7 +111,7 @@ class Dashboard:
         for pid in self.processes():
             _kill(pid)
         assert self.process is not None
-        self.process.wait(30)
+        self.process.communicate(timeout=30)
 
     def processes(self) -> list[int]:
         """The dashboard's, and all that it started."""
