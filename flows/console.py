@@ -152,5 +152,9 @@ def _verdict(row: VariantRow) -> str:
     if row.method == "float":
         return "baseline"
     if row.winner:
-        return "winner"
-    return "accepted" if row.accepted else "outside the gate"
+        return "winner, below its own start" if row.below_start else "winner"
+    if row.gate == "undecided":
+        needed = row.num_images_to_decide
+        return "too few images" + (f": about {needed:,} would tell" if needed is not None else "")
+    below = ", below its own start" if row.below_start else ""
+    return ("accepted" if row.accepted else "outside the gate") + below

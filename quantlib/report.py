@@ -97,7 +97,8 @@ class EpochRow:
     variant: str
     epoch: int
     loss: float
-    """Mean cross-entropy over the epoch's training images, in nats."""
+    """Mean over the epoch's training images, in nats: cross-entropy with the labels, or with `distill` the
+    Kullback-Leibler divergence from the float model."""
     train_top1: float
     top1: float
     """Of the converted int8 model, on the validation images."""
