@@ -13,6 +13,7 @@ from flows import cli, parameters
 def quantflow(tmp_path, monkeypatch):
     """Runs a command line in an empty folder; gives (exit status, what it said)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # So that no table breaks a word.
     for name in ("QUANTFLOW_HOME", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -64,7 +65,7 @@ def recipe(tmp_path, folder):
 
 WRONG_SETTINGS = [
     ("ptq.0.qconfg=default", "Unknown key 'ptq.0.qconfg' (did you mean 'qconfig'?)"),
-    ("ptq.0.qconfig=fbgem", "(did you mean 'fbgemm'?). Allowed: default, fbgemm, x86, onednn, qnnpack"),
+    ("ptq.0.qconfig=fbgem", "(did you mean 'fbgemm'?). Allowed: accurate, default, fbgemm, x86, onednn, qnnpack"),
     ("data.root=nowhere", "data.root must hold train/CLASS/IMAGE"),
     (
         "data.format=imagfolder",
