@@ -116,11 +116,7 @@ def train_epoch(
     """
     seed = schedule.seed + epoch
     torch.manual_seed(seed)
-    order = indices[data.shuffled(len(indices), seed)]
-    if schedule.batches_per_epoch is not None:
-        order = order[: schedule.batches_per_epoch * schedule.batch_size]
-    if len(order) % schedule.batch_size == 1:
-        order = order[:-1]  # BatchNorm cannot train on a batch of one image.
+    order = _order(indices, schedule, seed)
     num_batches = -(-len(order) // schedule.batch_size)
 
     model = state.model.train().to(memory_format=torch.channels_last)
@@ -154,6 +150,16 @@ def train_epoch(
         observers_frozen=schedule.freezes_observers(epoch),
         batch_norm_frozen=schedule.freezes_batch_norm(epoch),
     )
+
+
+def _order(indices: np.ndarray, schedule: Schedule, seed: int) -> np.ndarray:
+    """The epoch's training images in the order of their batches, [n] int64."""
+    order = indices[data.shuffled(len(indices), seed)]
+    if schedule.batches_per_epoch is not None:
+        order = order[: schedule.batches_per_epoch * schedule.batch_size]
+    if len(order) % schedule.batch_size == 1:
+        order = order[:-1]  # BatchNorm cannot train on a batch of one image.
+    return order
 
 
 def _loss(logits: Tensor, labels: Tensor, x: Tensor, teacher: nn.Module | None) -> Tensor:
