@@ -29,7 +29,8 @@ def evaluate(
         for x, labels in images.batches(shard, batch_size):
             logits = model(x)  # (n, num_classes)
             loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-            top5 = logits.topk(min(5, logits.shape[1])).indices
+            # int8 logits often tie. Ties go to the lower class, as with argmax; topk gives them to either.
+            top5 = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
             parts.append(Predictions(labels.numpy(), top5.numpy(), loss.numpy()))
             done += len(labels)
             progress(done, total)

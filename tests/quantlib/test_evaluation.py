@@ -84,3 +84,12 @@ def test_progress_counts_the_images(shard: Path) -> None:
     evaluation.evaluate(_Table([[0.0, 1, 2, 3, 4, 5]] * 3), shard, 2, lambda *call: calls.append(call))
 
     assert calls == [(2, 3), (3, 3)]
+
+
+def test_a_tie_goes_to_the_lower_class_as_with_argmax(val_shard: Path) -> None:
+    class Ties(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([0.0, 2.0, 2.0, 1.0, 2.0, 0.0, 1.0]).expand(len(x), 7)
+
+    predictions = evaluation.evaluate(Ties(), val_shard, 8)
+    assert predictions.top5.tolist() == [[1, 2, 4, 3, 6]] * len(predictions)
