@@ -4,11 +4,13 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantlib import backend, observers
 from quantlib.backend import FuseMode
 from quantlib.errors import ModelError, suggest
+from quantlib.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
 from quantlib.scheme import ObserverName, Scheme
 
 _OBSERVERS: dict[ObserverName, type[backend.ObserverBase]] = {
@@ -37,9 +39,28 @@ def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
         setattr(model.get_submodule(parent), name, KeptInFloat(model.get_submodule(path)))
     per_channel, reduce_range = scheme.weights == "per_channel", scheme.activation_bits == 7
     if mode == "qat":
-        return backend.prepare_qat(model, backend.qat_qconfig(reduce_range, per_channel))
+        return backend.prepare_qat(model, _qat_qconfig(reduce_range, per_channel))
     activation = _OBSERVERS[scheme.observer].with_args(reduce_range=reduce_range)
     return backend.prepare_ptq(model, backend.ptq_qconfig(activation, per_channel))
+
+
+def _qat_qconfig(reduce_range: bool, per_channel: bool) -> Any:
+    activation: Any = ActivationFakeQuantize
+    weight: Any = WeightFakeQuantize
+    return backend.qat_qconfig(
+        activation.with_args(
+            observer=backend.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=reduce_range
+        ),
+        weight.with_args(
+            observer=backend.MovingAveragePerChannelMinMaxObserver,
+            quant_min=-128,
+            quant_max=127,
+            dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+        )
+        if per_channel
+        else None,
+    )
 
 
 class KeptInFloat(nn.Module):
