@@ -25,6 +25,8 @@ MinMaxObserver = tq.MinMaxObserver
 MovingAverageMinMaxObserver = tq.MovingAverageMinMaxObserver
 HistogramObserver = tq.HistogramObserver
 FakeQuantizeBase = tq.FakeQuantizeBase
+# How much of a new range a MovingAverageMinMaxObserver takes in: its default.
+AVERAGING_CONSTANT = 0.01
 FusedMovingAvgObsFakeQuantize = tq.FusedMovingAvgObsFakeQuantize
 MovingAveragePerChannelMinMaxObserver = tq.MovingAveragePerChannelMinMaxObserver
 
