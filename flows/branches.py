@@ -7,13 +7,14 @@ from typing import Literal
 
 from quantlib import machine
 from quantlib.inputs import Inputs, Selection
+from quantlib.machine import Runtime
 from quantlib.recipe import BranchRecipe, PTQRecipe, QATRecipe, Recipe
 from quantlib.schedule import Schedule
 from quantlib.scheme import Scheme
 from quantlib.store import Ref
 from quantlib.transforms import EvalTransform, TrainTransform, Transform
 from tasks.data import decode
-from tasks.export import script_and_save
+from tasks.export import is_refusal, save_onnx, script_and_save
 from tasks.measure import evaluate, evaluate_baseline, simulate
 from tasks.model import Training, equalize, fuse, load_float
 from tasks.quantize import (
@@ -26,7 +27,7 @@ from tasks.quantize import (
     qat_epoch,
     start_qat,
 )
-from tasks.report import EpochRefs, VariantRefs
+from tasks.report import EpochRefs, OnnxRefs, VariantRefs
 
 # A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
 # in memory does not matter.
@@ -41,6 +42,7 @@ class Trunk:
     recipe: Recipe
     inputs: Inputs
     engine: str
+    onnx_runtimes: tuple[Runtime, ...]
     float_model: Ref
     validation: tuple[Ref, ...]
     """Decoded shards."""
@@ -99,7 +101,7 @@ def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
     )
     validation = _decode(recipe, inputs.validation, _eval_transform(recipe), "validation")
     held_back = _decode(recipe, inputs.held_back, _eval_transform(recipe), "held_back")
-    return Trunk(recipe, inputs, engine, float_model, validation, held_back)
+    return Trunk(recipe, inputs, engine, machine.find_onnx_runtimes(), float_model, validation, held_back)
 
 
 def float_branch(trunk: Trunk) -> VariantRefs:
@@ -164,6 +166,7 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
         artifact=artifact,
         validation=validation,
         selection=selection,
+        onnx=_save_onnx(trunk, artifact, branch.name),
         simulated=_simulate(trunk, prepared, branch.name),
     )
 
@@ -213,6 +216,7 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         bias_corrected=branch.start == "calibrated" and branch.corrects_bias,
         artifact=best_artifact,
         start=start,
+        onnx=_save_onnx(trunk, best_artifact, branch.name),
         simulated=_simulate(trunk, best_state, branch.name),
         epochs=tuple(epochs),
     )
@@ -240,10 +244,24 @@ def _decode(recipe: Recipe, images: Selection, transform: Transform, name: str, 
 
 
 def _evaluate(trunk: Trunk, artifact: Ref, name: str) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
-    batch_size = trunk.recipe.evaluation.batch_size
-    return _on_shards(
-        trunk, name, lambda shard, label: evaluate(artifact, shard, batch_size, trunk.engine, branch=label)
+    batch_size, runtime = trunk.recipe.evaluation.batch_size, machine.torch_runtime(trunk.engine)
+    return _on_shards(trunk, name, lambda shard, label: evaluate(artifact, shard, batch_size, runtime, branch=label))
+
+
+def _save_onnx(trunk: Trunk, artifact: Ref, name: str) -> OnnxRefs | None:
+    """The ONNX file of a variant, and its own accuracy; None where no runtime for it is installed."""
+    if not trunk.onnx_runtimes:
+        return None
+    runtime = trunk.onnx_runtimes[0]
+    recipe = trunk.recipe
+    file = save_onnx(artifact, trunk.validation[0], trunk.engine, runtime, recipe.data.crop, branch=name)
+    if is_refusal(file):
+        return OnnxRefs(file=file)
+    validation = tuple(
+        evaluate(file, shard, recipe.evaluation.batch_size, runtime, branch=label)
+        for shard, label in _labelled(trunk.validation, f"{name}-onnx")
     )
+    return OnnxRefs(file=file, runtime=runtime, validation=validation)
 
 
 def _simulate(trunk: Trunk, prepared: Ref, name: str) -> dict[str, tuple[Ref, ...]]:

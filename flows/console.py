@@ -145,6 +145,14 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
     if best.selected_on == "validation":
         lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
     lines += [f"  file    {best.artifact_path}", f'  load    torch.jit.load("{best.artifact_path}")']
+    if best.fastest_runtime is not None:
+        torchscript = best.fastest_runtime.startswith("torchscript")
+        file = best.artifact_path if torchscript else best.onnx_path
+        top1 = "" if torchscript or best.onnx_top1 is None else f", top-1 {best.onnx_top1:.2%}"
+        lines += [
+            f"  fastest quantlib.export.load({str(file)!r}, {best.fastest_runtime!r})",
+            f"          {best.fastest_p50_ms:.2f} ms an image on one thread{top1}",
+        ]
     return "\n".join(lines)
 
 

@@ -8,10 +8,11 @@ from flows.parameters import Changes, RecipeParameter
 from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
+from quantlib.machine import Runtime
 from quantlib.recipe import Recipe, override_recipe
 from quantlib.report import Report
 from quantlib.store import Ref
-from tasks.measure import benchmark
+from tasks.measure import Contender, benchmark
 from tasks.report import VariantRefs, write_report
 from tasks.run import start_run
 
@@ -35,21 +36,32 @@ def run_branches(name: str, recipe: Recipe) -> Report:
         return write_report(recipe, *measure_branches(recipe, inputs))
 
 
-def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], Ref]:
-    """Every stage of a run, wired: the variants, and their timings."""
+def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], tuple[Contender, ...], Ref]:
+    """Every stage of a run, wired: the variants, what was timed of them, and the timings."""
     engine = machine.find_engine(recipe.engine)
     trunk = grow_trunk(recipe, inputs, engine)
     variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
+    contenders = tuple(contender for variant in variants for contender in _contenders(variant, trunk.onnx_runtimes))
     timings = benchmark(
-        tuple(variant.artifact for variant in variants),
+        contenders,
         trunk.validation[0],
-        engine,
         machine.cpu_model(),
         tuple(sorted({1, *recipe.benchmark.batch_sizes})),
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
     )
-    return variants, timings
+    return variants, contenders, timings
+
+
+def _contenders(variant: VariantRefs, onnx_runtimes: tuple[Runtime, ...]) -> list[Contender]:
+    """A variant's files in every runtime that this machine has for them."""
+    if variant.engine is None:
+        return [Contender(variant.artifact, machine.torch_runtime(None))]
+    engines = dict.fromkeys((variant.engine, *machine.engines()))
+    found = [Contender(variant.artifact, machine.torch_runtime(engine)) for engine in engines]
+    if variant.onnx is not None and variant.onnx.runtime is not None:
+        found += [Contender(variant.onnx.file, runtime) for runtime in onnx_runtimes]
+    return found
 
 
 def only(recipe: Recipe, method: str) -> Recipe:

@@ -1,16 +1,17 @@
 """Benchmark: models timed in turn, call by call, so that a change of the machine's speed meets each alike."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantlib.progress import Progress, silent
+from quantlib.runtimes import Classifier
 
-# Enough for the memory allocator, the caches and TorchScript's profiling executor (two calls) to settle.
-_NUM_WARM_UP = 5
+# Frozen models need two calls for their kernels to be chosen and their memory to be there.
+_NUM_WARM_UP = 2
 # A slow model at a large batch stops here, once it has ten samples.
 _MAX_SECONDS = 10.0
 
@@ -28,32 +29,34 @@ class Timing:
 
 
 def time_models(
-    models: Sequence[nn.Module],
+    open_models: Callable[[int], Sequence[Classifier]],
     inputs: Tensor,
     batch_sizes: Sequence[int],
     num_threads: Sequence[int],
     num_samples: int,
     progress: Progress = silent,
 ) -> list[Timing]:
-    """Time every model with every batch size and number of threads.
+    """Time every model with every number of threads and batch size.
 
     Args:
-        models: In eval mode.
-        inputs: [N, 3, H, W]; repeated to fill a batch that is larger.
+        open_models: Gives the models for a number of threads.
+        inputs: [N, 3, H, W]; repeated to fill a batch that is larger. Each model gets them in the layout it likes.
         batch_sizes: Images a call.
-        num_threads: Threads of torch.
+        num_threads: Threads of torch, and of the models' own.
         num_samples: Timed calls of each.
         progress: Called with (settings done, settings in all).
     """
-    settings = [(batch_size, threads) for batch_size in batch_sizes for threads in num_threads]
+    settings = [(threads, batch_size) for threads in num_threads for batch_size in batch_sizes]
     threads_before = torch.get_num_threads()
     timings: list[Timing] = []
     try:
-        for done, (batch_size, threads) in enumerate(settings):
+        for done, (threads, batch_size) in enumerate(settings):
             progress(done, len(settings))
             torch.set_num_threads(threads)
+            if batch_size == batch_sizes[0]:
+                models = open_models(threads)
             repeats = -(-batch_size // len(inputs))
-            batch = inputs.repeat(repeats, 1, 1, 1)[:batch_size].contiguous(memory_format=torch.channels_last)
+            batch = inputs.repeat(repeats, 1, 1, 1)[:batch_size]
             samples = _time_in_turn(models, batch, num_samples)
             timings += [Timing(n, batch_size, threads, tuple(ms)) for n, ms in enumerate(samples)]
     finally:
@@ -62,17 +65,20 @@ def time_models(
     return timings
 
 
-def _time_in_turn(models: Sequence[nn.Module], batch: Tensor, num_samples: int) -> list[list[float]]:
+def _time_in_turn(models: Sequence[Classifier], batch: Tensor, num_samples: int) -> list[list[float]]:
     """Milliseconds of each call of each model."""
     samples: list[list[float]] = [[] for _ in models]
-    with torch.inference_mode():
-        for model in models:
-            for _ in range(_NUM_WARM_UP):
-                model(batch)
-        deadline = time.perf_counter() + _MAX_SECONDS * len(models)
-        while len(samples[0]) < num_samples and (len(samples[0]) < 10 or time.perf_counter() < deadline):
-            for model, times in zip(models, samples, strict=True):
-                start = time.perf_counter()
-                model(batch)
-                times.append((time.perf_counter() - start) * 1000)
+    batches = [batch.contiguous(memory_format=model.layout) for model in models]
+    for model, own in zip(models, batches, strict=True):
+        for _ in range(_NUM_WARM_UP):
+            model(own)
+    deadline = time.perf_counter() + _MAX_SECONDS * len(models)
+    while len(samples[0]) < num_samples and (len(samples[0]) < 10 or time.perf_counter() < deadline):
+        for model, own, times in zip(models, batches, samples, strict=True):
+            # Untimed: it brings weights into the caches, as a server has them, and outlasts the threads of the
+            # runtime before, which spin for a while.
+            model(own)
+            start = time.perf_counter()
+            model(own)
+            times.append((time.perf_counter() - start) * 1000)
     return samples

@@ -1,9 +1,10 @@
 """Evaluation: a model's predictions for the images of a shard."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantlib import images
 from quantlib.predictions import Predictions, concatenate
@@ -11,7 +12,7 @@ from quantlib.progress import Progress, silent
 
 
 def evaluate(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     shard: Path,
     batch_size: int,
     progress: Progress = silent,

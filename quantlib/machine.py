@@ -1,8 +1,11 @@
-"""The machine a run computes on: its memory allocator and its name in reports."""
+"""The machine a run computes on: its memory allocator, its CPU, and what can run models on it."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import platform
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantlib.scheme import ActivationBits
@@ -50,9 +53,40 @@ def activation_bits(engine: str) -> ActivationBits:
     return 7
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What runs an exported model."""
+
+    name: str
+    """torchscript, torchscript-ENGINE, onnxruntime or openvino."""
+    version: str
+
+
+def find_onnx_runtimes() -> tuple[Runtime, ...]:
+    """The runtimes for ONNX files that are installed, the one that is mostly faster first.
+
+    None without the package `onnx`, which writes the files.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        return ()
+    installed = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name) is not None]
+    return tuple(Runtime(name, importlib.metadata.version(name)) for name in installed)
+
+
+def torch_runtime(engine: str | None) -> Runtime:
+    """TorchScript with int8 on an engine; None: float."""
+    name = "torchscript" if engine is None else f"torchscript-{engine}"
+    return Runtime(name, importlib.metadata.version("torch"))
+
+
+def engines() -> tuple[str, ...]:
+    """The int8 engines of torch that are made for this kind of CPU; the one that torch itself prefers comes first."""
+    return ("x86", "fbgemm", "onednn") if platform.machine().lower() in {"x86_64", "amd64"} else ("qnnpack", "onednn")
+
+
 def default_engine() -> str:
     """The int8 engine that torch itself prefers on this kind of CPU."""
-    return "x86" if platform.machine().lower() in {"x86_64", "amd64"} else "qnnpack"
+    return engines()[0]
 
 
 def find_engine(name: str) -> str:

@@ -73,9 +73,12 @@ class VariantRow:
     size_bytes: int
     """Of the TorchScript file."""
     latency_p50_ms: float
-    """A batch of one image, one thread."""
+    """A batch of one image, one thread; TorchScript on `engine`."""
     speedup: float
     """Float's latency_p50_ms over this one's."""
+    fastest_runtime: str | None = None
+    """Of those that this machine has, for one image on one thread: what `quantlib.export.load` takes as `runtime`."""
+    fastest_p50_ms: float | None = None
     accepted: bool
     """Inside the gate."""
     gate: str | None = None
@@ -85,6 +88,12 @@ class VariantRow:
     winner: bool
     artifact_sha256: str
     artifact_path: str
+    onnx_path: str | None = None
+    """Of the same model as ONNX; null for float, and where no runtime for ONNX is installed."""
+    onnx_top1: float | None = None
+    """Measured on that file."""
+    onnx_refusal: str | None = None
+    """Why there is no such file, where there could be one."""
     torch_version: str
     cpu_model: str
     created_at: datetime
@@ -115,6 +124,7 @@ class LatencyRow:
 
     variant: str
     runtime: str
+    """torchscript (float), torchscript-ENGINE, onnxruntime or openvino."""
     batch_size: int
     num_threads: int
     p50_ms: float

@@ -29,6 +29,15 @@ class Epoch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Onnx:
+    """What became of a variant as ONNX: the file and its answers, or why there is none."""
+
+    path: str | None = None
+    validation: Predictions | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What was measured of a variant."""
 
@@ -48,8 +57,9 @@ class Measured:
     start_validation: Predictions | None = None
     """Of the int8 model that QAT started from, where it started from one."""
     start_selection: Predictions | None = None
-    samples_ms: Mapping[tuple[int, int], Sequence[float]]
-    """By (batch size, threads)."""
+    samples_ms: Mapping[tuple[str, int, int], Sequence[float]]
+    """By (runtime, batch size, threads)."""
+    onnx: Onnx | None = None
     artifact_sha256: str
     artifact_path: str
     size_bytes: int
@@ -123,7 +133,7 @@ def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
     return tuple(
         LatencyRow(
             variant=variant.name,
-            runtime="torchscript",
+            runtime=runtime,
             batch_size=batch_size,
             num_threads=num_threads,
             p50_ms=float(np.percentile(samples, 50)),
@@ -132,7 +142,7 @@ def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
             num_samples=len(samples),
         )
         for variant in variants
-        for (batch_size, num_threads), samples in variant.samples_ms.items()
+        for (runtime, batch_size, num_threads), samples in variant.samples_ms.items()
     )
 
 
@@ -140,7 +150,9 @@ def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circum
     drop = baseline.validation.top1 - variant.validation.top1
     paired = _paired(baseline, variant, 0.95)
     outcome, num_to_decide = _judge(baseline, variant, gate)
-    latency = float(np.percentile(variant.samples_ms[1, 1], 50))
+    by_runtime = _latencies(variant)
+    latency = by_runtime[_runtime(variant)]
+    fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
     simulated = {parts: predictions.top1 for parts, predictions in variant.simulated.items()}
     return VariantRow(
         recipe=circumstances.recipe,
@@ -172,17 +184,36 @@ def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circum
         below_start=variant.selection.top1 < variant.start_selection.top1 if variant.start_selection else None,
         size_bytes=variant.size_bytes,
         latency_p50_ms=latency,
-        speedup=float(np.percentile(baseline.samples_ms[1, 1], 50)) / latency,
+        speedup=_latencies(baseline)[_runtime(baseline)] / latency,
+        fastest_runtime=fastest,
+        fastest_p50_ms=by_runtime[fastest],
         accepted=outcome == "inside",
         gate=outcome,
         num_images_to_decide=num_to_decide,
         winner=False,
         artifact_sha256=variant.artifact_sha256,
         artifact_path=variant.artifact_path,
+        onnx_path=variant.onnx.path if variant.onnx else None,
+        onnx_top1=variant.onnx.validation.top1 if variant.onnx and variant.onnx.validation else None,
+        onnx_refusal=variant.onnx.refusal if variant.onnx else None,
         torch_version=circumstances.torch_version,
         cpu_model=circumstances.cpu_model,
         created_at=circumstances.created_at,
     )
+
+
+def _runtime(variant: Measured) -> str:
+    """That its accuracy was measured in."""
+    return "torchscript" if variant.engine is None else f"torchscript-{variant.engine}"
+
+
+def _latencies(variant: Measured) -> dict[str, float]:
+    """Median milliseconds of each runtime for one image on one thread."""
+    return {
+        runtime: float(np.percentile(samples, 50))
+        for (runtime, batch_size, num_threads), samples in variant.samples_ms.items()
+        if (batch_size, num_threads) == (1, 1)
+    }
 
 
 def _paired(baseline: Measured, variant: Measured, confidence: float) -> significance.PairedDrop:

@@ -1,8 +1,11 @@
-"""The stage that exports: script_and_save."""
+"""Stages that export: script_and_save, save_onnx."""
 
+from quantlib.machine import Runtime
 from quantlib.store import Ref
-from tasks.caching import stage
+from tasks.caching import PLANNER, stage
 from tasks.run import current_run
+
+_REFUSAL = "refusal"
 
 
 @stage("script_and_save-{branch}")
@@ -12,3 +15,26 @@ def script_and_save(model: Ref, *, branch: str) -> Ref:
 
     store = current_run().store
     return store.put("torchscript", export.script(*conversion.load_deployable(store.read(model))))
+
+
+@stage("save_onnx-{branch}")
+def save_onnx(artifact: Ref, images: Ref, engine: str, runtime: Runtime, crop: int, *, branch: str) -> Ref:
+    """The ONNX file of an int8 TorchScript file, once it answers as that does; or why there is none.
+
+    A model that ONNX cannot express, or that answers otherwise in an ONNX runtime, still has its TorchScript file.
+    """
+    from quantlib import export
+    from quantlib.errors import ModelError
+
+    store = current_run().store
+    try:
+        content = export.to_onnx(store.path(artifact), engine, crop)
+        export.check_onnx(content, store.path(artifact), engine, runtime.name, store.path(images))
+    except ModelError as error:
+        return store.put_json(_REFUSAL, {"reason": str(error)})
+    return store.put("onnx", content)
+
+
+def is_refusal(file: Ref) -> bool:
+    """Whether `save_onnx` found that there is no ONNX file; not known of a run that is only planned."""
+    return PLANNER.get() is None and file.kind == _REFUSAL

@@ -1,32 +1,41 @@
 """Stages that measure: evaluate_baseline, evaluate, simulate, benchmark."""
 
+from dataclasses import dataclass
 from typing import Literal
 
+from quantlib.machine import Runtime
 from quantlib.store import Ref
 from tasks.caching import stage
 from tasks.run import current_run
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A variant's file in a runtime."""
+
+    artifact: Ref
+    runtime: Runtime
+
+
 @stage("evaluate_baseline-{branch}")
 def evaluate_baseline(artifact: Ref, images: Ref, batch_size: int, *, branch: str) -> Ref:
     """The float model's predictions, that every variant is compared with."""
-    from quantlib import evaluation, export, predictions
+    from quantlib import evaluation, predictions, runtimes
 
     run = current_run()
-    model = export.load(run.store.path(artifact))
+    model = runtimes.open_model(run.store.path(artifact), "torchscript")
     answers = evaluation.evaluate(model, run.store.path(images), batch_size, run.progress)
     return run.store.put("predictions", predictions.save(answers))
 
 
 @stage("evaluate-{branch}")
-def evaluate(artifact: Ref, images: Ref, batch_size: int, engine: str, *, branch: str) -> Ref:
+def evaluate(artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, *, branch: str) -> Ref:
     """An int8 model's predictions, from the file that is shipped."""
-    from quantlib import backend, evaluation, export, predictions
+    from quantlib import evaluation, predictions, runtimes
 
     run = current_run()
-    with backend.use_engine(engine):
-        model = export.load(run.store.path(artifact))
-        answers = evaluation.evaluate(model, run.store.path(images), batch_size, run.progress)
+    model = runtimes.open_model(run.store.path(artifact), runtime.name)
+    answers = evaluation.evaluate(model, run.store.path(images), batch_size, run.progress)
     return run.store.put("predictions", predictions.save(answers))
 
 
@@ -50,23 +59,27 @@ def simulate(
 
 @stage("benchmark")
 def benchmark(
-    artifacts: tuple[Ref, ...],
+    contenders: tuple[Contender, ...],
     images: Ref,
-    engine: str,
     cpu: str,  # In the key: another CPU is another measurement.
     batch_sizes: tuple[int, ...],
     num_threads: tuple[int, ...],
     num_samples: int,
 ) -> Ref:
-    """Time the files of all variants in turn."""
-    from quantlib import backend, export
+    """Time the files of all variants in every runtime, in turn."""
     from quantlib import benchmark as timer
     from quantlib import images as shards
+    from quantlib import runtimes
 
     run = current_run()
     pixels, _ = shards.open_shard(run.store.path(images))
-    inputs = shards.to_input(pixels[: max(batch_sizes)])
-    with backend.use_engine(engine):
-        models = [export.load(run.store.path(ref)) for ref in artifacts]
-        timings = timer.time_models(models, inputs, batch_sizes, num_threads, num_samples, run.progress)
+    files = [(run.store.path(entry.artifact), entry.runtime.name) for entry in contenders]
+    timings = timer.time_models(
+        lambda threads: [runtimes.open_model(path, runtime, threads) for path, runtime in files],
+        shards.to_input(pixels[: max(batch_sizes)]),
+        batch_sizes,
+        num_threads,
+        num_samples,
+        run.progress,
+    )
     return run.store.put_json("timings", timings)

@@ -1,5 +1,6 @@
 """What a run would do, found out by walking its flow with a planner in the place of its stages."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -100,3 +101,5 @@ def _pending(value: Any) -> Iterator[Pending]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _pending(part)
+    elif dataclasses.is_dataclass(value):
+        yield from _pending([getattr(value, field.name) for field in dataclasses.fields(value)])

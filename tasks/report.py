@@ -9,12 +9,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quantlib import machine, predictions, report, verdict
+from quantlib.machine import Runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
 from quantlib.report import Report
 from quantlib.scheme import Scheme
 from quantlib.store import Ref, Store
 from tasks import tracking
+from tasks.measure import Contender
 from tasks.run import current_run
 
 
@@ -29,6 +31,17 @@ class EpochRefs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnnxRefs:
+    """A variant as ONNX."""
+
+    file: Ref
+    """Or why there is none."""
+    runtime: Runtime | None = None
+    """That its accuracy was measured in; None: there is no file."""
+    validation: tuple[Ref, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class VariantRefs:
     """The artifacts of a variant."""
 
@@ -40,6 +53,8 @@ class VariantRefs:
     equalized: bool
     bias_corrected: bool
     artifact: Ref
+    onnx: OnnxRefs | None = None
+    """None for float, and where no runtime for ONNX is installed."""
     validation: tuple[Ref, ...] = ()
     """Empty for QAT: the chosen epoch's are meant."""
     selection: tuple[Ref, ...] = ()
@@ -50,16 +65,17 @@ class VariantRefs:
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
-def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref) -> Report:
+def write_report(
+    recipe: Recipe, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref
+) -> Report:
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
     run = current_run()
-    by_model: list[dict[tuple[int, int], list[float]]] = [{} for _ in variants]
+    by_file: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
     for timing in run.store.read_json(timings):
-        by_model[timing["model"]][timing["batch_size"], timing["num_threads"]] = timing["samples_ms"]
-    measured = [
-        _measured(run.store, refs, samples, run.home / "models" / run.run_id)
-        for refs, samples in zip(variants, by_model, strict=True)
-    ]
+        contender = contenders[timing["model"]]
+        setting = contender.runtime.name, timing["batch_size"], timing["num_threads"]
+        by_file.setdefault(contender.artifact, {})[setting] = timing["samples_ms"]
+    measured = [_measured(run.store, refs, by_file, run.home / "models" / run.run_id) for refs in variants]
     circumstances = verdict.Circumstances(
         recipe=recipe.name,
         selected_on=recipe.evaluation.select_on,
@@ -80,7 +96,7 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
 
 
 def _measured(
-    store: Store, refs: VariantRefs, samples: dict[tuple[int, int], list[float]], folder: Path
+    store: Store, refs: VariantRefs, samples: dict[Ref, dict[tuple[str, int, int], list[float]]], folder: Path
 ) -> verdict.Measured:
     # Two epochs can give the same file; the first of them is the one that was chosen.
     chosen = next((n for n, epoch in enumerate(refs.epochs) if epoch.artifact == refs.artifact), None)
@@ -108,11 +124,18 @@ def _measured(
         epochs=epochs,
         start_validation=_predictions(store, refs.start[0]) if refs.start else None,
         start_selection=_predictions(store, refs.start[1]) if refs.start else None,
-        samples_ms=samples,
+        samples_ms=samples[refs.artifact] | (samples.get(refs.onnx.file, {}) if refs.onnx else {}),
+        onnx=_measured_onnx(store, refs.onnx, folder / f"{refs.name}.onnx") if refs.onnx else None,
         artifact_sha256=refs.artifact.sha256,
         artifact_path=str(place),
         size_bytes=refs.artifact.size,
     )
+
+
+def _measured_onnx(store: Store, refs: OnnxRefs, place: Path) -> verdict.Onnx:
+    if refs.runtime is None:
+        return verdict.Onnx(refusal=store.read_json(refs.file)["reason"])
+    return verdict.Onnx(path=str(store.lay_out(refs.file, place)), validation=_predictions(store, refs.validation))
 
 
 def _predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:

@@ -6,10 +6,19 @@ from torch import Tensor, nn
 
 from quantlib import benchmark
 
-NUM_WARM_UP = 5
+NUM_WARM_UP = 2
 
 
-class _Recorder(nn.Module):
+class _Model(nn.Module):
+    """Gives back what it gets."""
+
+    layout = torch.channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Recorder(_Model):
     """Notes each call in a list that several share."""
 
     def __init__(self, name: str, calls: list[tuple[str, int, int]]) -> None:
@@ -34,10 +43,10 @@ def inputs() -> Tensor:
 def test_models_are_timed_in_turn_call_by_call(calls: list[tuple[str, int, int]], inputs: Tensor) -> None:
     models = [_Recorder(name, calls) for name in "abc"]
 
-    benchmark.time_models(models, inputs, [1], [1], num_samples=12)
+    benchmark.time_models(lambda _: models, inputs, [1], [1], num_samples=12)
 
     order = "".join(name for name, _, _ in calls)
-    assert order == "a" * NUM_WARM_UP + "b" * NUM_WARM_UP + "c" * NUM_WARM_UP + "abc" * 12
+    assert order == "a" * NUM_WARM_UP + "b" * NUM_WARM_UP + "c" * NUM_WARM_UP + "aabbcc" * 12
 
 
 def test_every_model_has_every_setting_and_the_asked_number_of_samples(
@@ -46,10 +55,10 @@ def test_every_model_has_every_setting_and_the_asked_number_of_samples(
     progress: list[tuple[int, int]] = []
     models = [_Recorder(name, calls) for name in "ab"]
 
-    timings = benchmark.time_models(models, inputs, [1, 3], [1, 2], 11, lambda *call: progress.append(call))
+    timings = benchmark.time_models(lambda _: models, inputs, [1, 3], [1, 2], 11, lambda *call: progress.append(call))
 
     assert [(t.batch_size, t.num_threads, t.model) for t in timings] == [
-        (batch_size, threads, model) for batch_size in (1, 3) for threads in (1, 2) for model in (0, 1)
+        (batch_size, threads, model) for threads in (1, 2) for batch_size in (1, 3) for model in (0, 1)
     ]
     assert all(len(timing.samples_ms) == 11 and min(timing.samples_ms) >= 0 for timing in timings)
     assert {call[1:] for call in calls} == {(1, 1), (1, 2), (3, 1), (3, 2)}
@@ -59,15 +68,14 @@ def test_every_model_has_every_setting_and_the_asked_number_of_samples(
 def test_a_batch_larger_than_the_inputs_repeats_them(inputs: Tensor) -> None:
     seen: list[Tensor] = []
 
-    class Watcher(nn.Module):
+    class Watcher(_Model):
         def forward(self, x: Tensor) -> Tensor:
             seen.append(x)
             return x
 
-    benchmark.time_models([Watcher()], inputs, [10], [1], num_samples=10)
+    benchmark.time_models(lambda _: [Watcher()], inputs, [10], [1], num_samples=10)
 
     assert seen[0][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_slow_model_stops_early_but_has_ten_samples(
@@ -75,7 +83,9 @@ def test_a_slow_model_stops_early_but_has_ten_samples(
 ) -> None:
     monkeypatch.setattr(benchmark, "_MAX_SECONDS", 0.0)
 
-    timings = benchmark.time_models([_Recorder("a", calls), _Recorder("b", calls)], inputs, [1], [1], num_samples=1000)
+    timings = benchmark.time_models(
+        lambda _: [_Recorder("a", calls), _Recorder("b", calls)], inputs, [1], [1], num_samples=1000
+    )
 
     assert [len(timing.samples_ms) for timing in timings] == [10, 10]
 
@@ -84,14 +94,14 @@ def test_samples_are_milliseconds(inputs: Tensor, monkeypatch: pytest.MonkeyPatc
     clock = iter(n * 0.25 for n in range(1000))
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
 
-    timings = benchmark.time_models([nn.Identity()], inputs, [1], [1], num_samples=10)
+    timings = benchmark.time_models(lambda _: [_Model()], inputs, [1], [1], num_samples=10)
 
     assert timings[0].samples_ms == (250.0,) * 10
 
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_the_number_of_threads_is_put_back_also_after_an_error(inputs: Tensor, fails: bool) -> None:
-    class Failing(nn.Module):
+    class Failing(_Model):
         def forward(self, x: Tensor) -> Tensor:
             if fails:
                 raise RuntimeError("no kernel")
@@ -100,21 +110,29 @@ def test_the_number_of_threads_is_put_back_also_after_an_error(inputs: Tensor, f
     before = torch.get_num_threads()
     if fails:
         with pytest.raises(RuntimeError, match="no kernel"):
-            benchmark.time_models([Failing()], inputs, [1], [before + 1], num_samples=10)
+            benchmark.time_models(lambda _: [Failing()], inputs, [1], [before + 1], num_samples=10)
     else:
-        benchmark.time_models([Failing()], inputs, [1], [before + 1], num_samples=10)
+        benchmark.time_models(lambda _: [Failing()], inputs, [1], [before + 1], num_samples=10)
 
     assert torch.get_num_threads() == before
 
 
-def test_no_gradients_are_recorded_while_timing(inputs: Tensor) -> None:
-    modes: list[bool] = []
+def test_models_are_opened_once_for_each_number_of_threads_and_get_the_layout_they_like() -> None:
+    opened: list[int] = []
+    seen: list[bool] = []
 
-    class Watcher(nn.Module):
+    class Planar(_Model):
+        layout = torch.contiguous_format
+
         def forward(self, x: Tensor) -> Tensor:
-            modes.append(torch.is_inference_mode_enabled())
+            seen.append(x.is_contiguous())
             return x
 
-    benchmark.time_models([Watcher()], inputs, [1], [1], num_samples=10)
+    def open_models(threads: int) -> list[nn.Module]:
+        opened.append(threads)
+        return [Planar()]
 
-    assert all(modes)
+    benchmark.time_models(open_models, torch.zeros(2, 3, 4, 4), [1, 2], [1, 2], num_samples=10)
+
+    assert opened == [1, 2]
+    assert all(seen)

@@ -40,7 +40,7 @@ def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes:
         "selection": _predictions(num_correct),
         "simulated": {},
         "epochs": (),
-        "samples_ms": {(1, 1): [milliseconds] * 3},
+        "samples_ms": {("torchscript" if name == "float" else "torchscript-x86", 1, 1): [milliseconds] * 3},
         "artifact_sha256": "ab" * 32,
         "artifact_path": f"models/{name}.pt",
         "size_bytes": 1000,
@@ -76,9 +76,28 @@ def test_a_row_says_what_was_measured() -> None:
 
 
 def test_the_latency_is_the_median_of_a_batch_of_one_on_one_thread() -> None:
-    samples = {(1, 1): [9.0, 1.0, 2.0], (50, 1): [0.1] * 3, (1, 2): [0.2] * 3}
+    ours = "torchscript-x86"
+    samples = {(ours, 1, 1): [9.0, 1.0, 2.0], (ours, 50, 1): [0.1] * 3, (ours, 1, 2): [0.2] * 3}
 
-    assert _rows(_measured("float", 90, samples_ms=samples))["float"].latency_p50_ms == 2.0
+    assert _rows(_measured("float", 90), _measured("a", 90, samples_ms=samples))["a"].latency_p50_ms == 2.0
+
+
+def test_the_fastest_runtime_is_named_and_the_speedup_is_of_torchscript() -> None:
+    samples = {("torchscript-x86", 1, 1): [2.0], ("openvino", 1, 1): [1.0], ("openvino", 50, 1): [9.0]}
+    samples |= {("onnxruntime", 1, 1): [1.5], ("onnxruntime", 1, 2): [0.5]}
+    onnx = verdict.Onnx(path="a.onnx", validation=_predictions(87))
+    row = _rows(_measured("float", 90, 4.0), _measured("a", 88, samples_ms=samples, onnx=onnx))["a"]
+
+    assert (row.fastest_runtime, row.fastest_p50_ms) == ("openvino", 1.0)
+    assert (row.latency_p50_ms, row.speedup) == (2.0, 2.0)
+    assert (row.onnx_path, row.onnx_top1, row.onnx_refusal) == ("a.onnx", 0.87, None)
+
+
+def test_a_variant_without_an_onnx_file_says_why() -> None:
+    rows = _rows(_measured("float", 90), _measured("a", 88, onnx=verdict.Onnx(refusal="no such operation")))
+
+    assert (rows["a"].onnx_path, rows["a"].onnx_top1, rows["a"].onnx_refusal) == (None, None, "no such operation")
+    assert rows["float"].onnx_refusal is None
 
 
 def test_simulated_accuracies_are_there_where_they_were_asked_for() -> None:
@@ -120,7 +139,7 @@ def test_epochs_have_their_rows_and_the_best_is_marked() -> None:
 
 
 def test_latency_rows_give_percentiles_of_a_call_and_images_per_second() -> None:
-    samples = {(1, 1): list(range(1, 102)), (50, 2): [20.0] * 10}
+    samples = {("torchscript", 1, 1): list(range(1, 102)), ("torchscript", 50, 2): [20.0] * 10}
 
     single, batch = verdict.latency_rows([_measured("float", 90, samples_ms=samples)])
 

@@ -1,0 +1,131 @@
+"""Exported models in every runtime, the ONNX file, and the loader."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from quantlib import conversion, export, images, machine, runtimes
+from quantlib.errors import MachineError, ModelError
+
+Calibrated = Callable[[str], nn.Module]
+
+ONNX_RUNTIMES = [found.name for found in machine.find_onnx_runtimes()]
+
+
+@pytest.fixture(scope="module")
+def files(
+    calibrated: Calibrated, fused_model: nn.Module, engine: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder of int8.pt, int8.onnx and float.pt."""
+    pytest.importorskip("onnx", reason="the extra of an ONNX runtime is not installed")
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "int8.pt").write_bytes(export.script(conversion.convert(calibrated("accurate"), engine), engine))
+    (folder / "float.pt").write_bytes(export.script(fused_model))
+    (folder / "int8.onnx").write_bytes(export.to_onnx(folder / "int8.pt", engine, 32))
+    return folder
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_runtime_gives_the_logits_of_the_torchscript_file(
+    files: Path, val_inputs: torch.Tensor, engine: str, layout: torch.memory_format
+) -> None:
+    expected = runtimes.open_model(files / "int8.pt", f"torchscript-{engine}")(val_inputs)
+    x = val_inputs.contiguous(memory_format=layout)
+    supported = set(torch.backends.quantized.supported_engines)
+    for name in (f"torchscript-{engine}" for engine in machine.engines() if engine in supported):
+        assert _error(runtimes.open_model(files / "int8.pt", name)(x), expected) < 0.02, name
+    for name in ONNX_RUNTIMES:
+        model = runtimes.open_model(files / "int8.onnx", name, num_threads=1)
+        assert _error(model(x), expected) < 0.02, name
+        # Answers are the caller's: the next call leaves them as they are, and takes another number of images.
+        first = model(x[:5])
+        kept = first.clone()
+        model(x[5:])
+        assert torch.equal(first, kept)
+        assert first.shape == (5, 3)
+
+
+def test_a_frozen_float_file_computes_the_same(files: Path, fused_model: nn.Module, val_inputs: torch.Tensor) -> None:
+    with torch.inference_mode():
+        expected = fused_model(val_inputs)
+    torch.testing.assert_close(runtimes.open_model(files / "float.pt", "torchscript")(val_inputs), expected)
+
+
+def test_the_onnx_file_has_the_same_bytes_each_time(files: Path, engine: str) -> None:
+    assert export.to_onnx(files / "int8.pt", engine, 32) == (files / "int8.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
+def test_an_onnx_file_that_answers_otherwise_is_refused(
+    files: Path, calibrated: Calibrated, engine: str, runtime: str, val_shard: Path, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(calibrated("accurate"))
+    other.classifier[1].weight.data = other.classifier[1].weight.data.flip(0)
+    (tmp_path / "other.pt").write_bytes(export.script(conversion.convert(other, engine), engine))
+    right, wrong = (export.to_onnx(path, engine, 32) for path in (files / "int8.pt", tmp_path / "other.pt"))
+
+    export.check_onnx(right, files / "int8.pt", engine, runtime, val_shard)
+    with pytest.raises(ModelError, match=rf"In {runtime} the logits are \d+% of their power away"):
+        export.check_onnx(wrong, files / "int8.pt", engine, runtime, val_shard)
+
+
+def test_what_onnx_cannot_express_is_refused(tmp_path: Path, engine: str) -> None:
+    class Unusual(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.matrix_exp(x)
+
+    (tmp_path / "model.pt").write_bytes(export.script(Unusual()))
+    with pytest.raises(ModelError, match="cannot be written as ONNX"):
+        export.to_onnx(tmp_path / "model.pt", engine, 32)
+
+
+@pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, None])
+def test_the_loader_takes_what_the_report_names(files: Path, val_inputs: torch.Tensor, runtime: str | None) -> None:
+    name = "int8.pt" if runtime in {"torchscript", None} else "int8.onnx"
+    threads = torch.get_num_threads()
+    model = export.load(str(files / name), runtime, num_threads=1)
+    assert model(val_inputs).shape == (len(val_inputs), 3)
+    assert torch.get_num_threads() == threads == 1
+
+
+@pytest.mark.skipif(not ONNX_RUNTIMES, reason="no runtime for ONNX is installed")
+def test_the_loader_finds_a_runtime_for_an_onnx_file(files: Path, val_inputs: torch.Tensor) -> None:
+    assert export.load(files / "int8.onnx")(val_inputs).shape == (len(val_inputs), 3)
+
+
+def test_the_loader_says_what_is_wrong(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"No file .*give the \.pt or \.onnx file"):
+        export.load(tmp_path / "none.pt")
+    with pytest.raises(MachineError, match=r"Runtime 'tensorrt' is unknown: torchscript, .* are allowed"):
+        export.load(files / "int8.pt", "tensorrt")
+    with pytest.raises(MachineError, match=r"Engine 'neon' is not available"):
+        export.load(files / "int8.pt", "torchscript-neon")
+    with pytest.raises(ModelError, match=r"does not load in torchscript.*an \.onnx file ONNX"):
+        export.load(files / "int8.onnx", "torchscript")
+    (tmp_path / "half.pt").write_bytes((files / "int8.pt").read_bytes()[:5000])
+    with pytest.raises(ModelError, match="does not load in torchscript"):
+        export.load(tmp_path / "half.pt")
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MachineError, match=r"pip install 'quantflow\[openvino\]'"):
+        export.load(files / "int8.onnx")
+
+
+def test_without_the_package_that_writes_onnx_there_are_no_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = machine.importlib.util.find_spec
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
+    assert machine.find_onnx_runtimes() == ()
+
+
+def test_logits_of_real_images_in_shards(files: Path, val_shard: Path, engine: str) -> None:
+    pixels, _ = images.open_shard(val_shard)
+    logits = runtimes.open_model(files / "int8.pt", "torchscript")(images.to_input(pixels))
+    assert logits.isfinite().all()
+    assert not logits.requires_grad
