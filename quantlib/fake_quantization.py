@@ -70,6 +70,7 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+        """`x` rounded, of the same shape."""
         ctx.save_for_backward(x)
         # What rounds to the grid's ends is inside.
         ctx.low, ctx.high = (quant_min - zero_point - 0.5) * scale, (quant_max - zero_point + 0.5) * scale
@@ -79,6 +80,7 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The gradient by `x`, and none by the grid."""
         (x,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(gradient, x, ctx.low, ctx.high), None, None, None, None
 

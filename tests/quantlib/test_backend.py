@@ -5,6 +5,7 @@ import re
 import tomllib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -13,7 +14,7 @@ import torch
 from schemes import scheme
 from torch import nn
 
-from quantlib import backend, fusion, preparation
+from quantlib import backend, export, fusion, preparation
 from quantlib.errors import MachineError
 from quantlib.recipe import EngineName, QConfigName
 
@@ -57,12 +58,12 @@ def test_expected_warnings_are_those_that_pyproject_lists(pytestconfig: pytest.C
     assert filters == [f"ignore:{message}:{kind.__name__}" for message, kind in backend.EXPECTED_WARNINGS]
 
 
-def test_each_expected_warning_is_one_that_torch_gives(fused_model: nn.Module) -> None:
+def test_each_expected_warning_is_one_that_torch_gives(fused_model: nn.Module, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        int8 = backend.convert(preparation.prepare(fused_model, scheme("fbgemm"), "eval"))
-        torch.jit.script(nn.Linear(1, 1))
-    del int8
+        backend.convert(preparation.prepare(fused_model, scheme("fbgemm"), "eval"))
+        (tmp_path / "model.pt").write_bytes(export.script(fused_model))
+        export.to_onnx(tmp_path / "model.pt", "auto", 32)
 
     unseen = [
         message

@@ -109,6 +109,7 @@ def test_what_only_reports_or_reads_the_recipe_is_in_no_key(module, code_of_edit
 def test_no_stage_computes_with_what_is_imported_at_the_top_of_its_file():
     allowed = {
         "quantlib.inputs",
+        "quantlib.machine",
         "quantlib.recipe",
         "quantlib.schedule",
         "quantlib.scheme",
