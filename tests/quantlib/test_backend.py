@@ -58,11 +58,13 @@ def test_expected_warnings_are_those_that_pyproject_lists(pytestconfig: pytest.C
     assert filters == [f"ignore:{message}:{kind.__name__}" for message, kind in backend.EXPECTED_WARNINGS]
 
 
-def test_each_expected_warning_is_one_that_torch_gives(fused_model: nn.Module, tmp_path: Path) -> None:
+def test_each_expected_warning_is_one_that_torch_gives(
+    fused_model: nn.Module, calibrated: Calibrated, tmp_path: Path
+) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         backend.convert(preparation.prepare(fused_model, scheme("fbgemm"), "eval"))
-        (tmp_path / "model.pt").write_bytes(export.script(fused_model))
+        (tmp_path / "model.pt").write_bytes(export.script(backend.convert(calibrated("fbgemm"))))
         export.to_onnx(tmp_path / "model.pt", "auto", 32)
 
     unseen = [
