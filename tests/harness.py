@@ -177,7 +177,15 @@ def _run_flow(run_id: str | None) -> dict[str, Any]:
         report = quantize(parse_recipe(RECIPE))
     finally:
         drain()  # A forked process ends without what Prefect does at exit.
-    timed = {"latency_p50_ms", "speedup", "artifact_path", "created_at"}
+    timed = {
+        "latency_p50_ms",
+        "speedup",
+        "fastest_runtime",
+        "fastest_p50_ms",
+        "artifact_path",
+        "onnx_path",
+        "created_at",
+    }
     return {
         "variants": [{k: v for k, v in vars(row).items() if k not in timed} for row in report.variants],
         "stages": {row.stage: row.cached for row in report.stages},

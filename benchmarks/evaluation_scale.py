@@ -1,0 +1,91 @@
+"""Evaluation: time and peak memory of 50,000 images beside 5,000, decoding included, at 224 px.
+
+    python benchmarks/evaluation_scale.py --data imagenet-sample
+
+Each is a process of its own that decodes the images into shards, then evaluates an int8 model on them, as the stages
+`decode` and `evaluate` do. Needs 8 GB of disk.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import end_to_end
+import numpy as np
+import pairs
+import torch
+
+from quantlib import conversion, data, evaluation, export, fusion, images, machine, models, preparation, runtimes
+from quantlib.scheme import Scheme
+from quantlib.transforms import EvalTransform
+
+SHARD = 1783  # Images of 224 px in a shard of 256 MiB, as flows.branches has them.
+
+
+def evaluate(root: Path, num_images: int) -> dict[str, float]:
+    """Seconds and peak resident memory in MB, of this process."""
+    machine.keep_freed_memory()
+    start = time.perf_counter()
+    split = data.open_split("imagefolder", str(root), "val")
+    model = runtimes.open_model(root / "int8.pt", "torchscript")
+    for first in range(0, num_images, SHARD):
+        indices = np.arange(first, min(first + SHARD, num_images))
+        pixels, labels = data.decode(split, indices, EvalTransform(256, 224), seed=0)
+        with (root / "shard").open("wb") as file:
+            images.save(pixels, labels, file)
+        del pixels
+        evaluation.evaluate(model, root / "shard", 50)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return {"seconds": time.perf_counter() - start, "megabytes": peak}
+
+
+def save_int8(place: Path) -> None:
+    """An int8 MobileNetV2 with random weights."""
+    torch.manual_seed(0)
+    fused = fusion.fuse_model(models.mobilenet_v2().eval(), "eval")
+    prepared = preparation.prepare(fused, Scheme(observer="minmax", weights="per_channel", activation_bits=8), "eval")
+    prepared(torch.randn(2, 3, 224, 224))
+    place.write_bytes(export.script(conversion.convert(prepared, "auto"), "auto"))
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        roots = {}
+        for count in (5000, 50000):
+            roots[count] = end_to_end.repeat_validation(arguments.data.resolve(), Path(name) / f"{count}", count)
+            save_int8(roots[count] / "int8.pt")
+        found: dict[int, list[dict[str, float]]] = {count: [] for count in roots}
+
+        def run(count: int) -> float:
+            command = [sys.executable, "-W", "ignore", __file__, "--child", str(roots[count]), str(count)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[count].append(json.loads(done.stdout))
+            return found[count][-1]["seconds"]
+
+        sides = {f"{count} images, seconds": lambda count=count: run(count) for count in roots}
+        samples = pairs.in_turn(sides, arguments.rounds)
+    for count, measured in found.items():
+        samples[f"{count} images, peak MB"] = [one["megabytes"] for one in measured]
+    few, many = ("5000 images", "50000 images")
+    ratios = {
+        f"{kind}: 50,000 / 5,000": pairs.ratio(samples, f"{many}, {kind}", f"{few}, {kind}")
+        for kind in ("seconds", "peak MB")
+    }
+    pairs.conclude("evaluation scale", "measured", samples, ratios)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(evaluate(Path(sys.argv[2]), int(sys.argv[3]))))
+    else:
+        main()

@@ -1,0 +1,157 @@
+"""int8 MobileNetV2 at 224 px, in milliseconds an image: the tutorial's, quantflow's, ONNX Runtime's own, NNCF's own.
+
+    pip install nncf
+    python benchmarks/int8_latency.py
+
+The same float model, quantized by each. Batch sizes 1 and 50, one and two threads; all in one process, in turn, each
+call timed after an untimed one. All of them profit from the allocator setting, the tutorial's too.
+"""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import nncf
+import openvino
+import pairs
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor
+
+from quantlib import backend, benchmark, conversion, export, fusion, machine, models, preparation, runtimes
+from quantlib.scheme import Scheme
+
+NUM_CALIBRATION = 8
+SETTINGS = [(batch_size, threads) for batch_size in (1, 50) for threads in (1, 2)]
+OURS = {
+    "torchscript-x86": "ours.pt",
+    "torchscript-onednn": "ours.pt",
+    "onnxruntime": "ours.onnx",
+    "openvino": "ours.onnx",
+}
+
+
+class Images(CalibrationDataReader):
+    """Calibration images, one after the other."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.batches = iter([{"images": one.numpy()} for one in x.split(1)])
+
+    def get_next(self) -> dict | None:
+        """The next."""
+        return next(self.batches, None)
+
+
+class AsInTheTutorial:
+    """torch.jit.load and no more, on the fbgemm engine."""
+
+    layout = torch.contiguous_format
+
+    def __init__(self, path: Path) -> None:
+        with backend.use_engine("fbgemm"):
+            self.model = torch.jit.load(str(path)).eval()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to logits."""
+        with backend.use_engine("fbgemm"), torch.no_grad():
+            return self.model(images)
+
+
+class NNCF(runtimes.OpenVINOClassifier):
+    """A model that NNCF has quantized, in OpenVINO."""
+
+
+def make_files(folder: Path) -> None:
+    """The same float model, quantized by each."""
+    torch.manual_seed(0)
+    x = torch.randn(NUM_CALIBRATION, 3, 224, 224)
+    model = models.mobilenet_v2()
+    model(x)  # BatchNorm's statistics, so that activations have sensible ranges.
+    fused = fusion.fuse_model(model.eval(), "eval")
+    for name, bits in (("tutorial", 7), ("ours", 8)):
+        scheme = Scheme(observer="minmax", weights="per_channel", activation_bits=bits)
+        prepared = preparation.prepare(fused, scheme, "eval")
+        with torch.no_grad():
+            prepared(x)
+        engine = "fbgemm" if name == "tutorial" else "x86"
+        (folder / f"{name}.pt").write_bytes(export.script(conversion.convert(prepared, engine), engine))
+    (folder / "ours.onnx").write_bytes(export.to_onnx(folder / "ours.pt", "x86", 224))
+    axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
+    torch.onnx.export(
+        fused,
+        (x[:1],),
+        folder / "float.onnx",
+        opset_version=17,
+        dynamo=False,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_axes=axes,
+    )
+    quant_pre_process(str(folder / "float.onnx"), str(folder / "prepared.onnx"))
+    for name, layout in (("ort_qdq", QuantFormat.QDQ), ("ort_qop", QuantFormat.QOperator)):
+        quantize_static(
+            str(folder / "prepared.onnx"),
+            str(folder / f"{name}.onnx"),
+            Images(x),
+            quant_format=layout,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    quantized = nncf.quantize(
+        openvino.convert_model(folder / "float.onnx"), nncf.Dataset([one.numpy() for one in x.split(1)])
+    )
+    openvino.save_model(quantized, folder / "nncf.xml")
+
+
+def open_all(folder: Path, threads: int) -> dict[str, runtimes.Classifier]:
+    """Every contender, by name."""
+    return {
+        "tutorial": AsInTheTutorial(folder / "tutorial.pt"),
+        **{f"ours, {runtime}": runtimes.open_model(folder / file, runtime, threads) for runtime, file in OURS.items()},
+        **{
+            f"ONNX Runtime's own, {name}": runtimes.ONNXRuntimeClassifier(folder / f"{name}.onnx", threads)
+            for name in ("ort_qdq", "ort_qop")
+        },
+        "NNCF's own in OpenVINO": NNCF(folder / "nncf.xml", threads),
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_files(folder)
+        machine.keep_freed_memory()
+        names = list(open_all(folder, 1))
+        inputs = torch.randn(50, 3, 224, 224)
+        for batch_size, threads in SETTINGS:
+            (*timings,) = benchmark.time_models(
+                lambda threads: list(open_all(folder, threads).values()),
+                inputs,
+                [batch_size],
+                [threads],
+                num_samples=100 if batch_size == 1 else 10,
+            )
+            samples = {
+                name: [ms / batch_size for ms in timing.samples_ms] for name, timing in zip(names, timings, strict=True)
+            }
+            medians = {name: sorted(values)[len(values) // 2] for name, values in samples.items()}
+            ours = min((name for name in names if name.startswith("ours")), key=medians.__getitem__)
+            torchscript = min((name for name in names if "torchscript" in name), key=medians.__getitem__)
+            others = min((name for name in names if "own" in name), key=medians.__getitem__)
+            pairs.conclude(
+                f"int8 latency batch {batch_size} threads {threads}",
+                "ms_per_image",
+                samples,
+                {
+                    f"tutorial / {torchscript}": pairs.ratio(samples, "tutorial", torchscript),
+                    f"{others} / {ours}": pairs.ratio(samples, others, ours),
+                },
+            )
+
+
+if __name__ == "__main__":
+    main()
