@@ -11,7 +11,7 @@ from quantlib.inputs import Inputs, find_inputs
 from quantlib.recipe import Recipe, override_recipe
 from quantlib.report import Report
 from quantlib.store import Ref
-from tasks.measure import benchmark
+from tasks.measure import benchmark, pick_examples
 from tasks.report import VariantRefs, write_report
 from tasks.run import start_run
 
@@ -32,11 +32,11 @@ def run_branches(name: str, recipe: Recipe) -> Report:
     """The body of each flow."""
     with start_run(name, recipe, flow_run.id) as run:
         inputs = find_inputs(recipe, run.home / "splits", run.progress)
-        return write_report(recipe, *measure_branches(recipe, inputs))
+        return write_report(recipe, inputs.val.classes, *measure_branches(recipe, inputs))
 
 
-def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], Ref]:
-    """Every stage of a run, wired: the variants, and their timings."""
+def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], Ref, Ref | None]:
+    """Every stage of a run, wired: the variants, their timings, and example images where any are asked for."""
     engine = machine.find_engine(recipe.engine)
     trunk = grow_trunk(recipe, inputs, engine)
     variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
@@ -49,7 +49,12 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs,
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
     )
-    return variants, timings
+    pictures = None
+    if recipe.evaluation.num_examples > 0:
+        baseline, *quantized = variants
+        answered = tuple((variant.name, variant.artifact, variant.candidates) for variant in quantized)
+        pictures = pick_examples(trunk.validation, baseline.validation, answered, recipe.evaluation.num_examples)
+    return variants, timings, pictures
 
 
 def only(recipe: Recipe, method: str) -> Recipe:

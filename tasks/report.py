@@ -8,10 +8,10 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import machine, predictions, report, verdict
+from quantlib import examples, machine, predictions, report, verdict
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
-from quantlib.report import Report
+from quantlib.report import ClassRow, Report
 from quantlib.scheme import Scheme
 from quantlib.store import Ref, Store
 from tasks import tracking
@@ -48,9 +48,16 @@ class VariantRefs:
     start: tuple[tuple[Ref, ...], tuple[Ref, ...]] | None = None
     """Of QAT from a calibrated model: that model's validation and selection answers."""
 
+    @property
+    def candidates(self) -> tuple[tuple[Ref, tuple[Ref, ...]], ...]:
+        """(artifact, its answers on validation) of whatever `artifact` is one of."""
+        return tuple((epoch.artifact, epoch.validation) for epoch in self.epochs) or ((self.artifact, self.validation),)
+
 
 @task(persist_result=False, cache_policy=NO_CACHE)
-def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref) -> Report:
+def write_report(
+    recipe: Recipe, classes: tuple[str, ...], variants: tuple[VariantRefs, ...], timings: Ref, pictures: Ref | None
+) -> Report:
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
     run = current_run()
     by_model: list[dict[tuple[int, int], list[float]]] = [{} for _ in variants]
@@ -73,6 +80,8 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
         epochs=verdict.epoch_rows(measured),
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
+        classes=tuple(ClassRow(class_index=index, name=name) for index, name in enumerate(classes)),
+        examples=examples.load(run.store.read(pictures)) if pictures is not None else (),
     )
     report.write(run.home / "reports", found, {variant.name: variant.validation for variant in measured})
     tracking.publish(found, run.home / "reports")
