@@ -16,7 +16,16 @@ from tasks.data import decode
 from tasks.export import script_and_save
 from tasks.measure import evaluate, evaluate_baseline, simulate
 from tasks.model import Training, equalize, fuse, load_float
-from tasks.quantize import calibrate, choose_epoch, convert, correct_bias, has_stalled, qat_epoch, start_qat
+from tasks.quantize import (
+    calibrate,
+    choose_epoch,
+    choose_ranges,
+    convert,
+    correct_bias,
+    has_stalled,
+    qat_epoch,
+    start_qat,
+)
 from tasks.report import EpochRefs, VariantRefs
 
 # A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
@@ -127,9 +136,11 @@ def qat_branches(trunk: Trunk) -> list[VariantRefs]:
 
 def _calibrate(trunk: Trunk, branch: BranchRecipe) -> Ref:
     """Calibrated, and corrected where the branch asks for it."""
-    prepared = trunk.fused("eval", equalized=branch.equalizes)
+    scheme, observed = _scheme(trunk, branch), trunk.fused("eval", equalized=branch.equalizes)
     for shard, label in _labelled(trunk.calibration, branch.name):
-        prepared = calibrate(prepared, shard, _scheme(trunk, branch), trunk.recipe.calibration.batch_size, branch=label)
+        batch_size = trunk.recipe.calibration.batch_size
+        observed = calibrate(observed, shard, scheme.float_layers, batch_size, branch=label)
+    prepared = choose_ranges(observed, scheme, branch=branch.name)
     return correct_bias(prepared, trunk.calibration, branch=branch.name) if branch.corrects_bias else prepared
 
 

@@ -1,5 +1,6 @@
 """Calibration: observers in, training images through, activation ranges out."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlib import fusion, images, models, preparation
+from quantlib import backend, fusion, images, models, preparation
+from quantlib.observers import ActivationStatistics
 from quantlib.progress import Progress, silent
 from quantlib.scheme import Scheme
 
@@ -27,6 +29,37 @@ def calibrate(prepared: nn.Module, shard: Path, batch_size: int, progress: Progr
             prepared(x)
             done += len(x)
             progress(done, total)
+
+
+def load_or_observe(content: bytes, float_layers: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """A model that collects statistics of its activations, and its header: as it was stored, or from a fused model."""
+    header, state = models.open_saved(content)
+    observed = preparation.observe(fusion.rebuild(header), float_layers)
+    if "observed" in header:
+        observed.load_state_dict(state)
+    else:
+        observed = preparation.observe(fusion.load(content)[0], float_layers)
+    return observed, header | {"observed": list(float_layers)}
+
+
+def choose_ranges(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:
+    """A calibrated model and its header, from the statistics of a stored observed one.
+
+    Args:
+        content: With statistics, collected with the scheme's `float_layers`.
+        scheme: Its observer chooses the ranges.
+    """
+    observed, header = load_or_observe(content, scheme.float_layers)
+    prepared = preparation.prepare(fusion.rebuild(header), scheme, "eval")
+    for path, module in prepared.named_modules():
+        if isinstance(module, backend.ObserverBase):
+            statistics = observed.get_submodule(path)
+            assert isinstance(statistics, ActivationStatistics)
+            statistics.hand_over(module)
+    weights = {name: value for name, value in observed.state_dict().items() if ".activation_post_process." not in name}
+    prepared.load_state_dict(weights, strict=False)
+    del header["observed"]
+    return prepared, header | {"scheme": asdict(scheme)}
 
 
 def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:

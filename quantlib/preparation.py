@@ -4,14 +4,16 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantlib import backend, observers
 from quantlib.backend import FuseMode
 from quantlib.errors import ModelError, suggest
+from quantlib.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
 from quantlib.scheme import ObserverName, Scheme
 
-_OBSERVERS: dict[ObserverName, type[backend.ObserverBase]] = {
+OBSERVERS: dict[ObserverName, type[backend.ObserverBase]] = {
     "minmax": backend.MinMaxObserver,
     "moving_average": backend.MovingAverageMinMaxObserver,
     "histogram": backend.HistogramObserver,
@@ -31,15 +33,50 @@ def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
     Raises:
         ModelError: If the model has none of the scheme's `float_layers`.
     """
-    model = copy.deepcopy(fused)
-    for path in find_layers(model, scheme.float_layers):
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, KeptInFloat(model.get_submodule(path)))
+    model = _keep_in_float(fused, scheme.float_layers)
     per_channel, reduce_range = scheme.weights == "per_channel", scheme.activation_bits == 7
     if mode == "qat":
-        return backend.prepare_qat(model, backend.qat_qconfig(reduce_range, per_channel))
-    activation = _OBSERVERS[scheme.observer].with_args(reduce_range=reduce_range)
+        return backend.prepare_qat(model, _qat_qconfig(reduce_range, per_channel))
+    activation = OBSERVERS[scheme.observer].with_args(reduce_range=reduce_range)
     return backend.prepare_ptq(model, backend.ptq_qconfig(activation, per_channel))
+
+
+def observe(fused: nn.Module, float_layers: Iterable[str]) -> nn.Module:
+    """A copy of a model fused in mode "eval" with observers that collect for every scheme of these `float_layers`.
+
+    Raises:
+        ModelError: If the model has none of the `float_layers`.
+    """
+    return backend.prepare_ptq(
+        _keep_in_float(fused, float_layers), backend.ptq_qconfig(observers.ActivationStatistics, True)
+    )
+
+
+def _keep_in_float(fused: nn.Module, float_layers: Iterable[str]) -> nn.Module:
+    model = copy.deepcopy(fused)
+    for path in find_layers(model, float_layers):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, KeptInFloat(model.get_submodule(path)))
+    return model
+
+
+def _qat_qconfig(reduce_range: bool, per_channel: bool) -> Any:
+    activation: Any = ActivationFakeQuantize
+    weight: Any = WeightFakeQuantize
+    return backend.qat_qconfig(
+        activation.with_args(
+            observer=backend.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=reduce_range
+        ),
+        weight.with_args(
+            observer=backend.MovingAveragePerChannelMinMaxObserver,
+            quant_min=-128,
+            quant_max=127,
+            dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+        )
+        if per_channel
+        else None,
+    )
 
 
 class KeptInFloat(nn.Module):

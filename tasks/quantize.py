@@ -1,4 +1,4 @@
-"""Stages that quantize: calibrate, correct_bias, convert, qat_epoch, choose_epoch."""
+"""Stages that quantize: calibrate, choose_ranges, correct_bias, convert, qat_epoch, choose_epoch."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,26 @@ from tasks.run import current_run
 
 
 @stage("calibrate-{branch}")
-def calibrate(before: Ref, images: Ref, scheme: Scheme, batch_size: int, *, branch: str) -> Ref:
-    """Show a shard of calibration images to the observers of a fused model, or of the shard before."""
+def calibrate(before: Ref, images: Ref, float_layers: tuple[str, ...], batch_size: int, *, branch: str) -> Ref:
+    """Show a shard of calibration images to a fused model, or to that of the shard before.
+
+    What it collects serves every scheme: branches that differ in observer, weights or bits alone share it.
+    """
     from quantlib import calibration, models
 
     run = current_run()
-    prepared, header = calibration.load_or_prepare(run.store.read(before), scheme)
-    calibration.calibrate(prepared, run.store.path(images), batch_size, run.progress)
-    return run.store.put("model", models.save(prepared, header))
+    observed, header = calibration.load_or_observe(run.store.read(before), float_layers)
+    calibration.calibrate(observed, run.store.path(images), batch_size, run.progress)
+    return run.store.put("model", models.save(observed, header))
+
+
+@stage("choose_ranges-{branch}")
+def choose_ranges(observed: Ref, scheme: Scheme, *, branch: str) -> Ref:
+    """Give each activation the range that the scheme's observer finds in what calibration has collected."""
+    from quantlib import calibration, models
+
+    store = current_run().store
+    return store.put("model", models.save(*calibration.choose_ranges(store.read(observed), scheme)))
 
 
 @stage("correct_bias-{branch}")
