@@ -189,7 +189,7 @@ def test_images_that_int8_answers_otherwise_are_shown_with_all_three_classes(tmp
     assert len(shown) == 1
     content = re.search(r'src="data:image/png;base64,([^"]+)"', shown[0]).group(1)
     assert base64.b64decode(content) == PICTURE.png
-    assert re.sub(r"<[^>]*>", " ", shown[0]).split() == "is bird float: bird int8: fox".split()
+    assert re.sub(r"<[^>]*>", " ", shown[0]).split() == ["is", "bird", "float:", "bird", "int8:", "fox"]
 
 
 def test_a_run_reported_before_there_were_classes_and_examples_reads_all_the_same(tmp_path):
