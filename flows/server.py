@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flows.database import prepare_database
 from flows.presence import find_dashboard
 from quantlib.errors import MachineError
 
@@ -86,8 +87,8 @@ def set_defaults(folder: Path, *, verbose: bool) -> None:
 def _use(url: str) -> Iterator[None]:
     os.environ["PREFECT_API_URL"] = url
     try:
-        yield
-        drain()
+        with _drained():
+            yield
     finally:
         del os.environ["PREFECT_API_URL"]
 
@@ -107,11 +108,13 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # A session of its own: Ctrl-C in the terminal reaches the run alone, which tells the server how it ended.
+            start_new_session=True,
         )
     os.environ["PREFECT_API_URL"] = url
     try:
-        yield lambda: wait_until_healthy(process, url, log)
-        drain()
+        with _drained():
+            yield lambda: wait_until_healthy(process, url, log)
     finally:
         del os.environ["PREFECT_API_URL"]
         process.terminate()
@@ -141,6 +144,15 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
         f"Prefect's server does not start; it said: {last[0]}. Its log is {log}. If its database is damaged, remove "
         f"{log.parent}: only Prefect's history is lost, no stage and no report."
     )
+
+
+@contextmanager
+def _drained() -> Iterator[None]:
+    """Drain after the block while the server is still there, above all where the block fails."""
+    try:
+        yield
+    finally:
+        drain()
 
 
 def drain() -> None:
@@ -174,6 +186,7 @@ def end_with_parent() -> None:
 
 def _serve(port: int) -> None:
     end_with_parent()
+    prepare_database()
     import uvicorn
 
     uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")

@@ -1,7 +1,6 @@
 """The dashboard as people use it, in processes of its own: one for the whole file, since it takes seconds to start."""
 
 import re
-import sqlite3
 import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +9,6 @@ import pytest
 from dashboard_driver import PROJECT, Dashboard, until
 
 from flows import presence
-from flows.dashboard import check_database
-from quantlib.errors import MachineError
 
 CONNECTIONS = Path(__file__).parent / "watch_connections"
 running = pytest.mark.slow
@@ -24,30 +21,6 @@ def dashboard(tmp_path_factory):
     found.start()
     yield found
     assert found.stop() == [], "processes outlive the dashboard"
-
-
-def test_a_damaged_database_is_an_error_that_says_what_is_lost(tmp_path):
-    file = tmp_path / "prefect.db"
-    file.write_bytes(b"not a database" * 100)
-    with pytest.raises(MachineError, match=r"prefect.db is damaged .* Move it away.* only the dashboard's history"):
-        check_database(file)
-
-
-def test_a_database_with_one_damaged_page_is_found(tmp_path):
-    file = tmp_path / "prefect.db"
-    with sqlite3.connect(file) as database:
-        database.execute("CREATE TABLE runs (name TEXT)")
-        database.executemany("INSERT INTO runs VALUES (?)", [("x" * 500,)] * 100)
-    check_database(file)
-    content = bytearray(file.read_bytes())
-    content[8192:8292] = b"\xff" * 100
-    file.write_bytes(content)
-    with pytest.raises(MachineError, match="is damaged"):
-        check_database(file)
-
-
-def test_no_database_yet_is_no_damage(tmp_path):
-    check_database(tmp_path / "prefect.db")
 
 
 def test_a_dashboard_is_found_while_it_runs_and_no_longer(tmp_path):
