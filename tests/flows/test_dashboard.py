@@ -1,9 +1,15 @@
 """The dashboard as people use it, in processes of its own: one for the whole file, since it takes seconds to start."""
 
+import json
 import re
+import subprocess
+import sys
 import urllib.request
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from dashboard_driver import PROJECT, Dashboard, until
@@ -113,6 +119,20 @@ def test_a_port_that_is_taken_is_refused(dashboard, tmp_path):
 
 
 @running
+def test_a_run_that_fails_tells_whom_the_documentation_says(dashboard):
+    documented = (PROJECT / "docs" / "operations.md").read_text()
+    (program,) = re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", documented, re.DOTALL | re.MULTILINE)
+    with receiver() as (url, told):
+        set_up = program.replace("https://example.com/hook", url)
+        environment = dashboard.environment | {"PREFECT_API_URL": f"{dashboard.url}/api"}
+        subprocess.run([sys.executable, "-c", set_up], env=environment, check=True, timeout=120)
+        run = dashboard.begin("ptq", "name=unlucky", "model.weights=missing.pth")
+        dashboard.wait(run, {"Failed"})
+        until(lambda: bool(told), 60, lambda: "nobody was told")
+    assert told == ["unlucky is Failed"]
+
+
+@running
 def test_no_process_tries_an_address_but_loopback(dashboard):
     dashboard.wait(dashboard.begin("qat"))
     lines = (dashboard.folder / "connections").read_text().splitlines()
@@ -121,6 +141,26 @@ def test_no_process_tries_an_address_but_loopback(dashboard):
         assert any(part in command for *_, command in seen), f"{part} was not watched"
     own = {"127.0.0.1", "::1", "localhost", "None", "started"}
     assert [line for line, (host, *_) in zip(lines, seen, strict=True) if host not in own] == []
+
+
+@contextmanager
+def receiver():
+    """An address on loopback, and what is sent to it."""
+    told = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/hook", told
+        server.shutdown()
 
 
 def _first_scheduled(dashboard, deployment) -> str:
