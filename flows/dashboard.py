@@ -78,9 +78,10 @@ def _serve(
     folder = home / "prefect"
     url = os.environ["PREFECT_API_URL"]
     # Imported while the server starts.
-    from prefect.client.orchestration import get_client
+    with processes.imports_uncollected():
+        from prefect.client.orchestration import get_client
 
-    from flows.reconciler import Reconciler
+        from flows.reconciler import Reconciler
 
     wait_until_healthy(server.process, url, server.log)
     presence.announce(home, url)

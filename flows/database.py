@@ -79,15 +79,22 @@ def prepare_database(templates: Path | None = None) -> None:
 
 def _copy(template: Path, file: Path) -> bool:
     """Whether `file` is now what the template holds, or what somebody else has put there meanwhile."""
+    try:
+        content = gzip.decompress(template.read_bytes())
+    except (OSError, EOFError, zlib.error):  # None yet, or damaged.
+        return False
+    if not content:  # What an empty file decompresses to.
+        return False
+    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as place:
         new = Path(place) / file.name
+        write_atomically(new, content)
         try:
-            write_atomically(new, gzip.decompress(template.read_bytes()))
             # A link, where a file that another server has begun would be replaced by a rename.
             os.link(new, file)
         except FileExistsError:
             return True
-        except (OSError, EOFError, zlib.error):  # None yet, or damaged, or a file system without links.
+        except OSError:  # A file system without links.
             return False
     return True
 

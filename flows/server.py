@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from flows.database import prepare_database
 from flows.presence import find_dashboard
+from flows.processes import imports_uncollected
 from quantlib.errors import MachineError
 
 _START_SECONDS = 120.0
@@ -99,8 +100,15 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = folder / "server.log"
-    # Of Prefect's services, only those that a passing server needs.
-    switches = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    # Of Prefect's services, only those that a passing server needs; its blocks are registered by a dashboard that comes
+    # later, which it must not be told was done.
+    switches = {
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+        "PREFECT_API_BLOCKS_REGISTER_ON_START": "0",
+        "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "0",
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 (our own module)
             [sys.executable, "-m", "flows.server", str(port)],
@@ -186,10 +194,13 @@ def end_with_parent() -> None:
 
 def _serve(port: int) -> None:
     end_with_parent()
-    prepare_database()
-    import uvicorn
+    with imports_uncollected():
+        prepare_database()
+        import uvicorn
+        from prefect.server.api.server import create_app
 
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")
+        app = create_app()
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 
 if __name__ == "__main__":

