@@ -129,7 +129,7 @@ def test_a_run_that_fails_tells_whom_the_documentation_says(dashboard):
         run = dashboard.begin("ptq", "name=unlucky", "model.weights=missing.pth")
         dashboard.wait(run, {"Failed"})
         until(lambda: bool(told), 60, lambda: "nobody was told")
-    assert told == ["unlucky is Failed"]
+    assert told == [{"text": "unlucky is Failed"}]
 
 
 @running
@@ -139,8 +139,23 @@ def test_no_process_tries_an_address_but_loopback(dashboard):
     seen = [line.split("\t") for line in lines]
     for part in ("flows.server", "flows.worker", "prefect.engine", "flows.cli"):
         assert any(part in command for *_, command in seen), f"{part} was not watched"
-    own = {"127.0.0.1", "::1", "localhost", "None", "started"}
-    assert [line for line, (host, *_) in zip(lines, seen, strict=True) if host not in own] == []
+    assert foreign(lines) == []
+
+
+@pytest.mark.parametrize("attempt", ["connect(('192.0.2.1', 9))", "sendto(b'', ('192.0.2.1', 9))"])
+def test_the_watch_notices_another_address(attempt, tmp_path):
+    file = tmp_path / "connections"
+    # Of a datagram's socket: whether anything leaves this machine is no matter.
+    program = f"import contextlib, socket\nwith contextlib.suppress(OSError): socket.socket(type=2).{attempt}"
+    environment = {"PYTHONPATH": str(CONNECTIONS), "CONNECTIONS_FILE": str(file)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    (line,) = foreign(file.read_text().splitlines())
+    assert line.startswith("192.0.2.1\tsocket.")
+
+
+def foreign(lines: list[str]) -> list[str]:
+    """What was noted of other addresses than loopback's."""
+    return [line for line in lines if line.split("\t")[0] not in {"127.0.0.1", "::1", "localhost", "None", "started"}]
 
 
 @contextmanager
