@@ -10,12 +10,11 @@ import json
 import os
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 
 import flows
 from flows import presence, processes
+from flows.database import check_database
 from flows.server import free_port, set_defaults, wait_until_healthy
 from quantlib.errors import MachineError
 from quantlib.store import write_atomically
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 POOL = "quantflow"
 _LOOK_SECONDS = 5.0
 _STOP_SECONDS = 10.0
-_FULL_CHECK_BYTES = 64 * 2**20
 
 
 def serve(home: Path, port: int, num_runs: int, say: Callable[[str], None]) -> None:
@@ -68,28 +67,6 @@ def serve(home: Path, port: int, num_runs: int, say: Callable[[str], None]) -> N
     say("Stopped. Start it again with the same command: the history is kept.")
 
 
-def check_database(file: Path) -> None:
-    """Check that Prefect's database can be read.
-
-    Raises:
-        MachineError: If it is damaged.
-    """
-    if not file.exists():
-        return
-    # A database of gigabytes takes minutes to check; that it opens must do there.
-    check = "quick_check(1)" if file.stat().st_size < _FULL_CHECK_BYTES else "schema_version"
-    try:
-        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
-            found = str(database.execute(f"PRAGMA {check}").fetchone()[0])
-    except sqlite3.Error as error:
-        found = str(error)
-    if found != "ok" and not found.isdigit():
-        raise MachineError(
-            f"Prefect's database {file} is damaged ({found}). Move it away, with {file.name}-wal and {file.name}-shm "
-            "beside it, and start again: only the dashboard's history is lost, no stage, no report."
-        )
-
-
 def _serve(
     home: Path,
     port: int,
@@ -101,9 +78,10 @@ def _serve(
     folder = home / "prefect"
     url = os.environ["PREFECT_API_URL"]
     # Imported while the server starts.
-    from prefect.client.orchestration import get_client
+    with processes.imports_uncollected():
+        from prefect.client.orchestration import get_client
 
-    from flows.reconciler import Reconciler
+        from flows.reconciler import Reconciler
 
     wait_until_healthy(server.process, url, server.log)
     presence.announce(home, url)

@@ -11,9 +11,8 @@ from quantlib.inputs import Inputs, find_inputs
 from quantlib.machine import Runtime
 from quantlib.recipe import Recipe, override_recipe
 from quantlib.report import Report
-from quantlib.store import Ref
-from tasks.measure import Contender, benchmark
-from tasks.report import VariantRefs, write_report
+from tasks.measure import Contender, benchmark, pick_examples
+from tasks.report import Measurements, VariantRefs, write_report
 from tasks.run import start_run
 
 
@@ -33,11 +32,11 @@ def run_branches(name: str, recipe: Recipe) -> Report:
     """The body of each flow."""
     with start_run(name, recipe, flow_run.id) as run:
         inputs = find_inputs(recipe, run.home / "splits", run.progress)
-        return write_report(recipe, *measure_branches(recipe, inputs))
+        return write_report(recipe, inputs.val.classes, measure_branches(recipe, inputs))
 
 
-def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], tuple[Contender, ...], Ref]:
-    """Every stage of a run, wired: the variants, what was timed of them, and the timings."""
+def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
+    """Every stage of a run, wired."""
     engine = machine.find_engine(recipe.engine)
     trunk = grow_trunk(recipe, inputs, engine)
     variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
@@ -50,7 +49,12 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs,
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
     )
-    return variants, contenders, timings
+    pictures = None
+    if recipe.evaluation.num_examples > 0:
+        baseline, *quantized = variants
+        answered = tuple((variant.name, variant.artifact, variant.candidates) for variant in quantized)
+        pictures = pick_examples(trunk.validation, baseline.validation, answered, recipe.evaluation.num_examples)
+    return Measurements(variants=variants, contenders=contenders, timings=timings, pictures=pictures)
 
 
 def _contenders(variant: VariantRefs, onnx_runtimes: tuple[Runtime, ...]) -> list[Contender]:

@@ -26,6 +26,9 @@ from flows.processes import is_alive
 from quantlib.journal import Journal
 
 _PATIENCE_SECONDS = 45.0
+# The worker of a run that died tells Prefect so itself, a moment later. One that was marked and retried before that
+# would be Crashed a second time by it.
+_WORKER_TELLS_SECONDS = 10.0
 _TASKS_ARRIVE = timedelta(seconds=30)
 _UNFINISHED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
@@ -67,11 +70,13 @@ class Reconciler:
         journal = self._journal(run)
         if journal is not None:
             state = journal.state()
-            if state != "running":
-                # One that has finished tells Prefect so itself, unless it dies over it.
-                return state == "crashed" or self._is_missing(run, patience)
-            self._missing_since[run.id] = time.monotonic()
-            return False
+            if state == "running":
+                self._missing_since[run.id] = time.monotonic()
+                return False
+            if state == "crashed":
+                return self._seconds_missing(run) >= min(patience, _WORKER_TELLS_SECONDS)
+            # One that has finished tells Prefect so itself, unless it dies over it.
+            return self._is_missing(run, patience)
         if run.work_pool_name != self._pool:
             return False  # Not ours: nothing is known about it.
         return self._is_missing(run, patience)
@@ -79,7 +84,10 @@ class Reconciler:
     def _is_missing(self, run: FlowRun, patience: float) -> bool:
         if run.infrastructure_pid and is_alive(int(run.infrastructure_pid)):
             self._missing_since[run.id] = time.monotonic()
-        return time.monotonic() - self._missing_since[run.id] >= patience
+        return self._seconds_missing(run) >= patience
+
+    def _seconds_missing(self, run: FlowRun) -> float:
+        return time.monotonic() - self._missing_since[run.id]
 
     def _journal(self, run: FlowRun) -> "_Attempt | None":
         """The journal of this attempt of a run: a retry that has not come so far yet has none."""

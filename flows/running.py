@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from flows.processes import imports_uncollected
 from flows.server import prefect_server
 from quantlib import machine
 from quantlib.inputs import find_inputs
@@ -27,16 +28,17 @@ def run_here(
     home = home.resolve()
     os.environ["QUANTFLOW_HOME"] = str(home)
     with prefect_server(home, verbose=verbose) as wait_for_server:
-        # What can be wrong is found while the server starts; the flow finds the same again, in no time.
-        find_inputs(recipe, home / "splits")
-        machine.find_engine(recipe.engine)
+        with imports_uncollected():
+            # What can be wrong is found while the server starts; the flow finds the same again, in no time.
+            find_inputs(recipe, home / "splits")
+            machine.find_engine(recipe.engine)
 
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+            from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-        from flows.crashes import mark_crashed_runs
-        from flows.ptq import ptq
-        from flows.qat import qat
-        from flows.quantize import quantize
+            from flows.crashes import mark_crashed_runs
+            from flows.ptq import ptq
+            from flows.qat import qat
+            from flows.quantize import quantize
 
         LISTENER.set(listener)
         if run_id is not None:

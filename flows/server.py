@@ -19,7 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flows.database import prepare_database
 from flows.presence import find_dashboard
+from flows.processes import imports_uncollected
 from quantlib.errors import MachineError
 
 _START_SECONDS = 120.0
@@ -86,8 +88,8 @@ def set_defaults(folder: Path, *, verbose: bool) -> None:
 def _use(url: str) -> Iterator[None]:
     os.environ["PREFECT_API_URL"] = url
     try:
-        yield
-        drain()
+        with _drained():
+            yield
     finally:
         del os.environ["PREFECT_API_URL"]
 
@@ -98,8 +100,15 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = folder / "server.log"
-    # Of Prefect's services, only those that a passing server needs.
-    switches = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    # Of Prefect's services, only those that a passing server needs; its blocks are registered by a dashboard that comes
+    # later, which it must not be told was done.
+    switches = {
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+        "PREFECT_API_BLOCKS_REGISTER_ON_START": "0",
+        "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "0",
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 (our own module)
             [sys.executable, "-m", "flows.server", str(port)],
@@ -107,11 +116,13 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # A session of its own: Ctrl-C in the terminal reaches the run alone, which tells the server how it ended.
+            start_new_session=True,
         )
     os.environ["PREFECT_API_URL"] = url
     try:
-        yield lambda: wait_until_healthy(process, url, log)
-        drain()
+        with _drained():
+            yield lambda: wait_until_healthy(process, url, log)
     finally:
         del os.environ["PREFECT_API_URL"]
         process.terminate()
@@ -141,6 +152,15 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
         f"Prefect's server does not start; it said: {last[0]}. Its log is {log}. If its database is damaged, remove "
         f"{log.parent}: only Prefect's history is lost, no stage and no report."
     )
+
+
+@contextmanager
+def _drained() -> Iterator[None]:
+    """Drain after the block while the server is still there, above all where the block fails."""
+    try:
+        yield
+    finally:
+        drain()
 
 
 def drain() -> None:
@@ -174,9 +194,13 @@ def end_with_parent() -> None:
 
 def _serve(port: int) -> None:
     end_with_parent()
-    import uvicorn
+    with imports_uncollected():
+        prepare_database()
+        import uvicorn
+        from prefect.server.api.server import create_app
 
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")
+        app = create_app()
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 
 if __name__ == "__main__":

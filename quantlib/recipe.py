@@ -102,6 +102,9 @@ class EvaluationRecipe(Section):
     simulate: bool = False
     """Also measure every quantized model with fake quantization in float: both, weights only, activations
     only. Shows which of the two costs accuracy."""
+    num_examples: Annotated[int, Field(ge=0)] = 12
+    """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
+    than float. 0: none."""
 
 
 class CalibrationRecipe(Section):

@@ -1,4 +1,4 @@
-"""The report: five Parquet tables, partitioned by run.
+"""The report: seven Parquet tables, partitioned by run.
 
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from quantlib import examples
 from quantlib.errors import StoreError
+from quantlib.examples import Example
 from quantlib.predictions import Predictions
 from quantlib.store import write_atomically
 
@@ -144,6 +146,15 @@ class PredictionRow:
     top5: list[int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassRow:
+    """One class of the dataset."""
+
+    class_index: int
+    """As labels and answers name it."""
+    name: str
+
+
 @dataclass(frozen=True)
 class StageRow:
     """One stage of the run."""
@@ -166,6 +177,9 @@ class Report:
     epochs: tuple[EpochRow, ...]
     latency: tuple[LatencyRow, ...]
     stages: tuple[StageRow, ...]
+    classes: tuple[ClassRow, ...] = ()
+    """Empty in runs reported before it was added, as is the next one."""
+    examples: tuple[Example, ...] = ()
 
     @property
     def winner(self) -> VariantRow | None:
@@ -203,6 +217,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "epochs": _schema_of(EpochRow),
     "latency": _schema_of(LatencyRow),
     "predictions": _schema_of(PredictionRow),
+    "classes": _schema_of(ClassRow),
+    "examples": examples.SCHEMA,
     "stages": _schema_of(StageRow),
 }
 
@@ -221,6 +237,8 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
         "epochs": _table("epochs", report.epochs),
         "latency": _table("latency", report.latency),
         "predictions": _predictions_table(predictions),
+        "classes": _table("classes", report.classes),
+        "examples": _table("examples", report.examples),
         "stages": _table("stages", report.stages),
         "variants": _table("variants", report.variants),
     }

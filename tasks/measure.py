@@ -1,4 +1,4 @@
-"""Stages that measure: evaluate_baseline, evaluate, simulate, benchmark."""
+"""Stages that measure: evaluate_baseline, evaluate, simulate, benchmark; and pick_examples of what was measured."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -83,3 +83,29 @@ def benchmark(
         run.progress,
     )
     return run.store.put_json("timings", timings)
+
+
+@stage("pick_examples")
+def pick_examples(
+    images: tuple[Ref, ...],
+    baseline: tuple[Ref, ...],
+    variants: tuple[tuple[str, Ref, tuple[tuple[Ref, tuple[Ref, ...]], ...]], ...],
+    num_examples: int,
+) -> Ref:
+    """Images that variants answer otherwise than float, as small pictures.
+
+    A variant is its name, its artifact, and (artifact, answers) of whatever that was chosen from.
+    """
+    from quantlib import examples, predictions
+    from quantlib import images as shards
+
+    run = current_run()
+    pixels = [shards.open_shard(run.store.path(ref))[0] for ref in images]
+
+    def answers(refs: tuple[Ref, ...]) -> predictions.Predictions:
+        return predictions.concatenate([predictions.load(run.store.read(ref)) for ref in refs])
+
+    before, found = answers(baseline), []
+    for name, artifact, candidates in variants:
+        found += examples.pick(name, before, answers(dict(candidates)[artifact]), pixels, num_examples)
+    return run.store.put("examples", examples.save(found))

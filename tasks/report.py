@@ -8,11 +8,11 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import machine, predictions, report, verdict
+from quantlib import examples, machine, predictions, report, verdict
 from quantlib.machine import Runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
-from quantlib.report import Report
+from quantlib.report import ClassRow, Report
 from quantlib.scheme import Scheme
 from quantlib.store import Ref, Store
 from tasks import tracking
@@ -63,19 +63,35 @@ class VariantRefs:
     start: tuple[tuple[Ref, ...], tuple[Ref, ...]] | None = None
     """Of QAT from a calibrated model: that model's validation and selection answers."""
 
+    @property
+    def candidates(self) -> tuple[tuple[Ref, tuple[Ref, ...]], ...]:
+        """(artifact, its answers on validation) of whatever `artifact` is one of."""
+        return tuple((epoch.artifact, epoch.validation) for epoch in self.epochs) or ((self.artifact, self.validation),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What a run has found."""
+
+    variants: tuple[VariantRefs, ...]
+    contenders: tuple[Contender, ...]
+    """What was timed."""
+    timings: Ref
+    pictures: Ref | None
+    """Example images, where any are asked for."""
+
 
 @task(persist_result=False, cache_policy=NO_CACHE)
-def write_report(
-    recipe: Recipe, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref
-) -> Report:
+def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measurements) -> Report:
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
     run = current_run()
     by_file: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
-    for timing in run.store.read_json(timings):
-        contender = contenders[timing["model"]]
+    for timing in run.store.read_json(measurements.timings):
+        contender = measurements.contenders[timing["model"]]
         setting = contender.runtime.name, timing["batch_size"], timing["num_threads"]
         by_file.setdefault(contender.artifact, {})[setting] = timing["samples_ms"]
-    measured = [_measured(run.store, refs, by_file, run.home / "models" / run.run_id) for refs in variants]
+    folder = run.home / "models" / run.run_id
+    measured = [_measured(run.store, refs, by_file, folder) for refs in measurements.variants]
     circumstances = verdict.Circumstances(
         recipe=recipe.name,
         selected_on=recipe.evaluation.select_on,
@@ -89,6 +105,8 @@ def write_report(
         epochs=verdict.epoch_rows(measured),
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
+        classes=tuple(ClassRow(class_index=index, name=name) for index, name in enumerate(classes)),
+        examples=examples.load(run.store.read(measurements.pictures)) if measurements.pictures is not None else (),
     )
     report.write(run.home / "reports", found, {variant.name: variant.validation for variant in measured})
     tracking.publish(found, run.home / "reports")

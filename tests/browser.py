@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,13 @@ class Browser:
         self._call("url", {"url": url})
 
     def size(self, width: int, height: int) -> None:
-        self._call("window/rect", {"width": width, "height": height})
+        """Of the page; a window cannot be as narrow as a phone."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._devtools("Emulation.setDeviceMetricsOverride", metrics)
 
     def dark(self, *, on: bool) -> None:
         features = [{"name": "prefers-color-scheme", "value": "dark" if on else "light"}]
-        self._call("goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}})
+        self._devtools("Emulation.setEmulatedMedia", {"features": features})
 
     def text(self) -> str:
         return self.script("return document.body.innerText")
@@ -56,9 +58,13 @@ class Browser:
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """Wait until the page shows a text; the page's whole text."""
+        return self.wait_until(lambda shown: text in shown, seconds, f"{text!r} is not on the page")
+
+    def wait_until(self, shows: Callable[[str], bool], seconds: float = 60, complaint: str = "not yet") -> str:
+        """Wait until the page's text is as it should be; that text."""
         deadline = time.monotonic() + seconds
-        while text not in (shown := self.text()):
-            assert time.monotonic() < deadline, f"{text!r} is not on the page, which reads:\n{shown[:3000]}"
+        while not shows(shown := self.text()):
+            assert time.monotonic() < deadline, f"{complaint}; the page reads:\n{shown[:3000]}"
             time.sleep(0.3)
         return shown
 
@@ -71,6 +77,14 @@ class Browser:
         )
         assert found, f"nothing on the page reads {text!r}"
 
+    def rename(self, old: str, new: str) -> None:
+        """Replace a text wherever the page shows it."""
+        self.script(
+            "const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);"
+            f"while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data"
+            f".replaceAll({json.dumps(old)}, {json.dumps(new)})"
+        )
+
     def screenshot(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(base64.b64decode(self._call("screenshot")))
@@ -79,6 +93,9 @@ class Browser:
         """What went wrong since the last call, as the console has it."""
         log = self._call("se/log", {"type": "browser"})
         return [line["message"] for line in log if line["level"] == "SEVERE"]
+
+    def _devtools(self, command: str, parameters: object) -> None:
+        self._call("goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def _call(self, path: str, body: object = None) -> Any:
         return _request(f"{self._session}/{path}", body)

@@ -1,17 +1,20 @@
 """The dashboard as people use it, in processes of its own: one for the whole file, since it takes seconds to start."""
 
+import json
 import re
-import sqlite3
+import subprocess
+import sys
 import urllib.request
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from dashboard_driver import PROJECT, Dashboard, until
 
 from flows import presence
-from flows.dashboard import check_database
-from quantlib.errors import MachineError
 
 CONNECTIONS = Path(__file__).parent / "watch_connections"
 running = pytest.mark.slow
@@ -24,30 +27,6 @@ def dashboard(tmp_path_factory):
     found.start()
     yield found
     assert found.stop() == [], "processes outlive the dashboard"
-
-
-def test_a_damaged_database_is_an_error_that_says_what_is_lost(tmp_path):
-    file = tmp_path / "prefect.db"
-    file.write_bytes(b"not a database" * 100)
-    with pytest.raises(MachineError, match=r"prefect.db is damaged .* Move it away.* only the dashboard's history"):
-        check_database(file)
-
-
-def test_a_database_with_one_damaged_page_is_found(tmp_path):
-    file = tmp_path / "prefect.db"
-    with sqlite3.connect(file) as database:
-        database.execute("CREATE TABLE runs (name TEXT)")
-        database.executemany("INSERT INTO runs VALUES (?)", [("x" * 500,)] * 100)
-    check_database(file)
-    content = bytearray(file.read_bytes())
-    content[8192:8292] = b"\xff" * 100
-    file.write_bytes(content)
-    with pytest.raises(MachineError, match="is damaged"):
-        check_database(file)
-
-
-def test_no_database_yet_is_no_damage(tmp_path):
-    check_database(tmp_path / "prefect.db")
 
 
 def test_a_dashboard_is_found_while_it_runs_and_no_longer(tmp_path):
@@ -140,14 +119,63 @@ def test_a_port_that_is_taken_is_refused(dashboard, tmp_path):
 
 
 @running
+def test_a_run_that_fails_tells_whom_the_documentation_says(dashboard):
+    documented = (PROJECT / "docs" / "operations.md").read_text()
+    (program,) = re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", documented, re.DOTALL | re.MULTILINE)
+    with receiver() as (url, told):
+        set_up = program.replace("https://example.com/hook", url)
+        environment = dashboard.environment | {"PREFECT_API_URL": f"{dashboard.url}/api"}
+        subprocess.run([sys.executable, "-c", set_up], env=environment, check=True, timeout=120)
+        run = dashboard.begin("ptq", "name=unlucky", "model.weights=missing.pth")
+        dashboard.wait(run, {"Failed"})
+        until(lambda: bool(told), 60, lambda: "nobody was told")
+    assert told == [{"text": "unlucky is Failed"}]
+
+
+@running
 def test_no_process_tries_an_address_but_loopback(dashboard):
     dashboard.wait(dashboard.begin("qat"))
     lines = (dashboard.folder / "connections").read_text().splitlines()
     seen = [line.split("\t") for line in lines]
     for part in ("flows.server", "flows.worker", "prefect.engine", "flows.cli"):
         assert any(part in command for *_, command in seen), f"{part} was not watched"
-    own = {"127.0.0.1", "::1", "localhost", "None", "started"}
-    assert [line for line, (host, *_) in zip(lines, seen, strict=True) if host not in own] == []
+    assert foreign(lines) == []
+
+
+@pytest.mark.parametrize("attempt", ["connect(('192.0.2.1', 9))", "sendto(b'', ('192.0.2.1', 9))"])
+def test_the_watch_notices_another_address(attempt, tmp_path):
+    file = tmp_path / "connections"
+    # Of a datagram's socket: whether anything leaves this machine is no matter.
+    program = f"import contextlib, socket\nwith contextlib.suppress(OSError): socket.socket(type=2).{attempt}"
+    environment = {"PYTHONPATH": str(CONNECTIONS), "CONNECTIONS_FILE": str(file)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    (line,) = foreign(file.read_text().splitlines())
+    assert line.startswith("192.0.2.1\tsocket.")
+
+
+def foreign(lines: list[str]) -> list[str]:
+    """What was noted of other addresses than loopback's."""
+    return [line for line in lines if line.split("\t")[0] not in {"127.0.0.1", "::1", "localhost", "None", "started"}]
+
+
+@contextmanager
+def receiver():
+    """An address on loopback, and what is sent to it."""
+    told = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/hook", told
+        server.shutdown()
 
 
 def _first_scheduled(dashboard, deployment) -> str:

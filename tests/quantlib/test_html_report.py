@@ -1,5 +1,8 @@
+import base64
 import json
 import re
+import shutil
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -8,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantlib import html_report, report
+from quantlib import examples, html_report, report
 from quantlib.errors import StoreError
+from quantlib.examples import Example
 from quantlib.predictions import Predictions
-from quantlib.report import EpochRow, LatencyRow, Report, StageRow, VariantRow
+from quantlib.report import ClassRow, EpochRow, LatencyRow, Report, StageRow, VariantRow
 
 START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
 FLOAT = VariantRow(
@@ -60,6 +64,15 @@ LABELS = np.array([0, 1, 2, 3])
 # Image 3 is broken by int8, image 0 is wrong in both and otherwise.
 FLOAT_TOP5 = np.array([[1, 0], [1, 0], [2, 0], [3, 0]])
 QAT_TOP5 = np.array([[2, 0], [1, 0], [2, 0], [1, 3]])
+CLASSES = ("ant", "fox", "cat", "bird")
+PICTURE = Example(
+    variant="trained",
+    image_index=3,
+    label=3,
+    float_top1=3,
+    int8_top1=1,
+    png=examples.draw(np.zeros((8, 8, 3), np.uint8)),
+)
 
 
 def epoch(number: int) -> EpochRow:
@@ -96,6 +109,8 @@ def write(folder: Path, run_id: str = "first", variants: tuple[VariantRow, ...] 
         epochs=tuple(epoch(number) for number in range(4)),
         latency=tuple(latency(row.variant) for row in variants),
         stages=(StageRow("load_float", "k", True, 0.5, START), StageRow("benchmark", "l", False, 3.0, START)),
+        classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(CLASSES)),
+        examples=tuple(replace(PICTURE, variant=row.variant) for row in variants if row.method == "qat"),
     )
     loss = np.zeros(4, np.float32)
     answers = {row.variant: Predictions(LABELS, QAT_TOP5, loss) for row in variants}
@@ -142,13 +157,15 @@ def test_the_page_names_no_address_outside_itself(tmp_path):
     write(tmp_path)
     page = html_report.render(tmp_path)
     links = Links(page)
-    assert links.found == ["data:,"]
+    assert all(address.startswith("data:") for address in links.found), links.found
+    assert "img" in links.tags
     assert "link" in links.tags
     assert "default-src 'none'" in page
 
 
-def test_text_from_a_recipe_or_a_machine_is_never_markup(tmp_path):
+def test_text_from_a_recipe_a_dataset_or_a_machine_is_never_markup(tmp_path, monkeypatch):
     evil = "</script><script>alert(1)</script><b>"
+    monkeypatch.setattr(sys.modules[__name__], "CLASSES", (evil,) * 4)
     names = (replace(FLOAT, recipe=evil, cpu_model=evil), replace(QAT, recipe=evil, variant=evil, qconfig=evil))
     write(tmp_path, variants=tuple(replace(row, artifact_path=evil) for row in names))
     write(tmp_path, "second", variants=tuple(replace(row, artifact_path=evil) for row in names))
@@ -158,19 +175,31 @@ def test_text_from_a_recipe_or_a_machine_is_never_markup(tmp_path):
     assert chart(page, "sizes")["data"][0]["y"][1] == "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&lt;b&gt;"
 
 
-def test_the_front_holds_what_nothing_beats_in_both_respects():
-    fast = replace(QAT, variant="fast", latency_p50_ms=1.0, top1=0.4)
-    beaten = replace(QAT, variant="beaten", latency_p50_ms=3.0, top1=0.45)
-    equal_but_slower = replace(QAT, variant="equal", latency_p50_ms=2.5, top1=0.5)
-    front = html_report.pareto_front([FLOAT, beaten, QAT, equal_but_slower, fast])
-    assert [row.variant for row in front] == ["fast", "trained", "float"]
-
-
-def test_confusions_that_got_worse_are_counted_against_float(tmp_path):
+def test_confusions_name_their_classes(tmp_path):
     write(tmp_path)
-    found = html_report.compare(report.read_table(tmp_path, "predictions"), "trained")
-    assert (found.num_images, found.num_broken, found.num_mended, found.examples) == (4, 1, 0, (3,))
-    assert {(c.label, c.answer, c.in_float, c.in_variant) for c in found.worse} == {(0, 2, 0, 1), (3, 1, 0, 1)}
+    page = html_report.render(tmp_path)
+    assert re.search(r"<td>bird</td><td[^>]*>fox</td><td>0</td><td>1</td>", page)
+    assert re.search(r"<td>ant</td><td[^>]*>cat</td><td>0</td><td>1</td>", page)
+
+
+def test_images_that_int8_answers_otherwise_are_shown_with_all_three_classes(tmp_path):
+    write(tmp_path)
+    page = html_report.render(tmp_path)
+    shown = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    assert len(shown) == 1
+    content = re.search(r'src="data:image/png;base64,([^"]+)"', shown[0]).group(1)
+    assert base64.b64decode(content) == PICTURE.png
+    assert re.sub(r"<[^>]*>", " ", shown[0]).split() == ["is", "bird", "float:", "bird", "int8:", "fox"]
+
+
+def test_a_run_reported_before_there_were_classes_and_examples_reads_all_the_same(tmp_path):
+    write(tmp_path)
+    for table in ("classes", "examples"):
+        shutil.rmtree(tmp_path / table)
+    page = html_report.render(tmp_path)
+    assert re.search(r"<td>3</td><td[^>]*>1</td><td>0</td><td>1</td>", page)
+    assert "<figure>" not in page
+    assert "by their place in the validation split: 3." in page
 
 
 def test_freezes_are_marked_at_the_first_epoch_that_has_them(tmp_path):

@@ -17,8 +17,9 @@ import pytest
 
 from quantlib import report
 from quantlib.errors import MachineError, StoreError
+from quantlib.examples import Example
 from quantlib.predictions import Predictions
-from quantlib.report import EpochRow, LatencyRow, Report, StageRow, VariantRow
+from quantlib.report import ClassRow, EpochRow, LatencyRow, Report, StageRow, VariantRow
 
 STARTED = datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -31,7 +32,12 @@ COLUMNS = {
     "predictions": "run_id, variant, image_index, label, top5",
     "stages": "run_id, stage, key, cached, seconds, started_at",
 }
-NUM_ROWS = {"variants": 3, "epochs": 1, "latency": 1, "predictions": 12, "stages": 2}
+# Beside it, for the page that people look at.
+MORE_COLUMNS = {
+    "classes": "run_id, class_index, name",
+    "examples": "run_id, variant, image_index, label, float_top1, int8_top1, png",
+}
+NUM_ROWS = {"variants": 3, "epochs": 1, "latency": 1, "predictions": 12, "stages": 2, "classes": 3, "examples": 1}
 
 
 def _variant(name: str, **changes: Any) -> VariantRow:
@@ -114,6 +120,8 @@ def found() -> Report:
             StageRow("fuse-eval", "aa", cached=True, seconds=0.1, started_at=STARTED),
             StageRow("convert-a", "bb", cached=False, seconds=1.5, started_at=STARTED),
         ),
+        classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(("red", "green", "blue"))),
+        examples=(Example(variant="a", image_index=2, label=2, float_top1=2, int8_top1=0, png=b"\x89PNG\0"),),
     )
 
 
@@ -146,11 +154,11 @@ READERS = [_with_pyarrow, _with_pandas, _with_duckdb]
 
 
 @pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("table", COLUMNS)
+@pytest.mark.parametrize("table", NUM_ROWS)
 def test_every_table_of_all_runs_reads_with_one_glob(reports: Path, read: Any, table: str) -> None:
     rows = read(reports, table)
 
-    assert set(COLUMNS[table].split(", ")) <= set(rows.columns)
+    assert set((COLUMNS | MORE_COLUMNS)[table].split(", ")) <= set(rows.columns)
     assert len(rows) == 2 * NUM_ROWS[table]
     assert sorted(rows["run_id"].astype(str).unique()) == ["20250102-030405-test-abcd1234", "20250103-test"]
 
@@ -224,15 +232,15 @@ def test_a_reader_sees_nothing_of_a_run_that_is_being_written(
 
     def write_and_read(table: Any, where: Path) -> None:
         write_table(table, where)
-        counts.append({name: len(read(reports, name)) for name in COLUMNS})
+        counts.append({name: len(read(reports, name)) for name in NUM_ROWS})
 
     monkeypatch.setattr(pq, "write_table", write_and_read)
     report.write(reports, replace(found, run_id="third"), PREDICTIONS)
 
     # At the moment when the n-th file is complete, the tables before it are there, and its own is not.
-    order = ["epochs", "latency", "predictions", "stages", "variants"]
+    order = ["epochs", "latency", "predictions", "classes", "examples", "stages", "variants"]
     assert counts == [
-        {name: NUM_ROWS[name] * (3 if order.index(name) < step else 2) for name in COLUMNS} for step in range(5)
+        {name: NUM_ROWS[name] * (3 if order.index(name) < step else 2) for name in order} for step in range(7)
     ]
 
 

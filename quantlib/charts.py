@@ -1,0 +1,264 @@
+"""The charts of a run's HTML report, as Plotly's JSON."""
+
+import html
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from quantlib.report import EpochRow, LatencyRow, Report, StageRow, VariantRow
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers; its blue made lighter
+# so that it stands out on dark, too.
+_COLORS = ("#3B8FD4", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_GREY = "#8A8F98"
+_METHOD_COLOR = {"float": _GREY, "ptq": "#3B8FD4", "qat": "#E69F00"}
+_METHOD_SYMBOL = {"float": "square", "ptq": "circle", "qat": "diamond"}
+_SIDES = ("top left", "bottom right", "top right", "bottom left")
+_MAX_BARS = 20
+
+
+@dataclass(frozen=True)
+class Section:
+    """A chart with its heading."""
+
+    id: str
+    title: str
+    note: str
+    figure: str
+    """Plotly's JSON; safe inside a script element."""
+    height: int
+
+
+def pareto_front(variants: Iterable[VariantRow]) -> list[VariantRow]:
+    """The variants that no other beats in both latency and top-1, the fastest first."""
+    front: list[VariantRow] = []
+    for row in sorted(variants, key=lambda row: (row.latency_p50_ms, -row.top1)):
+        if not front or row.top1 > front[-1].top1:
+            front.append(row)
+    return front
+
+
+def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Section]:
+    """A run's charts, in the order of the page.
+
+    Args:
+        run: What they show.
+        history: (run_id, variant) of all runs of its recipe, this one among them.
+    """
+    up_left = "Up and left is better; the line is the Pareto front."
+    whisker = "Median of a call, an image; the whisker ends at the 95th percentile."
+    found = [
+        _section("tradeoff", "Accuracy against latency", up_left, _tradeoff(run.variants)),
+        _section("sizes", "Size", "Of the TorchScript file.", _sizes(run.variants)),
+        _section("latency", "Latency", whisker, _latencies(run.latency)),
+    ]
+    if run.epochs:
+        note = "Of the converted int8 model. Lines mark the first epoch evaluated with frozen statistics."
+        found.append(_section("epochs", "QAT by epoch", note, _epochs(run.epochs)))
+    if len({name for name, _ in history}) > 1:
+        found.append(_section("history-top1", "History: top-1", "All runs of this recipe.", _history(history)))
+        speed = _history(history, lambda row: row.latency_p50_ms, "latency, ms")
+        found.append(_section("history-latency", "History: latency", "Batch 1, one thread.", speed))
+    note = f"The {_MAX_BARS} longest; all are listed below."
+    found.append(_section("stages", "Stages", note, _stages(run.stages)))
+    return found
+
+
+def _section(name: str, title: str, note: str, figure: go.Figure) -> Section:
+    # "<" would end the script element that the JSON stands in.
+    text = json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
+    return Section(name, title, note, text, int(figure.layout.height or 340))
+
+
+def _figure(traces: Sequence[Any], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> go.Figure:
+    """A figure without colours of its own but the traces': the page sets them, light or dark."""
+    plain = {"automargin": True, "fixedrange": True, "zeroline": False}
+    figure = go.Figure(
+        list(traces),
+        {
+            "template": "none",
+            "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+            "legend": {"orientation": "h", "y": -0.2},
+            "xaxis": plain | x,
+            "yaxis": plain | y,
+        },
+    )
+    return figure.update_layout(**layout)
+
+
+def _tradeoff(variants: Sequence[VariantRow]) -> go.Figure:
+    front = pareto_front(variants)
+    traces: list[Any] = [
+        go.Scatter(
+            x=[row.latency_p50_ms for row in front],
+            y=[row.top1 for row in front],
+            mode="lines",
+            line={"shape": "hv", "dash": "dot", "color": _GREY},
+            name="Pareto front",
+            hoverinfo="skip",
+        )
+    ]
+    # Neighbours' names go to different sides, so that they do not lie upon each other.
+    ranked = sorted(variants, key=lambda row: row.latency_p50_ms)
+    side = {row.variant: _SIDES[rank % len(_SIDES)] for rank, row in enumerate(ranked)}
+    for method in ("float", "ptq", "qat"):
+        rows = [row for row in variants if row.method == method]
+        if rows:
+            traces.append(_points_of(rows, method, [side[row.variant] for row in rows]))
+    latency = {"title": {"text": "latency p50, ms (batch 1, one thread)"}, "rangemode": "tozero"}
+    return _figure(traces, latency, _top1_axis([row.top1 for row in variants]))
+
+
+def _points_of(rows: Sequence[VariantRow], method: str, sides: Sequence[str]) -> go.Scatter:
+    return go.Scatter(
+        x=[row.latency_p50_ms for row in rows],
+        y=[row.top1 for row in rows],
+        text=[_text(row.variant + (" ★" if row.winner else "")) for row in rows],
+        mode="markers+text",
+        textposition=sides,
+        cliponaxis=False,
+        marker={"size": 12, "color": _METHOD_COLOR[method], "symbol": _METHOD_SYMBOL[method]},
+        name=method,
+        hovertemplate="%{text}<br>%{x:.2f} ms<br>top-1 %{y:.2%}<extra></extra>",
+    )
+
+
+def _sizes(variants: Sequence[VariantRow]) -> go.Figure:
+    bars = go.Bar(
+        x=[row.size_bytes / 1e6 for row in variants],
+        y=[_text(row.variant) for row in variants],
+        orientation="h",
+        marker={"color": [_METHOD_COLOR[row.method] for row in variants]},
+        hovertemplate="%{y}: %{x:.2f} MB<extra></extra>",
+    )
+    return _figure([bars], {"title": {"text": "MB"}}, {"autorange": "reversed"}, height=_height(len(variants)))
+
+
+def _latencies(latency: Sequence[LatencyRow]) -> go.Figure:
+    """Bars by batch size and threads, in ms an image so that batches can be compared."""
+    traces = []
+    for place, variant in enumerate(dict.fromkeys(row.variant for row in latency)):
+        rows = [row for row in latency if row.variant == variant]
+        traces.append(
+            go.Bar(
+                x=[f"batch {row.batch_size}, {_threads(row.num_threads)}" for row in rows],
+                y=[row.p50_ms / row.batch_size for row in rows],
+                error_y={
+                    "type": "data",
+                    "color": _GREY,
+                    "symmetric": False,
+                    "array": [(row.p95_ms - row.p50_ms) / row.batch_size for row in rows],
+                    "arrayminus": [0.0 for _ in rows],
+                },
+                marker={"color": _color(place, variant)},
+                name=_text(variant),
+                hovertemplate="%{fullData.name}, %{x}: %{y:.3f} ms<extra></extra>",
+            )
+        )
+    return _figure(traces, {}, {"title": {"text": "ms an image"}}, barmode="group")
+
+
+def _epochs(epochs: Sequence[EpochRow]) -> go.Figure:
+    traces = []
+    shapes, notes = [], []
+    for place, variant in enumerate(dict.fromkeys(row.variant for row in epochs)):
+        rows = sorted((row for row in epochs if row.variant == variant), key=lambda row: row.epoch)
+        traces.append(
+            go.Scatter(
+                x=[row.epoch for row in rows],
+                y=[row.top1 for row in rows],
+                mode="lines+markers",
+                line={"color": _COLORS[place % len(_COLORS)]},
+                marker={"size": [13 if row.best else 7 for row in rows]},
+                name=_text(variant),
+                hovertemplate="%{fullData.name}, epoch %{x}: %{y:.2%}<extra></extra>",
+            )
+        )
+        for what, level in (("batch_norm_frozen", 1.0), ("observers_frozen", 0.9)):
+            first = next((row.epoch for row in rows if getattr(row, what)), None)
+            if first is not None:
+                shapes.append(_line_at(first, _COLORS[place % len(_COLORS)]))
+                text = f"{what.replace('_', ' ')} ({variant})"
+                notes.append({"x": first, "y": level, "yref": "paper", "text": _text(text), "showarrow": False})
+    x = {"title": {"text": "epoch (large: the one kept)"}, "dtick": 1 if len(epochs) < 30 else None}
+    return _figure(
+        traces, x, _top1_axis([row.top1 for row in epochs]), shapes=shapes, annotations=notes, showlegend=True
+    )
+
+
+def _line_at(x: float, color: str) -> dict[str, Any]:
+    line = {"dash": "dash", "width": 1, "color": color}
+    return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+
+
+def _history(
+    history: Sequence[tuple[str, VariantRow]],
+    value: Callable[[VariantRow], float] = lambda row: row.top1,
+    axis: str = "top-1",
+) -> go.Figure:
+    """A line a variant over the recipe's runs."""
+    traces = []
+    variants = dict.fromkeys(row.variant for _, row in history)
+    for place, variant in enumerate(variants):
+        rows = sorted(
+            ((name, row) for name, row in history if row.variant == variant), key=lambda pair: pair[1].created_at
+        )
+        traces.append(
+            go.Scatter(
+                x=[row.created_at for _, row in rows],
+                y=[value(row) for _, row in rows],
+                text=[_text(name) for name, _ in rows],
+                mode="lines+markers",
+                line={"color": _color(place, variant)},
+                name=_text(variant),
+                hovertemplate="%{fullData.name}: %{y}<br>%{text}<extra></extra>",
+            )
+        )
+    values = [value(row) for _, row in history]
+    return _figure(traces, {}, _top1_axis(values) if axis == "top-1" else {"title": {"text": axis}})
+
+
+def _stages(stages: Sequence[StageRow]) -> go.Figure:
+    longest = sorted(stages, key=lambda row: row.seconds, reverse=True)[:_MAX_BARS]
+    traces = [
+        go.Bar(
+            x=[row.seconds for row in longest if row.cached == cached],
+            y=[_text(row.stage) for row in longest if row.cached == cached],
+            orientation="h",
+            marker={"color": color},
+            name=name,
+            hovertemplate="%{y}: %{x:.2f} s<extra></extra>",
+        )
+        for cached, name, color in ((False, "computed", _COLORS[0]), (True, "cached", _GREY))
+    ]
+    order = [_text(row.stage) for row in longest]
+    y = {"categoryorder": "array", "categoryarray": order[::-1]}
+    return _figure(traces, {"title": {"text": "seconds"}}, y, height=_height(len(longest)), showlegend=True)
+
+
+def _top1_axis(values: Sequence[float]) -> dict[str, Any]:
+    """An axis that holds the values with room around them: around one value alone, Plotly shows -1 to 1."""
+    room = max(0.1 * (max(values) - min(values)), 0.005)
+    bounds = [max(0.0, min(values) - room), min(1.0 + room, max(values) + room)]
+    return {"title": {"text": "top-1"}, "tickformat": ".2%", "range": bounds}
+
+
+def _color(place: int, variant: str) -> str:
+    return _GREY if variant == "float" else _COLORS[(place - 1) % len(_COLORS)]
+
+
+def _height(num_bars: int) -> int:
+    """Pixels."""
+    return 110 + 24 * num_bars
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _text(text: str) -> str:
+    """Plotly reads a little HTML in its texts: what comes from a recipe is no markup."""
+    return html.escape(text)

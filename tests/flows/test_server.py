@@ -1,0 +1,74 @@
+"""The server of a run: what it has been told when it stops, and what the terminal sees of it."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+import torch
+from dashboard_driver import PROJECT, TINY
+
+from quantlib.journal import read_runs
+
+
+@pytest.fixture
+def start_run(tmp_path):
+    """Starts `quantflow run` of the tiny recipe on tmp_path / "home", in a session of its own like a terminal's."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
+    paths = os.pathsep.join(filter(None, [str(PROJECT), own.get("PYTHONPATH")]))
+
+    def start(*settings: str):
+        command = [sys.executable, "-m", "flows.cli", "run", "tiny.toml", "--home", "home"]
+        for setting in settings:
+            command += ["--set", setting]
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+def told_to_prefect(home):
+    """(state of the one flow run, its log)."""
+    with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
+        ((state,),) = database.execute("SELECT state_name FROM flow_run")
+        return state, "\n".join(message for (message,) in database.execute("SELECT message FROM log"))
+
+
+def test_a_run_that_fails_says_why_once_and_prefect_has_its_state_and_its_log(start_run, tmp_path):
+    torch.save({"no": torch.zeros(1)}, tmp_path / "other.pth")
+    process = start_run("model.weights=other.pth")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert len(said.splitlines()) == 1, said
+    assert "other.pth" in said
+    state, log = told_to_prefect(tmp_path / "home")
+    assert state == "Failed"
+    assert "Finished in state Failed" in log
+
+
+def test_ctrl_c_ends_a_run_with_one_message_and_prefect_is_told(start_run, tmp_path):
+    process = start_run("qat.0.epochs=50")
+    deadline = time.monotonic() + 200
+    while not any(run.num_stages >= 6 for run in read_runs(tmp_path / "home" / "runs")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    # As the terminal does it: to every process of the foreground.
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines() == ["quantflow: Interrupted. Run the same command again: finished stages are kept."]
+    state, _ = told_to_prefect(tmp_path / "home")
+    assert state == "Crashed"
