@@ -13,7 +13,7 @@ from quantlib.runtimes import Classifier
 # Frozen models need two calls for their kernels to be chosen and their memory to be there.
 _NUM_WARM_UP = 2
 # A slow model at a large batch stops here, once it has ten samples.
-_MAX_SECONDS = 10.0
+_MAX_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

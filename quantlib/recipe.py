@@ -224,8 +224,8 @@ class BenchmarkRecipe(Section):
     """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
     num_threads: tuple[Count, ...] = (1,)
     """Threads of torch; 1 is always timed."""
-    num_samples: Annotated[int, Field(ge=10)] = 100
-    """Timed calls of each model, float and int8 in turn, after a warm-up."""
+    num_samples: Annotated[int, Field(ge=10)] = 50
+    """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
 
 
 class GateRecipe(Section):
