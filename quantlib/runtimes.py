@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -86,6 +87,8 @@ class OpenVINOClassifier:
     layout = torch.contiguous_format
 
     def __init__(self, path: Path, num_threads: int) -> None:
+        # OpenVINO's import reports itself to Google; where this module is missing it does not, and works the same.
+        cast("dict[str, Any]", sys.modules).setdefault("openvino_telemetry", None)
         import openvino
 
         # What is float stays float32: OpenVINO would take bfloat16 where the CPU has it.

@@ -1,6 +1,8 @@
 """Exported models in every runtime, the ONNX file, and the loader."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,3 +131,23 @@ def test_logits_of_real_images_in_shards(files: Path, val_shard: Path, engine: s
     logits = runtimes.open_model(files / "int8.pt", "torchscript")(images.to_input(pixels))
     assert logits.isfinite().all()
     assert not logits.requires_grad
+
+
+_WATCHED = """
+import sys
+seen = []
+sys.addaudithook(lambda event, arguments: seen.append(arguments) if event.startswith("socket.") else None)
+import atexit, warnings
+warnings.simplefilter("ignore")
+import torch
+from quantlib import export
+for runtime in sys.argv[2:]:
+    export.load(sys.argv[1], runtime)(torch.zeros(1, 3, 32, 32))
+atexit._run_exitfuncs()
+print(seen)
+"""
+
+
+def test_no_runtime_calls_home(files: Path) -> None:
+    command = [sys.executable, "-c", _WATCHED, files / "int8.onnx", *ONNX_RUNTIMES]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "[]"
