@@ -1,5 +1,6 @@
 """Running a flow in this process, for the command line."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -43,7 +44,11 @@ def run_here(
         LISTENER.set(listener)
         if run_id is not None:
             RUN_ID.set(run_id)
-        wait_for_server()
+        if wait_for_server is not None:
+            # What computes takes seconds to import; a server that starts takes longer, on another core.
+            with imports_uncollected():
+                importlib.import_module("quantlib.backend")
+            wait_for_server()
         mark_crashed_runs(home)
         flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[name]
         # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.

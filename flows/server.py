@@ -29,7 +29,7 @@ _STOP_SECONDS = 10.0
 
 
 @contextmanager
-def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]:
+def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None] | None]:
     """Set Prefect up for the process, and start a server unless PREFECT_API_URL names one, or a dashboard runs.
 
     Prefect reads its settings from the environment when it is imported: nothing that imports it may come before.
@@ -41,7 +41,7 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]
         verbose: Show Prefect's own log.
 
     Yields:
-        A function that waits until the server answers.
+        A function that waits until the server answers; None where there is nothing to wait for.
 
     Raises:
         MachineError: From that function, if the server does not start.
@@ -57,10 +57,10 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None]]
         set_defaults(folder, verbose=verbose)
         try:
             if "PREFECT_API_URL" in os.environ:
-                yield lambda: None
+                yield None
             elif (url := find_dashboard(home)) is not None:
                 with _use(url):
-                    yield lambda: None
+                    yield None
             else:
                 with start(folder) as wait:
                     yield wait
