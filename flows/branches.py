@@ -26,7 +26,7 @@ from tasks.quantize import (
     qat_epoch,
     start_qat,
 )
-from tasks.report import EpochRefs, VariantRefs
+from tasks.report import CandidateRefs, EpochRefs, VariantRefs
 
 # A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
 # in memory does not matter.
@@ -169,7 +169,7 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
 
 
 def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
-    """Each epoch trained, converted, scripted and evaluated; the best one kept."""
+    """Each epoch trained, converted, scripted and evaluated; the best one kept, or the start where none is better."""
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
         batch_size=branch.batch_size,
@@ -183,24 +183,26 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     images, scheme = trunk.inputs.training, _scheme(trunk, branch)
     transform = replace(_train_transform(trunk.recipe), scale=branch.train_scale)
     teacher = trunk.fused_eval if branch.distill else None
-    states, start = [trunk.fused("qat", equalized=branch.equalizes)], None
+    state, start = trunk.fused("qat", equalized=branch.equalizes), None
+    candidates: list[CandidateRefs] = []
+    states: list[Ref] = []
     if branch.start == "calibrated":
-        states = [start_qat(states[0], _calibrate(trunk, branch), branch=branch.name)]
-        start = _evaluate(trunk, _export(trunk, states[0], f"{branch.name}-start"), f"{branch.name}-start")
+        state = start_qat(state, _calibrate(trunk, branch), branch=branch.name)
+        start = _candidate(trunk, state, f"{branch.name}-start")
+        candidates, states = [start], [state]
     epochs: list[EpochRefs] = []
     for epoch in range(branch.epochs):
-        state, metrics = qat_epoch(states[-1], epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
+        state, metrics = qat_epoch(state, epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
+        candidate = _candidate(trunk, state, f"{branch.name}-{epoch}")
+        epochs.append(EpochRefs(metrics=metrics, **vars(candidate)))
+        candidates.append(candidate)
         states.append(state)
-        name = f"{branch.name}-{epoch}"
-        artifact = _export(trunk, state, name)
-        validation, selection = _evaluate(trunk, artifact, name)
-        epochs.append(EpochRefs(artifact=artifact, metrics=metrics, validation=validation, selection=selection))
-        if branch.patience is not None and has_stalled([refs.selection for refs in epochs], branch.patience):
+        if branch.patience is not None and has_stalled([refs.selection for refs in candidates], branch.patience):
             break
     best_artifact, best_state = choose_epoch(
-        tuple(epoch.artifact for epoch in epochs),
-        tuple(states[1:]),
-        tuple(epoch.selection for epoch in epochs),
+        tuple(candidate.artifact for candidate in candidates),
+        tuple(states),
+        tuple(candidate.selection for candidate in candidates),
         branch=branch.name,
     )
     return VariantRefs(
@@ -216,6 +218,13 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         simulated=_simulate(trunk, best_state, branch.name),
         epochs=tuple(epochs),
     )
+
+
+def _candidate(trunk: Trunk, state: Ref, name: str) -> CandidateRefs:
+    """What a state of QAT would ship, evaluated."""
+    artifact = _export(trunk, state, name)
+    validation, selection = _evaluate(trunk, artifact, name)
+    return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
 
 
 def _export(trunk: Trunk, prepared: Ref, name: str) -> Ref:

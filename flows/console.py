@@ -79,7 +79,7 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
     table.add_column("verdict")
     for row in variants:
         table.add_row(
-            row.variant if row.best_epoch is None else f"{row.variant} (epoch {row.best_epoch})",
+            row.title,
             f"{row.top1:.2%}",
             "" if row.method == "float" else f"{100 * row.top1_drop:+.2f} pt",
             f"{row.size_bytes / 1e6:.2f} MB",
@@ -144,6 +144,7 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
     ]
     if best.selected_on == "validation":
         lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
+    lines += report.remarks
     lines += [f"  file    {best.artifact_path}", f'  load    torch.jit.load("{best.artifact_path}")']
     return "\n".join(lines)
 
@@ -152,9 +153,5 @@ def _verdict(row: VariantRow) -> str:
     if row.method == "float":
         return "baseline"
     if row.winner:
-        return "winner, below its own start" if row.below_start else "winner"
-    if row.gate == "undecided":
-        needed = row.num_images_to_decide
-        return "too few images" + (f": about {needed:,} would tell" if needed is not None else "")
-    below = ", below its own start" if row.below_start else ""
-    return ("accepted" if row.accepted else "outside the gate") + below
+        return "winner"
+    return "accepted" if row.accepted else row.gate or "outside"

@@ -173,9 +173,9 @@ class QATRecipe(BranchRecipe):
     """calibrated: from what PTQ with the same options gives; float: from the float model, its ranges still to be
     found while training (`observer` and `bias_correction` then have no effect, and are refused)."""
     epochs: Count = 8
-    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept."""
+    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept, or the start where none is better."""
     patience: Count | None = None
-    """Stop after so many epochs without a new best; absent: train all."""
+    """Stop after so many epochs without a new best (the start counts as one); absent: train all."""
     batches_per_epoch: Count | None = None
     """Training batches an epoch; absent: the whole training split."""
     batch_size: Annotated[int, Field(gt=1)] = 30

@@ -65,11 +65,12 @@ class VariantRow:
     top1_weights_only: float | None
     top1_activations_only: float | None
     best_epoch: int | None
-    """0-based; the epoch of QAT that this is."""
+    """0-based; the epoch of QAT that this is; null where QAT kept its start."""
     top1_start: float | None = None
     """Of the int8 model that QAT started from."""
-    below_start: bool | None = None
-    """Whether QAT ended below its start, on the images that choices are made by: then it did harm."""
+    kept_start: bool | None = None
+    """Whether no epoch of QAT was better than its start, on the images that choices are made by: then this is the
+    start."""
     size_bytes: int
     """Of the TorchScript file."""
     latency_p50_ms: float
@@ -88,6 +89,13 @@ class VariantRow:
     torch_version: str
     cpu_model: str
     created_at: datetime
+
+    @property
+    def title(self) -> str:
+        """The variant's name, and which of QAT's candidates it is."""
+        if self.kept_start:
+            return f"{self.variant} (its start)"
+        return self.variant if self.best_epoch is None else f"{self.variant} (epoch {self.best_epoch})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +169,23 @@ class Report:
     def winner(self) -> VariantRow | None:
         """The model to ship, where one is inside the gate."""
         return next((row for row in self.variants if row.winner), None)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known of single variants, a sentence each."""
+        kept = [
+            f"{row.variant}: no epoch of training was better than the model it started from, "
+            f"so that is what was kept ({row.top1:.2%})."
+            for row in self.variants
+            if row.kept_start
+        ]
+        undecided = [
+            f"{row.variant}: {row.num_images:,} images are too few to tell"
+            + ("." if row.num_images_to_decide is None else f"; about {row.num_images_to_decide:,} would be enough.")
+            for row in self.variants
+            if row.gate == "undecided"
+        ]
+        return kept + undecided
 
     @property
     def best(self) -> VariantRow:

@@ -47,7 +47,8 @@ class Measured:
     epochs: tuple[Epoch, ...]
     start_validation: Predictions | None = None
     """Of the int8 model that QAT started from, where it started from one."""
-    start_selection: Predictions | None = None
+    kept_start: bool | None = None
+    """Whether that is what this is, as no epoch was better."""
     samples_ms: Mapping[tuple[int, int], Sequence[float]]
     """By (batch size, threads)."""
     artifact_sha256: str
@@ -169,7 +170,7 @@ def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circum
         top1_activations_only=simulated.get("activations"),
         best_epoch=next((epoch.metrics["epoch"] for epoch in variant.epochs if epoch.chosen), None),
         top1_start=variant.start_validation.top1 if variant.start_validation else None,
-        below_start=variant.selection.top1 < variant.start_selection.top1 if variant.start_selection else None,
+        kept_start=variant.kept_start,
         size_bytes=variant.size_bytes,
         latency_p50_ms=latency,
         speedup=float(np.percentile(baseline.samples_ms[1, 1], 50)) / latency,

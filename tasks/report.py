@@ -19,13 +19,19 @@ from tasks.run import current_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochRefs:
-    """The artifacts of an epoch."""
+class CandidateRefs:
+    """The artifacts of an int8 model that QAT may end with."""
 
     artifact: Ref
-    metrics: Ref
     validation: tuple[Ref, ...]
     selection: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRefs(CandidateRefs):
+    """The artifacts of an epoch."""
+
+    metrics: Ref
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +47,12 @@ class VariantRefs:
     bias_corrected: bool
     artifact: Ref
     validation: tuple[Ref, ...] = ()
-    """Empty for QAT: the chosen epoch's are meant."""
+    """Empty for QAT: those of the epoch that was chosen are meant, or of the start."""
     selection: tuple[Ref, ...] = ()
     simulated: dict[str, tuple[Ref, ...]]
     epochs: tuple[EpochRefs, ...] = ()
-    start: tuple[tuple[Ref, ...], tuple[Ref, ...]] | None = None
-    """Of QAT from a calibrated model: that model's validation and selection answers."""
+    start: CandidateRefs | None = None
+    """Of QAT from a calibrated model: that model."""
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -82,16 +88,19 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
 def _measured(
     store: Store, refs: VariantRefs, samples: dict[tuple[int, int], list[float]], folder: Path
 ) -> verdict.Measured:
-    # Two epochs can give the same file; the first of them is the one that was chosen.
-    chosen = next((n for n, epoch in enumerate(refs.epochs) if epoch.artifact == refs.artifact), None)
+    # Two candidates can give the same file; the first of them is the one that was chosen.
+    candidates = (*((refs.start,) if refs.start else ()), *refs.epochs)
+    chosen: CandidateRefs | VariantRefs = next(
+        (candidate for candidate in candidates if candidate.artifact == refs.artifact), refs
+    )
     epochs = tuple(
         verdict.Epoch(
             metrics=store.read_json(epoch.metrics),
             validation=_predictions(store, epoch.validation),
             selection=_predictions(store, epoch.selection),
-            chosen=n == chosen,
+            chosen=epoch is chosen,
         )
-        for n, epoch in enumerate(refs.epochs)
+        for epoch in refs.epochs
     )
     place = store.lay_out(refs.artifact, folder / f"{refs.name}.pt")
     return verdict.Measured(
@@ -102,12 +111,12 @@ def _measured(
         scheme=refs.scheme,
         equalized=refs.equalized,
         bias_corrected=refs.bias_corrected,
-        validation=_predictions(store, refs.validation) if chosen is None else epochs[chosen].validation,
-        selection=_predictions(store, refs.selection) if chosen is None else epochs[chosen].selection,
+        validation=_predictions(store, chosen.validation),
+        selection=_predictions(store, chosen.selection),
         simulated={parts: _predictions(store, shards) for parts, shards in refs.simulated.items()},
         epochs=epochs,
-        start_validation=_predictions(store, refs.start[0]) if refs.start else None,
-        start_selection=_predictions(store, refs.start[1]) if refs.start else None,
+        start_validation=_predictions(store, refs.start.validation) if refs.start else None,
+        kept_start=chosen is refs.start if refs.start else None,
         samples_ms=samples,
         artifact_sha256=refs.artifact.sha256,
         artifact_path=str(place),

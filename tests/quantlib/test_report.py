@@ -315,3 +315,14 @@ def test_without_a_winner_the_best_is_the_quantized_model_that_chose_best(found:
 
     assert none.winner is None
     assert none.best.variant == "a"
+
+
+def test_remarks_name_the_qat_that_kept_its_start_and_the_variant_with_too_few_images(found):
+    assert found.remarks == []
+    kept = _variant("q", method="qat", kept_start=True)
+    undecided = _variant("u", gate="undecided", num_images_to_decide=12345)
+    remarks = replace(found, variants=(kept, undecided)).remarks
+    assert "q: no epoch of training was better" in remarks[0]
+    assert "about 12,345" in remarks[1]
+    assert kept.title == "q (its start)"
+    assert [row.title for row in found.variants] == ["float", "a", "b (epoch 1)"]
