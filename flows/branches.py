@@ -14,7 +14,7 @@ from quantlib.store import Ref
 from quantlib.transforms import EvalTransform, TrainTransform, Transform
 from tasks.data import decode
 from tasks.export import script_and_save
-from tasks.measure import evaluate, evaluate_baseline, simulate
+from tasks.measure import evaluate, evaluate_baseline, measure_layers, simulate
 from tasks.model import Training, equalize, fuse, load_float
 from tasks.quantize import (
     calibrate,
@@ -32,6 +32,9 @@ from tasks.report import CandidateRefs, EpochRefs, VariantRefs
 # in memory does not matter.
 _SHARD_BYTES = 256 * 2**20
 _SHARD_IMAGES = 5000
+# Each layer costs two passes over these images; a stage takes a part of them, so that none takes more than minutes.
+_LAYER_IMAGES = 256
+_LAYER_IMAGES_A_STAGE = 64
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
         validation=validation,
         selection=selection,
         simulated=_simulate(trunk, prepared, branch.name),
+        layers=layers_of(trunk, prepared, branch.name) if trunk.recipe.evaluation.layers else (),
     )
 
 
@@ -216,6 +220,7 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         artifact=best_artifact,
         start=start,
         simulated=_simulate(trunk, best_state, branch.name),
+        layers=layers_of(trunk, best_state, branch.name) if trunk.recipe.evaluation.layers else (),
         epochs=tuple(epochs),
     )
 
@@ -241,11 +246,14 @@ def _train_transform(recipe: Recipe) -> TrainTransform:
 
 def _decode(recipe: Recipe, images: Selection, transform: Transform, name: str, batch_size: int = 1) -> tuple[Ref, ...]:
     """Decoded shards of whole batches, so that the size of a shard changes no batch."""
-    most = min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2))
-    size = max(1, most // batch_size) * batch_size
+    size = max(1, _shard_size(recipe) // batch_size) * batch_size
     return tuple(
         decode(part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))
     )
+
+
+def _shard_size(recipe: Recipe) -> int:
+    return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2)))
 
 
 def _evaluate(trunk: Trunk, artifact: Ref, name: str) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
@@ -266,6 +274,17 @@ def _simulate(trunk: Trunk, prepared: Ref, name: str) -> dict[str, tuple[Ref, ..
         )
         for parts in ("both", "weights", "activations")
     }
+
+
+def layers_of(trunk: Trunk, prepared: Ref, name: str) -> tuple[Ref, ...]:
+    """What each layer costs, on the first of the images that choices are made by."""
+    images = trunk.inputs.held_back if trunk.held_back else trunk.inputs.validation
+    shard = (trunk.held_back or trunk.validation)[0]
+    num_images = min(_LAYER_IMAGES, images.stop - images.start, _shard_size(trunk.recipe))
+    return tuple(
+        measure_layers(prepared, shard, start, min(start + _LAYER_IMAGES_A_STAGE, num_images), branch=f"{name}-{n}")
+        for n, start in enumerate(range(0, num_images, _LAYER_IMAGES_A_STAGE))
+    )
 
 
 def _on_shards(trunk: Trunk, name: str, measure: Callable[[Ref, str], Ref]) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:

@@ -15,6 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from quantlib.diagnosis import Diagnosis
 from quantlib.journal import RunStatus
 from quantlib.report import Report, VariantRow
 from quantlib.retention import Entry
@@ -87,6 +88,44 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
             f"{row.speedup:.2f}x",
             _verdict(row),
             style="bold green" if row.winner else None,
+        )
+    return table
+
+
+def why(found: Sequence[Diagnosis]) -> list[Table | str]:
+    """What costs the variants of a run their accuracy: weights or activations, which layers, and what to try."""
+    parts: list[Table | str] = []
+    simulated = [diagnosis.variant for diagnosis in found if diagnosis.variant.top1_simulated is not None]
+    if simulated:
+        table = Table(header_style="bold", title="What is quantized (simulated in float)", title_justify="left")
+        table.add_column("variant")
+        for name in ("weights only", "activations only", "both", "int8"):
+            table.add_column(name, justify="right")
+        for row in simulated:
+            figures = (row.top1_weights_only, row.top1_activations_only, row.top1_simulated, row.top1)
+            table.add_row(row.variant, *("" if value is None else f"{value:.2%}" for value in figures))
+        parts.append(table)
+    for diagnosis in found:
+        if diagnosis.worst:
+            parts += [_worst_table(diagnosis), *(f"  try {line}" for line in diagnosis.advice)]
+    return parts
+
+
+def _worst_table(diagnosis: Diagnosis) -> Table:
+    first = diagnosis.worst[0]
+    images = "training images held back" if first.measured_on == "held_back" else "validation images"
+    title = f"{diagnosis.variant.variant}: the layers that cost most ({first.num_images} {images})"
+    table = Table(header_style="bold", title=title, title_justify="left")
+    table.add_column("layer")
+    for name in ("SQNR", "clipped", "top-1 only it", "all but it"):
+        table.add_column(name, justify="right")
+    for row in diagnosis.worst:
+        table.add_row(
+            row.layer,
+            "" if row.sqnr_db is None else f"{row.sqnr_db:.1f} dB",
+            "" if row.saturation is None else f"{row.saturation:.3%}",
+            f"{row.top1_only:.2%}",
+            f"{row.top1_all_but:.2%}",
         )
     return table
 

@@ -18,8 +18,9 @@ import plotly.offline
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from quantlib import diagnosis
 from quantlib.errors import StoreError
-from quantlib.report import EpochRow, LatencyRow, Report, StageRow, VariantRow, read_table, read_variants
+from quantlib.report import EpochRow, LatencyRow, LayerRow, Report, StageRow, VariantRow, read_table, read_variants
 from quantlib.store import write_atomically
 
 Row = TypeVar("Row")
@@ -107,6 +108,7 @@ def render(reports: Path, run_id: str | None = None) -> str:
         float_row=next(row for row in run.variants if row.method == "float"),
         sections=_sections(run, history),
         disagreements=_disagreements(reports, run),
+        diagnoses=diagnosis.diagnose(run),
         history=_runs(history),
         num_cached=sum(stage.cached for stage in run.stages),
         seconds=sum(stage.seconds for stage in run.stages),
@@ -168,6 +170,7 @@ def _read_run(reports: Path, history: list[tuple[str, VariantRow]], run_id: str 
         epochs=_rows(reports, "epochs", EpochRow, chosen),
         latency=_rows(reports, "latency", LatencyRow, chosen),
         stages=_rows(reports, "stages", StageRow, chosen),
+        layers=_rows(reports, "layers", LayerRow, chosen),
     )
 
 

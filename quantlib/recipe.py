@@ -102,6 +102,9 @@ class EvaluationRecipe(Section):
     simulate: bool = False
     """Also measure every quantized model with fake quantization in float: both, weights only, activations
     only. Shows which of the two costs accuracy."""
+    layers: bool = False
+    """Also measure every layer of every quantized model (the table `layers`), on 256 of the images that choices are
+    made by: two forward passes for each layer."""
 
 
 class CalibrationRecipe(Section):

@@ -1,4 +1,4 @@
-"""The report: five Parquet tables, partitioned by run.
+"""The report: six Parquet tables, partitioned by run.
 
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
@@ -118,6 +118,36 @@ class EpochRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """A layer of a quantized model, measured in float with fake quantization on some of the images."""
+
+    variant: str
+    layer: str
+    """Its dotted path in the fused model."""
+    type: str
+    """Its class, as ConvReLU2d."""
+    weight_min: float | None
+    """Of the float weight, BatchNorm folded in; null where it has none."""
+    weight_max: float | None
+    activation_min: float | None
+    """Ends of its output's int8 grid; null where its output is not quantized."""
+    activation_max: float | None
+    sqnr_db: float | None
+    """Signal-to-quantization-noise ratio of its output where every layer is int8, against float."""
+    saturation: float | None
+    """Fraction of its output's values that the grid cuts off."""
+    top1_only: float
+    """When only this layer is int8."""
+    top1_all_but: float
+    """When every layer but this one is int8."""
+    divergence_only: float
+    """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
+    num_images: int
+    measured_on: str
+    """Where these images come from: held_back (training images) or validation, those that choices are made by."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencyRow:
     """One model's timing for one batch size and number of threads."""
 
@@ -164,6 +194,8 @@ class Report:
     epochs: tuple[EpochRow, ...]
     latency: tuple[LatencyRow, ...]
     stages: tuple[StageRow, ...]
+    layers: tuple[LayerRow, ...] = ()
+    """Empty where the recipe does not ask for them."""
 
     @property
     def winner(self) -> VariantRow | None:
@@ -217,6 +249,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "variants": _schema_of(VariantRow),
     "epochs": _schema_of(EpochRow),
     "latency": _schema_of(LatencyRow),
+    "layers": _schema_of(LayerRow),
     "predictions": _schema_of(PredictionRow),
     "stages": _schema_of(StageRow),
 }
@@ -235,6 +268,7 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
     tables = {
         "epochs": _table("epochs", report.epochs),
         "latency": _table("latency", report.latency),
+        "layers": _table("layers", report.layers),
         "predictions": _predictions_table(predictions),
         "stages": _table("stages", report.stages),
         "variants": _table("variants", report.variants),
@@ -281,6 +315,12 @@ def read_table(folder: Path, name: str, run_id: str | None = None) -> pa.Table:
         raise StoreError(
             f"The reports below {place} cannot be read: {error}. Remove the damaged file and run again."
         ) from None
+
+
+def read_layers(folder: Path, run_id: str) -> tuple[LayerRow, ...]:
+    """What one run measured of layers."""
+    names = {field.name for field in fields(LayerRow)}
+    return tuple(LayerRow(**{n: row[n] for n in names}) for row in read_table(folder, "layers", run_id).to_pylist())
 
 
 def read_variants(folder: Path) -> list[tuple[str, VariantRow]]:

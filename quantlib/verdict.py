@@ -42,6 +42,8 @@ class Measured:
     bias_corrected: bool = False
     validation: Predictions
     selection: Predictions
+    layers: Sequence[Sequence[Mapping[str, Any]]] = ()
+    """`quantlib.layers.LayerSums` of every layer as JSON, for each part of the images; empty where not asked for."""
     simulated: Mapping[str, Predictions]
     """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
     epochs: tuple[Epoch, ...]

@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import machine, predictions, report, verdict
+from quantlib import diagnosis, machine, predictions, report, verdict
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
 from quantlib.report import Report
@@ -50,6 +50,7 @@ class VariantRefs:
     """Empty for QAT: those of the epoch that was chosen are meant, or of the start."""
     selection: tuple[Ref, ...] = ()
     simulated: dict[str, tuple[Ref, ...]]
+    layers: tuple[Ref, ...] = ()
     epochs: tuple[EpochRefs, ...] = ()
     start: CandidateRefs | None = None
     """Of QAT from a calibrated model: that model."""
@@ -79,6 +80,11 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
         epochs=verdict.epoch_rows(measured),
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
+        layers=tuple(
+            row
+            for variant in measured
+            for row in diagnosis.layer_rows(variant.name, circumstances.selected_on, variant.layers)
+        ),
     )
     report.write(run.home / "reports", found, {variant.name: variant.validation for variant in measured})
     tracking.publish(found, run.home / "reports")
@@ -114,6 +120,7 @@ def _measured(
         validation=_predictions(store, chosen.validation),
         selection=_predictions(store, chosen.selection),
         simulated={parts: _predictions(store, shards) for parts, shards in refs.simulated.items()},
+        layers=[store.read_json(part) for part in refs.layers],
         epochs=epochs,
         start_validation=_predictions(store, refs.start.validation) if refs.start else None,
         kept_start=chosen is refs.start if refs.start else None,
