@@ -127,16 +127,6 @@ def float_branch(trunk: Trunk) -> VariantRefs:
     )
 
 
-def ptq_branches(trunk: Trunk) -> list[VariantRefs]:
-    """Every post-training quantization branch."""
-    return [_ptq_branch(trunk, branch) for branch in trunk.recipe.ptq]
-
-
-def qat_branches(trunk: Trunk) -> list[VariantRefs]:
-    """Every quantization-aware training branch."""
-    return [_qat_branch(trunk, branch) for branch in trunk.recipe.qat]
-
-
 def _calibrate(trunk: Trunk, branch: BranchRecipe) -> Ref:
     """Calibrated, and corrected where the branch asks for it."""
     scheme, observed = _scheme(trunk, branch), trunk.fused("eval", equalized=branch.equalizes)
@@ -151,7 +141,7 @@ def _scheme(trunk: Trunk, branch: BranchRecipe) -> Scheme:
     return branch.scheme(machine.activation_bits(trunk.engine))
 
 
-def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
+def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
     """Calibrated, corrected, converted, scripted, evaluated."""
     prepared = _calibrate(trunk, branch)
     artifact = _export(trunk, prepared, branch.name)
@@ -165,6 +155,7 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
         equalized=branch.equalizes,
         bias_corrected=branch.corrects_bias,
         artifact=artifact,
+        prepared=prepared,
         validation=validation,
         selection=selection,
         simulated=_simulate(trunk, prepared, branch.name),
@@ -172,7 +163,7 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
     )
 
 
-def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
+def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     """Each epoch trained, converted, scripted and evaluated; the best one kept, or the start where none is better."""
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
@@ -218,6 +209,7 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         equalized=branch.equalizes,
         bias_corrected=branch.start == "calibrated" and branch.corrects_bias,
         artifact=best_artifact,
+        prepared=best_state,
         start=start,
         simulated=_simulate(trunk, best_state, branch.name),
         layers=layers_of(trunk, best_state, branch.name) if trunk.recipe.evaluation.layers else (),

@@ -3,8 +3,9 @@
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.branches import float_branch, grow_trunk, ptq_branches, qat_branches
+from flows.branches import float_branch, grow_trunk, ptq_branch, qat_branch
 from flows.parameters import Changes, RecipeParameter
+from flows.search import search_branches
 from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
@@ -35,11 +36,14 @@ def run_branches(name: str, recipe: Recipe) -> Report:
         return write_report(recipe, *measure_branches(recipe, inputs))
 
 
-def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], Ref]:
-    """Every stage of a run, wired: the variants, and their timings."""
+def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs, ...], Ref, tuple[str, ...]]:
+    """Every stage of a run, wired: the variants, their timings, and what is to be said of the search."""
     engine = machine.find_engine(recipe.engine)
     trunk = grow_trunk(recipe, inputs, engine)
-    variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
+    baseline = float_branch(trunk)
+    named = [ptq_branch(trunk, branch) for branch in recipe.ptq] + [qat_branch(trunk, branch) for branch in recipe.qat]
+    found, notes = search_branches(trunk, baseline)
+    variants = (baseline, *named, *found)
     timings = benchmark(
         tuple(variant.artifact for variant in variants),
         trunk.validation[0],
@@ -49,15 +53,16 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> tuple[tuple[VariantRefs,
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
     )
-    return variants, timings
+    return variants, timings, tuple(notes)
 
 
 def only(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with the branches of one method.
+    """The recipe with the branches of one method, without a search.
 
     Raises:
         RecipeError: If it has none.
     """
     if not getattr(recipe, method):
         raise RecipeError(f"Recipe {recipe.name!r} has no [[{method}]] branch: add one, or run the flow `quantize`.")
-    return recipe.model_copy(update={other: () for other in ("ptq", "qat") if other != method})
+    others: dict[str, object] = {other: () for other in ("ptq", "qat") if other != method}
+    return recipe.model_copy(update=others | {"search": None})

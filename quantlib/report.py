@@ -196,6 +196,8 @@ class Report:
     stages: tuple[StageRow, ...]
     layers: tuple[LayerRow, ...] = ()
     """Empty where the recipe does not ask for them."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of the run that is in no table."""
 
     @property
     def winner(self) -> VariantRow | None:
@@ -217,7 +219,7 @@ class Report:
             for row in self.variants
             if row.gate == "undecided"
         ]
-        return kept + undecided
+        return [*self.notes, *kept, *undecided]
 
     @property
     def best(self) -> VariantRow:

@@ -54,10 +54,21 @@ class VariantRefs:
     epochs: tuple[EpochRefs, ...] = ()
     start: CandidateRefs | None = None
     """Of QAT from a calibrated model: that model."""
+    prepared: Ref | None = None
+    """What was converted: a calibrated model, or an epoch's state; None: float."""
+
+    @property
+    def chosen(self) -> "CandidateRefs | VariantRefs":
+        """Whose answers are the variant's: of QAT, the candidate's that was chosen."""
+        # Two candidates can give the same file; the first of them is the one that was chosen.
+        candidates = (*((self.start,) if self.start else ()), *self.epochs)
+        return next((candidate for candidate in candidates if candidate.artifact == self.artifact), self)
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
-def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref) -> Report:
+def write_report(
+    recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref, notes: tuple[str, ...] = ()
+) -> Report:
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
     run = current_run()
     by_model: list[dict[tuple[int, int], list[float]]] = [{} for _ in variants]
@@ -80,6 +91,7 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
         epochs=verdict.epoch_rows(measured),
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
+        notes=notes,
         layers=tuple(
             row
             for variant in measured
@@ -94,16 +106,12 @@ def write_report(recipe: Recipe, variants: tuple[VariantRefs, ...], timings: Ref
 def _measured(
     store: Store, refs: VariantRefs, samples: dict[tuple[int, int], list[float]], folder: Path
 ) -> verdict.Measured:
-    # Two candidates can give the same file; the first of them is the one that was chosen.
-    candidates = (*((refs.start,) if refs.start else ()), *refs.epochs)
-    chosen: CandidateRefs | VariantRefs = next(
-        (candidate for candidate in candidates if candidate.artifact == refs.artifact), refs
-    )
+    chosen = refs.chosen
     epochs = tuple(
         verdict.Epoch(
             metrics=store.read_json(epoch.metrics),
-            validation=_predictions(store, epoch.validation),
-            selection=_predictions(store, epoch.selection),
+            validation=read_predictions(store, epoch.validation),
+            selection=read_predictions(store, epoch.selection),
             chosen=epoch is chosen,
         )
         for epoch in refs.epochs
@@ -117,12 +125,12 @@ def _measured(
         scheme=refs.scheme,
         equalized=refs.equalized,
         bias_corrected=refs.bias_corrected,
-        validation=_predictions(store, chosen.validation),
-        selection=_predictions(store, chosen.selection),
-        simulated={parts: _predictions(store, shards) for parts, shards in refs.simulated.items()},
+        validation=read_predictions(store, chosen.validation),
+        selection=read_predictions(store, chosen.selection),
+        simulated={parts: read_predictions(store, shards) for parts, shards in refs.simulated.items()},
         layers=[store.read_json(part) for part in refs.layers],
         epochs=epochs,
-        start_validation=_predictions(store, refs.start.validation) if refs.start else None,
+        start_validation=read_predictions(store, refs.start.validation) if refs.start else None,
         kept_start=chosen is refs.start if refs.start else None,
         samples_ms=samples,
         artifact_sha256=refs.artifact.sha256,
@@ -131,5 +139,6 @@ def _measured(
     )
 
 
-def _predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:
+def read_predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:
+    """The answers of consecutive shards as one."""
     return predictions.concatenate([predictions.load(store.read(ref)) for ref in shards])
