@@ -15,7 +15,7 @@ from quantlib.store import Ref
 from quantlib.transforms import EvalTransform, TrainTransform, Transform
 from tasks.data import decode
 from tasks.export import is_refusal, save_onnx, script_and_save
-from tasks.measure import evaluate, evaluate_baseline, simulate
+from tasks.measure import evaluate, evaluate_baseline, measure_layers, simulate
 from tasks.model import Training, equalize, fuse, load_float
 from tasks.quantize import (
     calibrate,
@@ -27,12 +27,15 @@ from tasks.quantize import (
     qat_epoch,
     start_qat,
 )
-from tasks.report import EpochRefs, OnnxRefs, VariantRefs
+from tasks.report import CandidateRefs, EpochRefs, OnnxRefs, VariantRefs
 
 # A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
 # in memory does not matter.
 _SHARD_BYTES = 256 * 2**20
 _SHARD_IMAGES = 5000
+# Each layer costs two passes over these images; a stage takes a part of them, so that none takes more than minutes.
+_LAYER_IMAGES = 256
+_LAYER_IMAGES_A_STAGE = 64
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,6 @@ def float_branch(trunk: Trunk) -> VariantRefs:
     )
 
 
-def ptq_branches(trunk: Trunk) -> list[VariantRefs]:
-    """Every post-training quantization branch."""
-    return [_ptq_branch(trunk, branch) for branch in trunk.recipe.ptq]
-
-
-def qat_branches(trunk: Trunk) -> list[VariantRefs]:
-    """Every quantization-aware training branch."""
-    return [_qat_branch(trunk, branch) for branch in trunk.recipe.qat]
-
-
 def _calibrate(trunk: Trunk, branch: BranchRecipe) -> Ref:
     """Calibrated, and corrected where the branch asks for it."""
     scheme, observed = _scheme(trunk, branch), trunk.fused("eval", equalized=branch.equalizes)
@@ -150,7 +143,7 @@ def _scheme(trunk: Trunk, branch: BranchRecipe) -> Scheme:
     return branch.scheme(machine.activation_bits(trunk.engine))
 
 
-def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
+def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
     """Calibrated, corrected, converted, scripted, evaluated."""
     prepared = _calibrate(trunk, branch)
     artifact = _export(trunk, prepared, branch.name)
@@ -164,15 +157,17 @@ def _ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
         equalized=branch.equalizes,
         bias_corrected=branch.corrects_bias,
         artifact=artifact,
+        prepared=prepared,
         validation=validation,
         selection=selection,
         onnx=_save_onnx(trunk, artifact, branch.name),
         simulated=_simulate(trunk, prepared, branch.name),
+        layers=layers_of(trunk, prepared, branch.name) if trunk.recipe.evaluation.layers else (),
     )
 
 
-def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
-    """Each epoch trained, converted, scripted and evaluated; the best one kept."""
+def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
+    """Each epoch trained, converted, scripted and evaluated; the best one kept, or the start where none is better."""
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
         batch_size=branch.batch_size,
@@ -186,24 +181,26 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     images, scheme = trunk.inputs.training, _scheme(trunk, branch)
     transform = replace(_train_transform(trunk.recipe), scale=branch.train_scale)
     teacher = trunk.fused_eval if branch.distill else None
-    states, start = [trunk.fused("qat", equalized=branch.equalizes)], None
+    state, start = trunk.fused("qat", equalized=branch.equalizes), None
+    candidates: list[CandidateRefs] = []
+    states: list[Ref] = []
     if branch.start == "calibrated":
-        states = [start_qat(states[0], _calibrate(trunk, branch), branch=branch.name)]
-        start = _evaluate(trunk, _export(trunk, states[0], f"{branch.name}-start"), f"{branch.name}-start")
+        state = start_qat(state, _calibrate(trunk, branch), branch=branch.name)
+        start = _candidate(trunk, state, f"{branch.name}-start")
+        candidates, states = [start], [state]
     epochs: list[EpochRefs] = []
     for epoch in range(branch.epochs):
-        state, metrics = qat_epoch(states[-1], epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
+        state, metrics = qat_epoch(state, epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
+        candidate = _candidate(trunk, state, f"{branch.name}-{epoch}")
+        epochs.append(EpochRefs(metrics=metrics, **vars(candidate)))
+        candidates.append(candidate)
         states.append(state)
-        name = f"{branch.name}-{epoch}"
-        artifact = _export(trunk, state, name)
-        validation, selection = _evaluate(trunk, artifact, name)
-        epochs.append(EpochRefs(artifact=artifact, metrics=metrics, validation=validation, selection=selection))
-        if branch.patience is not None and has_stalled([refs.selection for refs in epochs], branch.patience):
+        if branch.patience is not None and has_stalled([refs.selection for refs in candidates], branch.patience):
             break
     best_artifact, best_state = choose_epoch(
-        tuple(epoch.artifact for epoch in epochs),
-        tuple(states[1:]),
-        tuple(epoch.selection for epoch in epochs),
+        tuple(candidate.artifact for candidate in candidates),
+        tuple(states),
+        tuple(candidate.selection for candidate in candidates),
         branch=branch.name,
     )
     return VariantRefs(
@@ -215,11 +212,20 @@ def _qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         equalized=branch.equalizes,
         bias_corrected=branch.start == "calibrated" and branch.corrects_bias,
         artifact=best_artifact,
+        prepared=best_state,
         start=start,
         onnx=_save_onnx(trunk, best_artifact, branch.name),
         simulated=_simulate(trunk, best_state, branch.name),
+        layers=layers_of(trunk, best_state, branch.name) if trunk.recipe.evaluation.layers else (),
         epochs=tuple(epochs),
     )
+
+
+def _candidate(trunk: Trunk, state: Ref, name: str) -> CandidateRefs:
+    """What a state of QAT would ship, evaluated."""
+    artifact = _export(trunk, state, name)
+    validation, selection = _evaluate(trunk, artifact, name)
+    return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
 
 
 def _export(trunk: Trunk, prepared: Ref, name: str) -> Ref:
@@ -236,11 +242,14 @@ def _train_transform(recipe: Recipe) -> TrainTransform:
 
 def _decode(recipe: Recipe, images: Selection, transform: Transform, name: str, batch_size: int = 1) -> tuple[Ref, ...]:
     """Decoded shards of whole batches, so that the size of a shard changes no batch."""
-    most = min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2))
-    size = max(1, most // batch_size) * batch_size
+    size = max(1, _shard_size(recipe) // batch_size) * batch_size
     return tuple(
         decode(part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))
     )
+
+
+def _shard_size(recipe: Recipe) -> int:
+    return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2)))
 
 
 def _evaluate(trunk: Trunk, artifact: Ref, name: str) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
@@ -275,6 +284,17 @@ def _simulate(trunk: Trunk, prepared: Ref, name: str) -> dict[str, tuple[Ref, ..
         )
         for parts in ("both", "weights", "activations")
     }
+
+
+def layers_of(trunk: Trunk, prepared: Ref, name: str) -> tuple[Ref, ...]:
+    """What each layer costs, on the first of the images that choices are made by."""
+    images = trunk.inputs.held_back if trunk.held_back else trunk.inputs.validation
+    shard = (trunk.held_back or trunk.validation)[0]
+    num_images = min(_LAYER_IMAGES, images.stop - images.start, _shard_size(trunk.recipe))
+    return tuple(
+        measure_layers(prepared, shard, start, min(start + _LAYER_IMAGES_A_STAGE, num_images), branch=f"{name}-{n}")
+        for n, start in enumerate(range(0, num_images, _LAYER_IMAGES_A_STAGE))
+    )
 
 
 def _on_shards(trunk: Trunk, name: str, measure: Callable[[Ref, str], Ref]) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:

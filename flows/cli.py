@@ -231,8 +231,9 @@ def report(html: Path | None, run_id: str | None, home: Path) -> int:
 
     from rich.console import Console
 
-    from flows.console import result_table
-    from quantlib.report import read_variants
+    from flows.console import result_table, why
+    from quantlib.diagnosis import diagnose
+    from quantlib.report import Report, read_layers, read_variants
 
     console = Console()
     rows = read_variants(home / "reports")
@@ -246,6 +247,10 @@ def report(html: Path | None, run_id: str | None, home: Path) -> int:
             highlight=False,
         )
         console.print(result_table(variants))
+        layers = read_layers(home / "reports", name)
+        found = Report(run_id=name, variants=tuple(variants), epochs=(), latency=(), stages=(), layers=layers)
+        for part in why(diagnose(found)):
+            console.print(part, highlight=False, markup=False)
     return 0
 
 

@@ -15,6 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from quantlib.diagnosis import Diagnosis
 from quantlib.journal import RunStatus
 from quantlib.report import Report, VariantRow
 from quantlib.retention import Entry
@@ -79,7 +80,7 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
     table.add_column("verdict")
     for row in variants:
         table.add_row(
-            row.variant if row.best_epoch is None else f"{row.variant} (epoch {row.best_epoch})",
+            row.title,
             f"{row.top1:.2%}",
             "" if row.method == "float" else f"{100 * row.top1_drop:+.2f} pt",
             f"{row.size_bytes / 1e6:.2f} MB",
@@ -87,6 +88,44 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
             f"{row.speedup:.2f}x",
             _verdict(row),
             style="bold green" if row.winner else None,
+        )
+    return table
+
+
+def why(found: Sequence[Diagnosis]) -> list[Table | str]:
+    """What costs the variants of a run their accuracy: weights or activations, which layers, and what to try."""
+    parts: list[Table | str] = []
+    simulated = [diagnosis.variant for diagnosis in found if diagnosis.variant.top1_simulated is not None]
+    if simulated:
+        table = Table(header_style="bold", title="What is quantized (simulated in float)", title_justify="left")
+        table.add_column("variant")
+        for name in ("weights only", "activations only", "both", "int8"):
+            table.add_column(name, justify="right")
+        for row in simulated:
+            figures = (row.top1_weights_only, row.top1_activations_only, row.top1_simulated, row.top1)
+            table.add_row(row.variant, *("" if value is None else f"{value:.2%}" for value in figures))
+        parts.append(table)
+    for diagnosis in found:
+        if diagnosis.worst:
+            parts += [_worst_table(diagnosis), *(f"  try {line}" for line in diagnosis.advice)]
+    return parts
+
+
+def _worst_table(diagnosis: Diagnosis) -> Table:
+    first = diagnosis.worst[0]
+    images = "training images held back" if first.measured_on == "held_back" else "validation images"
+    title = f"{diagnosis.variant.variant}: the layers that cost most ({first.num_images} {images})"
+    table = Table(header_style="bold", title=title, title_justify="left")
+    table.add_column("layer")
+    for name in ("SQNR", "clipped", "top-1 only it", "all but it"):
+        table.add_column(name, justify="right")
+    for row in diagnosis.worst:
+        table.add_row(
+            row.layer,
+            "" if row.sqnr_db is None else f"{row.sqnr_db:.1f} dB",
+            "" if row.saturation is None else f"{row.saturation:.3%}",
+            f"{row.top1_only:.2%}",
+            f"{row.top1_all_but:.2%}",
         )
     return table
 
@@ -144,6 +183,7 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
     ]
     if best.selected_on == "validation":
         lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
+    lines += report.remarks
     lines += [f"  file    {best.artifact_path}", f'  load    torch.jit.load("{best.artifact_path}")']
     if best.fastest_runtime is not None:
         torchscript = best.fastest_runtime.startswith("torchscript")
@@ -160,9 +200,5 @@ def _verdict(row: VariantRow) -> str:
     if row.method == "float":
         return "baseline"
     if row.winner:
-        return "winner, below its own start" if row.below_start else "winner"
-    if row.gate == "undecided":
-        needed = row.num_images_to_decide
-        return "too few images" + (f": about {needed:,} would tell" if needed is not None else "")
-    below = ", below its own start" if row.below_start else ""
-    return ("accepted" if row.accepted else "outside the gate") + below
+        return "winner"
+    return "accepted" if row.accepted else row.gate or "outside"

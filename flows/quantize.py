@@ -3,8 +3,9 @@
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.branches import float_branch, grow_trunk, ptq_branches, qat_branches
+from flows.branches import float_branch, grow_trunk, ptq_branch, qat_branch
 from flows.parameters import Changes, RecipeParameter
+from flows.search import search_branches
 from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
@@ -39,7 +40,10 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
     """Every stage of a run, wired."""
     engine = machine.find_engine(recipe.engine)
     trunk = grow_trunk(recipe, inputs, engine)
-    variants = (float_branch(trunk), *ptq_branches(trunk), *qat_branches(trunk))
+    baseline = float_branch(trunk)
+    named = [ptq_branch(trunk, branch) for branch in recipe.ptq] + [qat_branch(trunk, branch) for branch in recipe.qat]
+    found, notes = search_branches(trunk, baseline)
+    variants = (baseline, *named, *found)
     contenders = tuple(contender for variant in variants for contender in _contenders(variant, trunk.onnx_runtimes))
     timings = benchmark(
         contenders,
@@ -51,10 +55,11 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
     )
     pictures = None
     if recipe.evaluation.num_examples > 0:
-        baseline, *quantized = variants
-        answered = tuple((variant.name, variant.artifact, variant.candidates) for variant in quantized)
+        answered = tuple((variant.name, variant.artifact, variant.candidates) for variant in variants[1:])
         pictures = pick_examples(trunk.validation, baseline.validation, answered, recipe.evaluation.num_examples)
-    return Measurements(variants=variants, contenders=contenders, timings=timings, pictures=pictures)
+    return Measurements(
+        variants=variants, contenders=contenders, timings=timings, pictures=pictures, notes=tuple(notes)
+    )
 
 
 def _contenders(variant: VariantRefs, onnx_runtimes: tuple[Runtime, ...]) -> list[Contender]:
@@ -69,11 +74,12 @@ def _contenders(variant: VariantRefs, onnx_runtimes: tuple[Runtime, ...]) -> lis
 
 
 def only(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with the branches of one method.
+    """The recipe with the branches of one method, without a search.
 
     Raises:
         RecipeError: If it has none.
     """
     if not getattr(recipe, method):
         raise RecipeError(f"Recipe {recipe.name!r} has no [[{method}]] branch: add one, or run the flow `quantize`.")
-    return recipe.model_copy(update={other: () for other in ("ptq", "qat") if other != method})
+    others: dict[str, object] = {other: () for other in ("ptq", "qat") if other != method}
+    return recipe.model_copy(update=others | {"search": None})

@@ -13,7 +13,7 @@ from typing import TypeVar
 import jinja2
 import plotly.offline
 
-from quantlib import charts
+from quantlib import charts, diagnosis
 from quantlib.disagreement import Disagreement, compare
 from quantlib.errors import StoreError
 from quantlib.examples import Example
@@ -21,6 +21,7 @@ from quantlib.report import (
     ClassRow,
     EpochRow,
     LatencyRow,
+    LayerRow,
     Report,
     StageRow,
     VariantRow,
@@ -71,6 +72,7 @@ def render(reports: Path, run_id: str | None = None) -> str:
         float_row=next(row for row in run.variants if row.method == "float"),
         sections=charts.sections(run, history),
         disagreements=_disagreements(reports, run),
+        diagnoses=diagnosis.diagnose(run),
         history=_runs(history),
         num_cached=sum(stage.cached for stage in run.stages),
         seconds=sum(stage.seconds for stage in run.stages),
@@ -93,6 +95,7 @@ def _read_run(reports: Path, history: list[tuple[str, VariantRow]], run_id: str 
         stages=_rows(reports, "stages", StageRow, chosen),
         classes=_rows(reports, "classes", ClassRow, chosen),
         examples=_rows(reports, "examples", Example, chosen),
+        layers=_rows(reports, "layers", LayerRow, chosen),
     )
 
 

@@ -151,7 +151,9 @@ def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> Non
         )
     available = num_train - num_held_back
     calibration = recipe.calibration.batch_size * recipe.calibration.num_batches
-    calibrates = bool(recipe.ptq) or any(branch.start == "calibrated" for branch in recipe.qat)
+    calibrates = (
+        bool(recipe.ptq) or recipe.search is not None or any(branch.start == "calibrated" for branch in recipe.qat)
+    )
     if calibrates and calibration > available:
         raise RecipeError(
             f"calibration asks for {recipe.calibration.num_batches} batches of {recipe.calibration.batch_size} = "

@@ -105,6 +105,9 @@ class EvaluationRecipe(Section):
     num_examples: Annotated[int, Field(ge=0)] = 12
     """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
     than float. 0: none."""
+    layers: bool = False
+    """Also measure every layer of every quantized model (the table `layers`), on 256 of the images that choices are
+    made by: two forward passes for each layer."""
 
 
 class CalibrationRecipe(Section):
@@ -176,9 +179,9 @@ class QATRecipe(BranchRecipe):
     """calibrated: from what PTQ with the same options gives; float: from the float model, its ranges still to be
     found while training (`observer` and `bias_correction` then have no effect, and are refused)."""
     epochs: Count = 8
-    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept."""
+    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept, or the start where none is better."""
     patience: Count | None = None
-    """Stop after so many epochs without a new best; absent: train all."""
+    """Stop after so many epochs without a new best (the start counts as one); absent: train all."""
     batches_per_epoch: Count | None = None
     """Training batches an epoch; absent: the whole training split."""
     batch_size: Annotated[int, Field(gt=1)] = 30
@@ -228,6 +231,18 @@ class BenchmarkRecipe(Section):
     """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
 
 
+class SearchRecipe(Section):
+    """Variants that are found by trial: the fastest that loses no more than a budget; `quantlib.search` says how."""
+
+    max_top1_drop: Fraction = 0.002
+    """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too, unless [gate] sets
+    its own. Trials are judged on the images that choices are made by, the winner by the gate."""
+    max_trials: Count = 12
+    """Variants to try at most; each is a branch of the report."""
+    max_minutes: Annotated[float, Field(gt=0.0)] = 120.0
+    """No trial begins after so many minutes of this run's search; one that has begun goes to its end."""
+
+
 class GateRecipe(Section):
     """What the winner may lose."""
 
@@ -261,16 +276,30 @@ class Recipe(Section):
     """Post-training quantization branches."""
     qat: tuple[QATRecipe, ...] = ()
     """Quantization-aware training branches."""
+    search: SearchRecipe | None = None
+    """Variants found by trial, besides these branches or alone; absent: none."""
     benchmark: BenchmarkRecipe = BenchmarkRecipe()
     """What is timed."""
     gate: GateRecipe = GateRecipe()
     """What the winner may lose."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gate_is_the_budget(cls, tables: Any) -> Any:
+        search = tables.get("search") if isinstance(tables, Mapping) else None
+        gate = tables.get("gate", {}) if isinstance(tables, Mapping) else None
+        if not isinstance(search, Mapping) or not isinstance(gate, Mapping):
+            return tables
+        budget = search.get("max_top1_drop", SearchRecipe.model_fields["max_top1_drop"].default)
+        return {**tables, "gate": {"max_top1_drop": budget, **gate}}
+
     @model_validator(mode="after")
     def _branches(self) -> Self:
         names = [branch.name for branch in self.ptq] + [branch.name for branch in self.qat]
-        if not names:
-            raise ValueError("there is nothing to quantize: add a [[ptq]] or a [[qat]] branch")
+        if not names and self.search is None:
+            raise ValueError("there is nothing to quantize: add a [[ptq]] or a [[qat]] branch, or [search]")
+        if self.search is not None and any(name.startswith("search-") for name in names):
+            raise ValueError("names that begin with 'search-' are those of the search's trials: take another")
         repeated = sorted({name for name in names if names.count(name) > 1} | ({"float"} & set(names)))
         if repeated:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The report: seven Parquet tables, partitioned by run.
+"""The report: eight Parquet tables, partitioned by run.
 
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
@@ -67,11 +67,12 @@ class VariantRow:
     top1_weights_only: float | None
     top1_activations_only: float | None
     best_epoch: int | None
-    """0-based; the epoch of QAT that this is."""
+    """0-based; the epoch of QAT that this is; null where QAT kept its start."""
     top1_start: float | None = None
     """Of the int8 model that QAT started from."""
-    below_start: bool | None = None
-    """Whether QAT ended below its start, on the images that choices are made by: then it did harm."""
+    kept_start: bool | None = None
+    """Whether no epoch of QAT was better than its start, on the images that choices are made by: then this is the
+    start."""
     size_bytes: int
     """Of the TorchScript file."""
     latency_p50_ms: float
@@ -100,6 +101,13 @@ class VariantRow:
     cpu_model: str
     created_at: datetime
 
+    @property
+    def title(self) -> str:
+        """The variant's name, and which of QAT's candidates it is."""
+        if self.kept_start:
+            return f"{self.variant} (its start)"
+        return self.variant if self.best_epoch is None else f"{self.variant} (epoch {self.best_epoch})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow:
@@ -118,6 +126,36 @@ class EpochRow:
     best: bool
     observers_frozen: bool
     batch_norm_frozen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """A layer of a quantized model, measured in float with fake quantization on some of the images."""
+
+    variant: str
+    layer: str
+    """Its dotted path in the fused model."""
+    type: str
+    """Its class, as ConvReLU2d."""
+    weight_min: float | None
+    """Of the float weight, BatchNorm folded in; null where it has none."""
+    weight_max: float | None
+    activation_min: float | None
+    """Ends of its output's int8 grid; null where its output is not quantized."""
+    activation_max: float | None
+    sqnr_db: float | None
+    """Signal-to-quantization-noise ratio of its output where every layer is int8, against float."""
+    saturation: float | None
+    """Fraction of its output's values that the grid cuts off."""
+    top1_only: float
+    """When only this layer is int8."""
+    top1_all_but: float
+    """When every layer but this one is int8."""
+    divergence_only: float
+    """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
+    num_images: int
+    measured_on: str
+    """Where these images come from: held_back (training images) or validation, those that choices are made by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +218,32 @@ class Report:
     classes: tuple[ClassRow, ...] = ()
     """Empty in runs reported before it was added, as is the next one."""
     examples: tuple[Example, ...] = ()
+    layers: tuple[LayerRow, ...] = ()
+    """Empty where the recipe does not ask for them."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of the run that is in no table."""
 
     @property
     def winner(self) -> VariantRow | None:
         """The model to ship, where one is inside the gate."""
         return next((row for row in self.variants if row.winner), None)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known of single variants, a sentence each."""
+        kept = [
+            f"{row.variant}: no epoch of training was better than the model it started from, "
+            f"so that is what was kept ({row.top1:.2%})."
+            for row in self.variants
+            if row.kept_start
+        ]
+        undecided = [
+            f"{row.variant}: {row.num_images:,} images are too few to tell"
+            + ("." if row.num_images_to_decide is None else f"; about {row.num_images_to_decide:,} would be enough.")
+            for row in self.variants
+            if row.gate == "undecided"
+        ]
+        return [*self.notes, *kept, *undecided]
 
     @property
     def best(self) -> VariantRow:
@@ -216,6 +275,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "variants": _schema_of(VariantRow),
     "epochs": _schema_of(EpochRow),
     "latency": _schema_of(LatencyRow),
+    "layers": _schema_of(LayerRow),
     "predictions": _schema_of(PredictionRow),
     "classes": _schema_of(ClassRow),
     "examples": examples.SCHEMA,
@@ -236,6 +296,7 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
     tables = {
         "epochs": _table("epochs", report.epochs),
         "latency": _table("latency", report.latency),
+        "layers": _table("layers", report.layers),
         "predictions": _predictions_table(predictions),
         "classes": _table("classes", report.classes),
         "examples": _table("examples", report.examples),
@@ -284,6 +345,12 @@ def read_table(folder: Path, name: str, run_id: str | None = None) -> pa.Table:
         raise StoreError(
             f"The reports below {place} cannot be read: {error}. Remove the damaged file and run again."
         ) from None
+
+
+def read_layers(folder: Path, run_id: str) -> tuple[LayerRow, ...]:
+    """What one run measured of layers."""
+    names = {field.name for field in fields(LayerRow)}
+    return tuple(LayerRow(**{n: row[n] for n in names}) for row in read_table(folder, "layers", run_id).to_pylist())
 
 
 def read_variants(folder: Path) -> list[tuple[str, VariantRow]]:

@@ -24,6 +24,7 @@ def summarize(report: Report, reports: Path) -> str:
     parts = [
         _headline(report),
         _table(report.variants),
+        *report.remarks,
         *_plots(report),
         f"## Since {'`' + previous + '`' if previous else 'the last run'}",
         _changes(report.variants, before) if previous else f"This is the first run of recipe `{recipe}`.",
@@ -56,9 +57,9 @@ def _table(variants: Sequence[VariantRow]) -> str:
         "|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in variants:
-        verdict = "winner" if row.winner else "accepted" if row.accepted else "outside the gate"
+        verdict = "winner" if row.winner else "accepted" if row.accepted else row.gate or "outside"
         cells = [
-            f"`{row.variant}`" + ("" if row.best_epoch is None else f" (epoch {row.best_epoch})"),
+            row.title.replace(row.variant, f"`{row.variant}`", 1),
             f"{row.top1:.2%}",
             "" if row.method == "float" else _points(-row.top1_drop),
             f"{row.size_bytes / 1e6:.2f} MB",

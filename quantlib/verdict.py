@@ -51,12 +51,15 @@ class Measured:
     bias_corrected: bool = False
     validation: Predictions
     selection: Predictions
+    layers: Sequence[Sequence[Mapping[str, Any]]] = ()
+    """`quantlib.layers.LayerSums` of every layer as JSON, for each part of the images; empty where not asked for."""
     simulated: Mapping[str, Predictions]
     """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
     epochs: tuple[Epoch, ...]
     start_validation: Predictions | None = None
     """Of the int8 model that QAT started from, where it started from one."""
-    start_selection: Predictions | None = None
+    kept_start: bool | None = None
+    """Whether that is what this is, as no epoch was better."""
     samples_ms: Mapping[tuple[str, int, int], Sequence[float]]
     """By (runtime, batch size, threads)."""
     onnx: Onnx | None = None
@@ -181,7 +184,7 @@ def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circum
         top1_activations_only=simulated.get("activations"),
         best_epoch=next((epoch.metrics["epoch"] for epoch in variant.epochs if epoch.chosen), None),
         top1_start=variant.start_validation.top1 if variant.start_validation else None,
-        below_start=variant.selection.top1 < variant.start_selection.top1 if variant.start_selection else None,
+        kept_start=variant.kept_start,
         size_bytes=variant.size_bytes,
         latency_p50_ms=latency,
         speedup=_latencies(baseline)[_runtime(baseline)] / latency,

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from quantlib import codehash, machine
 from quantlib.report import StageRow
-from quantlib.store import Record, Ref
+from quantlib.store import Record, Ref, Store
 from tasks.run import current_run
 
 P = ParamSpec("P")
@@ -40,6 +40,9 @@ _LIBRARIES = ("torch", "torchvision", "pillow")
 
 class Planner(Protocol):
     """Stands in for the stages, to find out what a run would do."""
+
+    store: Store
+    """Where it looks for what was made before."""
 
     def visit(self, stage: "Stage[Any, Any]", arguments: Mapping[str, Any]) -> Any:
         """What the stage would give for these arguments, or a stand-in for it."""

@@ -1,4 +1,4 @@
-"""Stages that measure: evaluate_baseline, evaluate, simulate, benchmark; and pick_examples of what was measured."""
+"""Stages that measure: evaluate_baseline, evaluate, simulate, measure_layers, benchmark, pick_examples."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -55,6 +55,17 @@ def simulate(
     model = simulation.load(run.store.read(prepared), parts)
     answers = evaluation.evaluate(model, run.store.path(images), batch_size, run.progress)
     return run.store.put("predictions", predictions.save(answers))
+
+
+@stage("measure_layers-{branch}")
+def measure_layers(prepared: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
+    """What each layer of a calibrated model, or of an epoch's state, costs on some images of a shard."""
+    from quantlib import calibration, layers
+
+    run = current_run()
+    model, _ = calibration.load_prepared(run.store.read(prepared))
+    sums = layers.measure_layers(model, run.store.path(images), start, stop, run.progress)
+    return run.store.put_json("layers", sums)
 
 
 @stage("benchmark")

@@ -37,7 +37,7 @@ class Plan:
     """
 
     def __init__(self, store: Store, last_run: Mapping[str, str]) -> None:
-        self._store = store
+        self.store = store
         self._last_run = last_run
         self.stages: list[PlannedStage] = []
 
@@ -47,7 +47,7 @@ class Plan:
         awaited = next(_pending(list(arguments.values())), None)
         if awaited is None:
             ingredients = stage.ingredients(arguments)
-            record = self._store.find_record(key_of(ingredients))
+            record = self.store.find_record(key_of(ingredients))
             if record is not None:
                 self.stages.append(PlannedStage(label, reused=True, reason=""))
                 return stage.outputs_of(record)
@@ -63,7 +63,7 @@ class Plan:
             return "new in this recipe"
         if last_key == key_of(ingredients):
             return "its record or artifact is missing or damaged"
-        before = self._store.read_record(last_key)
+        before = self.store.read_record(last_key)
         return "the last run's record is gone" if before is None else explain_change(before, ingredients)
 
 

@@ -94,7 +94,7 @@ def qat_epoch(
 
 
 def has_stalled(evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:
-    """Whether none of the last `patience` epochs was better than all before them.
+    """Whether none of the last `patience` candidates was better than all before them.
 
     No stage: it reads what stages found. A run that is only planned trains every epoch.
     """
@@ -115,7 +115,10 @@ def choose_epoch(
     *,
     branch: str,
 ) -> tuple[Ref, Ref]:
-    """The artifact and the state of the epoch that is most accurate on the images that choices are made by."""
+    """The artifact and the state that are most accurate on the images that choices are made by; of equals, the first.
+
+    The candidates are what QAT started from, where that is a calibrated model, and its epochs.
+    """
     from quantlib import predictions
 
     store = current_run().store

@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import examples, machine, predictions, report, verdict
+from quantlib import diagnosis, examples, machine, predictions, report, verdict
 from quantlib.machine import Runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
@@ -21,13 +21,19 @@ from tasks.run import current_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochRefs:
-    """The artifacts of an epoch."""
+class CandidateRefs:
+    """The artifacts of an int8 model that QAT may end with."""
 
     artifact: Ref
-    metrics: Ref
     validation: tuple[Ref, ...]
     selection: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRefs(CandidateRefs):
+    """The artifacts of an epoch."""
+
+    metrics: Ref
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +62,28 @@ class VariantRefs:
     onnx: OnnxRefs | None = None
     """None for float, and where no runtime for ONNX is installed."""
     validation: tuple[Ref, ...] = ()
-    """Empty for QAT: the chosen epoch's are meant."""
+    """Empty for QAT: those of the epoch that was chosen are meant, or of the start."""
     selection: tuple[Ref, ...] = ()
     simulated: dict[str, tuple[Ref, ...]]
+    layers: tuple[Ref, ...] = ()
     epochs: tuple[EpochRefs, ...] = ()
-    start: tuple[tuple[Ref, ...], tuple[Ref, ...]] | None = None
-    """Of QAT from a calibrated model: that model's validation and selection answers."""
+    start: CandidateRefs | None = None
+    """Of QAT from a calibrated model: that model."""
+    prepared: Ref | None = None
+    """What was converted: a calibrated model, or an epoch's state; None: float."""
+
+    @property
+    def chosen(self) -> "CandidateRefs | VariantRefs":
+        """Whose answers are the variant's: of QAT, the candidate's that was chosen."""
+        # Two candidates can give the same file; the first of them is the one that was chosen.
+        candidates = (*((self.start,) if self.start else ()), *self.epochs)
+        return next((candidate for candidate in candidates if candidate.artifact == self.artifact), self)
 
     @property
     def candidates(self) -> tuple[tuple[Ref, tuple[Ref, ...]], ...]:
         """(artifact, its answers on validation) of whatever `artifact` is one of."""
-        return tuple((epoch.artifact, epoch.validation) for epoch in self.epochs) or ((self.artifact, self.validation),)
+        found = (*((self.start,) if self.start else ()), *self.epochs) or (self,)
+        return tuple((candidate.artifact, candidate.validation) for candidate in found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +96,8 @@ class Measurements:
     timings: Ref
     pictures: Ref | None
     """Example images, where any are asked for."""
+    notes: tuple[str, ...]
+    """What is to be said of the run."""
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -107,6 +126,12 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         stages=tuple(run.stages),
         classes=tuple(ClassRow(class_index=index, name=name) for index, name in enumerate(classes)),
         examples=examples.load(run.store.read(measurements.pictures)) if measurements.pictures is not None else (),
+        notes=measurements.notes,
+        layers=tuple(
+            row
+            for variant in measured
+            for row in diagnosis.layer_rows(variant.name, circumstances.selected_on, variant.layers)
+        ),
     )
     report.write(run.home / "reports", found, {variant.name: variant.validation for variant in measured})
     tracking.publish(found, run.home / "reports")
@@ -116,16 +141,15 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
 def _measured(
     store: Store, refs: VariantRefs, samples: dict[Ref, dict[tuple[str, int, int], list[float]]], folder: Path
 ) -> verdict.Measured:
-    # Two epochs can give the same file; the first of them is the one that was chosen.
-    chosen = next((n for n, epoch in enumerate(refs.epochs) if epoch.artifact == refs.artifact), None)
+    chosen = refs.chosen
     epochs = tuple(
         verdict.Epoch(
             metrics=store.read_json(epoch.metrics),
-            validation=_predictions(store, epoch.validation),
-            selection=_predictions(store, epoch.selection),
-            chosen=n == chosen,
+            validation=read_predictions(store, epoch.validation),
+            selection=read_predictions(store, epoch.selection),
+            chosen=epoch is chosen,
         )
-        for n, epoch in enumerate(refs.epochs)
+        for epoch in refs.epochs
     )
     place = store.lay_out(refs.artifact, folder / f"{refs.name}.pt")
     return verdict.Measured(
@@ -136,12 +160,13 @@ def _measured(
         scheme=refs.scheme,
         equalized=refs.equalized,
         bias_corrected=refs.bias_corrected,
-        validation=_predictions(store, refs.validation) if chosen is None else epochs[chosen].validation,
-        selection=_predictions(store, refs.selection) if chosen is None else epochs[chosen].selection,
-        simulated={parts: _predictions(store, shards) for parts, shards in refs.simulated.items()},
+        validation=read_predictions(store, chosen.validation),
+        selection=read_predictions(store, chosen.selection),
+        simulated={parts: read_predictions(store, shards) for parts, shards in refs.simulated.items()},
+        layers=[store.read_json(part) for part in refs.layers],
         epochs=epochs,
-        start_validation=_predictions(store, refs.start[0]) if refs.start else None,
-        start_selection=_predictions(store, refs.start[1]) if refs.start else None,
+        start_validation=read_predictions(store, refs.start.validation) if refs.start else None,
+        kept_start=chosen is refs.start if refs.start else None,
         samples_ms=samples[refs.artifact] | (samples.get(refs.onnx.file, {}) if refs.onnx else {}),
         onnx=_measured_onnx(store, refs.onnx, folder / f"{refs.name}.onnx") if refs.onnx else None,
         artifact_sha256=refs.artifact.sha256,
@@ -153,8 +178,9 @@ def _measured(
 def _measured_onnx(store: Store, refs: OnnxRefs, place: Path) -> verdict.Onnx:
     if refs.runtime is None:
         return verdict.Onnx(refusal=store.read_json(refs.file)["reason"])
-    return verdict.Onnx(path=str(store.lay_out(refs.file, place)), validation=_predictions(store, refs.validation))
+    return verdict.Onnx(path=str(store.lay_out(refs.file, place)), validation=read_predictions(store, refs.validation))
 
 
-def _predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:
+def read_predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:
+    """The answers of consecutive shards as one."""
     return predictions.concatenate([predictions.load(store.read(ref)) for ref in shards])

@@ -224,3 +224,9 @@ def test_the_winner_is_chosen_from_rows_alone() -> None:
     assert verdict.choose_winner(list(rows.values())) == "a"
     assert verdict.choose_winner([replace(row, accepted=False) for row in rows.values()]) is None
     assert verdict.choose_winner([]) is None
+
+
+def test_a_qat_that_kept_its_start_says_so() -> None:
+    qat = _measured("qat", 99, method="qat", kept_start=True, start_validation=_predictions(99))
+    row = _rows(_measured("float", 99, method="float"), qat)["qat"]
+    assert (row.kept_start, row.best_epoch, row.top1_start) == (True, None, 0.99)

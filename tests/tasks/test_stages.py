@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from prefect.states import State
 
-from quantlib import data, images
+from quantlib import data, images, predictions
 from quantlib.errors import ModelError, QuantflowError
 from quantlib.inputs import ModelInput, find_inputs
+from quantlib.predictions import Predictions
 from quantlib.recipe import parse_recipe
 from quantlib.transforms import EvalTransform
 from tasks.data import decode
 from tasks.model import fuse, load_float
-from tasks.quantize import calibrate
+from tasks.quantize import calibrate, choose_epoch, has_stalled
+from tasks.report import CandidateRefs, EpochRefs, VariantRefs, _measured
 from tasks.run import current_run, start_run
 
 RECIPE = parse_recipe(
@@ -83,3 +85,45 @@ def test_a_decoded_shard_holds_the_images_that_were_selected(run, tmp_path):
 def test_a_stage_outside_of_a_run_says_where_it_belongs():
     with pytest.raises(RuntimeError, match="Stages run inside a flow"):
         current_run()
+
+
+def _answers(run, *num_correct):
+    """References to predictions for ten images, so many of them right."""
+    return [
+        (run.store.put("predictions", predictions.save(Predictions(np.zeros(10, int), wrong, np.zeros(10, "f4")))),)
+        for wrong in (np.arange(10)[:, None] >= count for count in num_correct)
+    ]
+
+
+@pytest.mark.parametrize(("top1", "best"), [((8, 7, 8), 0), ((8, 9, 9), 1), ((1, 2, 3), 2)])
+def test_an_epoch_is_chosen_only_where_it_is_better_than_all_before_it(run, top1, best):
+    models = tuple(run.store.put("model", bytes([n])) for n in range(3))
+    states = tuple(run.store.put("model", bytes([n, n])) for n in range(3))
+    assert choose_epoch.fn(models, states, tuple(_answers(run, *top1)), branch="b") == (models[best], states[best])
+
+
+def test_training_that_never_beats_its_start_stalls(run):
+    assert has_stalled(_answers(run, 8, 7, 7), 2)
+    assert not has_stalled(_answers(run, 8, 7, 9), 2)
+    assert not has_stalled(_answers(run, 8, 7), 2)
+
+
+def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run):
+    start_answers, epoch_answers = _answers(run, 9, 8)
+    start, epoch = run.store.put("torchscript", b"start"), run.store.put("torchscript", b"epoch")
+    metrics = {"epoch": 0, "loss": 1.0, "train_top1": 0.5, "observers_frozen": True, "batch_norm_frozen": True}
+    refs = {"method": "qat", "qconfig": "accurate", "engine": "x86", "scheme": None, "simulated": {}}
+    candidate = CandidateRefs(artifact=start, validation=start_answers, selection=start_answers)
+    trained = EpochRefs(
+        artifact=epoch,
+        validation=epoch_answers,
+        selection=epoch_answers,
+        metrics=run.store.put_json("metrics", metrics),
+    )
+    refs |= {"equalized": False, "bias_corrected": False, "start": candidate, "epochs": (trained,)}
+    kept, moved = (
+        _measured(run.store, VariantRefs(name="q", artifact=artifact, **refs), {}, run.home / "models")
+        for artifact in (start, epoch)
+    )
+    assert (kept.kept_start, kept.validation.top1, [e.chosen for e in kept.epochs]) == (True, 0.9, [False])
+    assert (moved.kept_start, moved.validation.top1, [e.chosen for e in moved.epochs]) == (False, 0.8, [True])

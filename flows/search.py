@@ -1,0 +1,71 @@
+"""The search: trials are ordinary branches, made one after the other of the same cached stages."""
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from flows.branches import Trunk, layers_of, ptq_branch, qat_branch
+from quantlib import search
+from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe
+from quantlib.search import Trial
+from tasks.report import VariantRefs
+from tasks.search import NotYetKnownError, judge, rank_layers, save_best
+
+
+def search_branches(trunk: Trunk, baseline: VariantRefs) -> tuple[list[VariantRefs], list[str]]:
+    """The variants that the recipe's search tries, and what is to be said of its end.
+
+    A run that is only planned ends with the first trial that is new: what comes next depends on what it would find.
+    """
+    settings = trunk.recipe.search
+    if settings is None:
+        return [], []
+    variants: dict[str, VariantRefs] = {}
+    trials: list[Trial] = []
+
+    with suppress(NotYetKnownError):
+        _try_in_turn(trunk, baseline, settings, variants, trials)
+    return list(variants.values()), [_conclusion(settings, trials)]
+
+
+def _try_in_turn(
+    trunk: Trunk, baseline: VariantRefs, settings: SearchRecipe, variants: dict[str, VariantRefs], trials: list[Trial]
+) -> None:
+    """Make trials until the search is over; `variants` and `trials` take them in.
+
+    Raises:
+        NotYetKnownError: Where the run is only planned, and the next step depends on what it would find.
+    """
+
+    def rank(name: str) -> list[str]:
+        prepared = variants[name].prepared
+        assert prepared is not None
+        variants[name] = replace(variants[name], layers=variants[name].layers or layers_of(trunk, prepared, name))
+        return rank_layers(variants[name].layers)
+
+    images, deadline = trunk.inputs.training, time.monotonic() + 60 * settings.max_minutes
+    while time.monotonic() < deadline:
+        branch = search.next_trial(settings, trials, rank, images.stop - images.start)
+        if branch is None:
+            return
+        assert isinstance(branch, PTQRecipe | QATRecipe)
+        variant = ptq_branch(trunk, branch) if isinstance(branch, PTQRecipe) else qat_branch(trunk, branch)
+        variants[branch.name] = variant
+        trials.append(judge(branch, baseline, variant))
+        best = search.best_trial(settings, trials)
+        save_best(variants[best.branch.name].artifact)
+
+
+def _conclusion(settings: SearchRecipe, trials: list[Trial]) -> str:
+    if not trials:
+        return "The search tried nothing."
+    best = search.best_trial(settings, trials)
+    chosen = f"{best.branch.name}, {-100 * best.drop + 0.0:+.2f} points on the images that choices are made by"
+    limit = " (its limit)" if len(trials) == settings.max_trials else ""
+    if search.is_inside(best, settings):
+        return f"The search ended after {len(trials)} trials{limit} inside its budget: {chosen}."
+    over = 100 * (best.drop - settings.max_top1_drop)
+    return (
+        f"The search ended after {len(trials)} trials{limit} {over:.2f} points outside its budget of "
+        f"{100 * settings.max_top1_drop:.2f}; its best is {chosen}."
+    )

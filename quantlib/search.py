@@ -1,0 +1,112 @@
+"""The search for the fastest variant inside a budget: what was tried so far decides what is tried next.
+
+Settings that cost no speed come first, all of them: a few hundred images cannot tell which of two good ones is
+better, and each takes seconds, as calibration is shared. Where none is inside the budget, layers stay float, the
+costliest first, which costs speed; then training, which costs time and may be inside with every layer int8. A trial
+alone ends the search only where its whole interval is inside.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantlib.recipe import BranchRecipe, PTQRecipe, QATRecipe, SearchRecipe
+
+# Added to one another in this order, from the tutorial's cheapest setting: what a variant is, and what is new in it.
+_FREE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("minmax", {"qconfig": "default", "activation_bits": "auto"}),
+    ("equalized", {"equalize": True}),
+    ("corrected", {"bias_correction": True}),
+    ("per_channel", {"weights": "per_channel"}),
+    ("mse", {"observer": "mse"}),
+    ("percentile", {"observer": "percentile"}),
+)
+# Of the costliest layers, how many stay float.
+_KEPT_IN_FLOAT = (1, 2, 4, 8)
+# As the tutorial trains: 8 epochs of 20 batches of 30 images.
+_EPOCHS, _BATCHES, _BATCH_SIZE = 8, 20, 30
+# A drop of exactly the budget is not to be lost to float64's rounding; one image is far more than this.
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A variant that was tried."""
+
+    branch: BranchRecipe
+    drop: float
+    """Of top-1 against float, on the images that choices are made by."""
+    high: float
+    """Upper end of the drop's 95% interval."""
+
+    @property
+    def num_float_layers(self) -> int:
+        """Layers kept in float: each costs speed."""
+        return len(self.branch.float_layers)
+
+
+def next_trial(
+    search: SearchRecipe,
+    trials: Sequence[Trial],
+    rank_layers: Callable[[str], Sequence[str]],
+    num_training_images: int,
+) -> BranchRecipe | None:
+    """What to try next.
+
+    Args:
+        search: The budget, and how many trials it may take.
+        trials: So far, in order.
+        rank_layers: The layers of the trial of a name that can be kept in float, the costliest first; called only
+            where no setting that is free is inside the budget.
+        num_training_images: That training may use.
+
+    Returns:
+        None where the search is over.
+    """
+    if len(trials) >= search.max_trials or any(_surely_inside(trial, search) for trial in trials):
+        return None
+    number = len(trials) + 1
+    if len(trials) < len(_FREE):
+        options: dict[str, Any] = {}
+        for _, added in _FREE[:number]:
+            options |= added
+        return PTQRecipe(name=trial_name(number, _FREE[number - 1][0]), **options)
+    if any(trial.num_float_layers == 0 and is_inside(trial, search) for trial in trials):
+        return None  # As fast as any: neither float layers nor training could win.
+    free = best_trial(search, trials[: len(_FREE)])
+    tried = {trial.num_float_layers for trial in trials if isinstance(trial.branch, PTQRecipe)}
+    kept = next((count for count in _KEPT_IN_FLOAT if count not in tried), None)
+    if kept is not None and not any(is_inside(trial, search) for trial in trials):
+        layers = tuple(rank_layers(free.branch.name)[:kept])
+        if len(layers) == kept:
+            return free.branch.model_copy(update={"name": trial_name(number, f"float-{kept}"), "float_layers": layers})
+    if not any(isinstance(trial.branch, QATRecipe) for trial in trials):
+        return _training(free.branch, trial_name(number, "qat"), num_training_images)
+    return None
+
+
+def best_trial(search: SearchRecipe, trials: Sequence[Trial]) -> Trial:
+    """The fastest inside the budget, of equals the most accurate; where none is inside, the most accurate."""
+    inside = [trial for trial in trials if is_inside(trial, search)]
+    return min(inside or trials, key=lambda trial: (trial.num_float_layers if inside else 0, trial.drop))
+
+
+def is_inside(trial: Trial, search: SearchRecipe) -> bool:
+    """Whether a trial loses no more than the budget."""
+    return trial.drop <= search.max_top1_drop + _TOLERANCE
+
+
+def trial_name(number: int, what: str) -> str:
+    """A trial's variant, as search-2-equalized; `number` counts from 1."""
+    return f"search-{number}-{what}"
+
+
+def _surely_inside(trial: Trial, search: SearchRecipe) -> bool:
+    return trial.num_float_layers == 0 and trial.high <= search.max_top1_drop
+
+
+def _training(branch: BranchRecipe, name: str, num_images: int) -> QATRecipe:
+    """QAT with a PTQ branch's options."""
+    batch_size = max(2, min(_BATCH_SIZE, num_images))
+    options = branch.model_dump() | {"name": name, "batch_size": batch_size, "epochs": _EPOCHS}
+    return QATRecipe(**options, batches_per_epoch=max(1, min(_BATCHES, num_images // batch_size)))

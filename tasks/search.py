@@ -1,0 +1,53 @@
+"""What a search is told of its trials. No stages: they read what stages have found, and lay out the best file."""
+
+from quantlib import diagnosis, significance
+from quantlib.recipe import BranchRecipe
+from quantlib.search import Trial
+from quantlib.store import Ref, Store
+from tasks.caching import PLANNER
+from tasks.report import VariantRefs, read_predictions
+from tasks.run import current_run
+
+
+class NotYetKnownError(Exception):
+    """A run that is only planned cannot say what a stage would find."""
+
+
+def judge(branch: BranchRecipe, baseline: VariantRefs, variant: VariantRefs) -> Trial:
+    """How a trial did on the images that choices are made by.
+
+    Raises:
+        NotYetKnownError: Where the run is only planned, and the trial was not made before.
+    """
+    store = _store_with((*baseline.selection, variant.artifact, *variant.chosen.selection))
+    before = read_predictions(store, baseline.selection).top1_correct
+    after = read_predictions(store, variant.chosen.selection).top1_correct
+    paired = significance.paired_drop(before, after)
+    return Trial(branch, paired.drop, paired.high)
+
+
+def rank_layers(parts: tuple[Ref, ...]) -> list[str]:
+    """The layers that have weights, the costliest first, from what `measure_layers` has found.
+
+    Raises:
+        NotYetKnownError: Where the run is only planned, and they were not measured before.
+    """
+    store = _store_with(parts)
+    rows = diagnosis.layer_rows("", "", [store.read_json(part) for part in parts])
+    return [row.layer for row in diagnosis.costliest(rows) if row.weight_min is not None]
+
+
+def save_best(artifact: Ref) -> None:
+    """Lay out the best file so far as models/RUN/search-best.pt, to be shipped if need be before the run ends."""
+    if PLANNER.get() is None:
+        run = current_run()
+        run.store.lay_out(artifact, run.home / "models" / run.run_id / "search-best.pt")
+
+
+def _store_with(refs: tuple[Ref, ...]) -> Store:
+    planner = PLANNER.get()
+    if planner is None:
+        return current_run().store
+    if not all(isinstance(ref, Ref) for ref in refs):
+        raise NotYetKnownError
+    return planner.store
