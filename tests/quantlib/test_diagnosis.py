@@ -34,7 +34,9 @@ def _variant(name: str, **changes: Any) -> VariantRow:
 
 
 def _diagnose(variant: VariantRow, *layers: LayerRow) -> list[diagnosis.Diagnosis]:
-    return diagnosis.diagnose(Report("run", (_variant("float", method="float"), variant), (), (), (), layers))
+    variants = (_variant("float", method="float"), variant)
+    run = Report(run_id="run", variants=variants, epochs=(), latency=(), stages=(), layers=layers)
+    return diagnosis.diagnose(run)
 
 
 def test_parts_of_the_images_become_one_row() -> None:

@@ -122,7 +122,7 @@ def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run):
     )
     refs |= {"equalized": False, "bias_corrected": False, "start": candidate, "epochs": (trained,)}
     kept, moved = (
-        _measured(run.store, VariantRefs(name="q", artifact=artifact, **refs), {}, run.home / "models")
+        _measured(run.store, VariantRefs(name="q", artifact=artifact, **refs), {artifact: {}}, run.home / "models")
         for artifact in (start, epoch)
     )
     assert (kept.kept_start, kept.validation.top1, [e.chosen for e in kept.epochs]) == (True, 0.9, [False])
