@@ -90,11 +90,11 @@ def _serve(
         reconciler = Reconciler(client, home, POOL)
         reconciler.mark_dead(patience=0)
         _make_pool(client)
-        _deploy(client, home)
         command = [sys.executable, "-m", "flows.worker", "--pool", POOL, "--limit", str(num_runs)]
         worker = processes.Child("worker", command, dict(os.environ), folder / "worker.log")
-        say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
         try:
+            _deploy(client, home)  # While the worker starts.
+            say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
             _watch([server, worker], reconciler, stopped, say)
         finally:
             _stop_worker(worker, server, reconciler)
@@ -132,11 +132,12 @@ def _stop_worker(worker: processes.Child, server: processes.Child, reconciler: "
 def _make_pool(client: "SyncPrefectClient") -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
-    from prefect.workers.process import ProcessWorker
 
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
+        from prefect.workers.process import ProcessWorker
+
         template = ProcessWorker.get_default_base_job_template()
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
