@@ -41,7 +41,7 @@ def first_page(checkout: Path, home: Path) -> float:
         return time.perf_counter() - start
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
 
 
 def main() -> None:

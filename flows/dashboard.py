@@ -90,11 +90,12 @@ def _serve(
         reconciler = Reconciler(client, home, POOL)
         reconciler.mark_dead(patience=0)
         _make_pool(client)
-        _deploy(client, home)
         command = [sys.executable, "-m", "flows.worker", "--pool", POOL, "--limit", str(num_runs)]
         worker = processes.Child("worker", command, dict(os.environ), folder / "worker.log")
-        say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
         try:
+            # While the worker starts.
+            if _deploy(client, home, stopped):
+                say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
             _watch([server, worker], reconciler, stopped, say)
         finally:
             _stop_worker(worker, server, reconciler)
@@ -132,39 +133,47 @@ def _stop_worker(worker: processes.Child, server: processes.Child, reconciler: "
 def _make_pool(client: "SyncPrefectClient") -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
-    from prefect.workers.process import ProcessWorker
 
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
+        from prefect.workers.process import ProcessWorker
+
         template = ProcessWorker.get_default_base_job_template()
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 
-def _deploy(client: "SyncPrefectClient", home: Path) -> None:
-    """Make the deployments of prefect.yaml, unless that was done: what was changed in the dashboard stays."""
+def _deploy(client: "SyncPrefectClient", home: Path, stopped: threading.Event) -> bool:
+    """Make the deployments of prefect.yaml, unless that was done: what was changed in the dashboard stays.
+
+    Returns:
+        Whether they are there; not where the dashboard is stopped meanwhile, which ends all that it has started.
+    """
     project, file = find_project(), find_deployments()
     done = home / "prefect" / "deployed.json"
     sources = [file, *sorted((project / "flows").glob("*.py")), project / "quantlib" / "recipe.py"]
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
     if _read_json(done) == {"digest": digest, "project": str(project)} and len(client.read_deployments()) >= 3:
-        return
+        return True
     log = home / "prefect" / "deploy.log"
     # Where the variable is known it is filled in; it must stay, for the worker to fill in.
     environment = {name: value for name, value in os.environ.items() if name != "QUANTFLOW_PROJECT"}
     with log.open("wb") as output:
-        status = subprocess.run(  # noqa: S603 (our own file)
+        process = subprocess.Popen(  # noqa: S603 (our own file)
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
             cwd=project,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
-    if status != 0:
+        )
+    while process.poll() is None:
+        if stopped.wait(0.05):
+            return False
+    if process.returncode != 0:
         raise MachineError(f"The deployments of {file} cannot be made; the reason is in {log}.")
     write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
+    return True
 
 
 def find_project() -> Path:

@@ -16,7 +16,19 @@ _COLORS = ("#3B8FD4", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 _GREY = "#8A8F98"
 _METHOD_COLOR = {"float": _GREY, "ptq": "#3B8FD4", "qat": "#E69F00"}
 _METHOD_SYMBOL = {"float": "square", "ptq": "circle", "qat": "diamond"}
-_SIDES = ("top left", "bottom right", "top right", "bottom left")
+# Where a point's name can stand: to the right of it, and above.
+_SIDES = {
+    "top right": (1, 1),
+    "top left": (-1, 1),
+    "bottom right": (1, -1),
+    "bottom left": (-1, -1),
+    "middle right": (1, 0),
+    "middle left": (-1, 0),
+    "top center": (0, 1),
+    "bottom center": (0, -1),
+}
+# Of the narrowest plot, on a phone, of a letter, and of a point in it; pixels.
+_PLOT_WIDTH, _PLOT_HEIGHT, _LETTER_WIDTH, _LETTER_HEIGHT, _POINT = 270, 230, 7, 14, 12
 _MAX_BARS = 20
 
 
@@ -81,7 +93,7 @@ def _figure(traces: Sequence[Any], x: dict[str, Any], y: dict[str, Any], **layou
         {
             "template": "none",
             "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
-            "legend": {"orientation": "h", "y": -0.2},
+            "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
             "xaxis": plain | x,
             "yaxis": plain | y,
         },
@@ -101,15 +113,48 @@ def _tradeoff(variants: Sequence[VariantRow]) -> go.Figure:
             hoverinfo="skip",
         )
     ]
-    # Neighbours' names go to different sides, so that they do not lie upon each other.
-    ranked = sorted(variants, key=lambda row: row.latency_p50_ms)
-    side = {row.variant: _SIDES[rank % len(_SIDES)] for rank, row in enumerate(ranked)}
+    accuracy = _top1_axis([row.top1 for row in variants])
+    side = _name_sides(variants, *accuracy["range"])
     for method in ("float", "ptq", "qat"):
         rows = [row for row in variants if row.method == method]
         if rows:
             traces.append(_points_of(rows, method, [side[row.variant] for row in rows]))
     latency = {"title": {"text": "latency p50, ms (batch 1, one thread)"}, "rangemode": "tozero"}
-    return _figure(traces, latency, _top1_axis([row.top1 for row in variants]))
+    return _figure(traces, latency, accuracy)
+
+
+def _name_sides(variants: Sequence[VariantRow], low: float, high: float) -> dict[str, str]:
+    """On which side of its point each variant's name stands, so that no name lies upon another, or upon a point.
+
+    Args:
+        variants: The points, over latencies from zero.
+        low: The least top-1 of the axis.
+        high: The greatest.
+    """
+    slowest = max(row.latency_p50_ms for row in variants)
+    points = [
+        (_PLOT_WIDTH * row.latency_p50_ms / slowest, _PLOT_HEIGHT * (row.top1 - low) / (high - low)) for row in variants
+    ]
+    taken: list[tuple[float, ...]] = [
+        (x, y, _POINT, _POINT) for x, y in points
+    ]  # (middle, width and height) of whatever is drawn.
+    sides = {}
+    for row, (x, y) in zip(variants, points, strict=True):
+        width, height = _LETTER_WIDTH * (len(row.variant) + 2 * row.winner), _LETTER_HEIGHT
+        boxes = {
+            side: (x + right * (width + _POINT) / 2, y + up * height, width, height)
+            for side, (right, up) in _SIDES.items()
+        }
+        side = min(boxes, key=lambda side: _num_overlaps(boxes[side], taken))
+        sides[row.variant] = side
+        taken.append(boxes[side])
+    return sides
+
+
+def _num_overlaps(box: tuple[float, ...], others: Sequence[tuple[float, ...]]) -> int:
+    x, y, width, height = box
+    beyond = not 0 <= x - width / 2 < x + width / 2 <= _PLOT_WIDTH
+    return beyond + sum(abs(x - a) < (width + w) / 2 and abs(y - b) < (height + h) / 2 for a, b, w, h in others)
 
 
 def _points_of(rows: Sequence[VariantRow], method: str, sides: Sequence[str]) -> go.Scatter:
@@ -120,7 +165,7 @@ def _points_of(rows: Sequence[VariantRow], method: str, sides: Sequence[str]) ->
         mode="markers+text",
         textposition=sides,
         cliponaxis=False,
-        marker={"size": 12, "color": _METHOD_COLOR[method], "symbol": _METHOD_SYMBOL[method]},
+        marker={"size": _POINT, "color": _METHOD_COLOR[method], "symbol": _METHOD_SYMBOL[method]},
         name=method,
         hovertemplate="%{text}<br>%{x:.2f} ms<br>top-1 %{y:.2%}<extra></extra>",
     )

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,6 +17,7 @@ import pytest
 from dashboard_driver import PROJECT, Dashboard, until
 
 from flows import presence
+from flows.processes import is_alive
 
 CONNECTIONS = Path(__file__).parent / "watch_connections"
 running = pytest.mark.slow
@@ -98,6 +101,21 @@ def test_a_run_from_the_command_line_is_seen_on_the_dashboard(dashboard):
     (run,) = dashboard.runs(name={"any_": ["by_hand"]})
     assert run["state"]["name"] == "Completed"
     assert run["deployment_id"] is None
+
+
+@running
+def test_a_dashboard_is_stopped_while_it_still_makes_its_deployments(tmp_path):
+    starting = Dashboard(tmp_path)
+    starting.process = starting.command("dashboard", "--home", str(starting.home), "--port", "0")
+    assert starting.process.stdout.readline().startswith("Dashboard: ")
+    asked = time.monotonic()
+    started = starting.processes()
+    starting.process.send_signal(signal.SIGTERM)
+    said = starting.process.communicate(timeout=120)[0]
+    assert time.monotonic() - asked < 60
+    assert "Deployments are scheduled" not in said
+    assert "Stopped." in said
+    assert not any(is_alive(pid) for pid in started)
 
 
 @running

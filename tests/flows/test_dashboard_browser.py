@@ -67,7 +67,7 @@ def test_a_page_that_asks_another_host_is_noticed(window, tmp_path, host):
 
 
 def test_the_deployments_are_listed_with_their_schedules(dashboard, window, shoot):
-    window.size(1500, 600)  # A narrower page counts the schedules, and does not say them.
+    window.size(1600, 600)  # A narrower page counts the schedules, and does not say them.
     window.open(f"{dashboard.url}/deployments")
     window.wait_for("3 Deployments")
     # The worker is seen, and the page has asked whose deployments they are.

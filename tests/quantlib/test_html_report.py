@@ -202,6 +202,14 @@ def test_a_run_reported_before_there_were_classes_and_examples_reads_all_the_sam
     assert "by their place in the validation split: 3." in page
 
 
+def test_names_of_variants_that_are_nearly_equal_stand_on_different_sides_of_their_points(tmp_path):
+    near = tuple(replace(QAT, variant=f"name_{n}", latency_p50_ms=4.0 + n / 100, winner=n == 0) for n in range(4))
+    write(tmp_path, variants=(FLOAT, *near))
+    traces = chart(html_report.render(tmp_path), "tradeoff")["data"]
+    (sides,) = (trace["textposition"] for trace in traces if trace["name"] == "qat")
+    assert len(set(sides)) == 4
+
+
 def test_freezes_are_marked_at_the_first_epoch_that_has_them(tmp_path):
     write(tmp_path)
     figure = chart(html_report.render(tmp_path), "epochs")
