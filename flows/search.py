@@ -23,15 +23,19 @@ def search_branches(trunk: Trunk, baseline: VariantRefs) -> tuple[list[VariantRe
     variants: dict[str, VariantRefs] = {}
     trials: list[Trial] = []
 
+    limit = ""
     with suppress(NotYetKnownError):
-        _try_in_turn(trunk, baseline, settings, variants, trials)
-    return list(variants.values()), [_conclusion(settings, trials)]
+        limit = _try_in_turn(trunk, baseline, settings, variants, trials)
+    return list(variants.values()), [_conclusion(settings, trials, limit)]
 
 
 def _try_in_turn(
     trunk: Trunk, baseline: VariantRefs, settings: SearchRecipe, variants: dict[str, VariantRefs], trials: list[Trial]
-) -> None:
+) -> str:
     """Make trials until the search is over; `variants` and `trials` take them in.
+
+    Returns:
+        The limit that ended it, "" where it came to its own end.
 
     Raises:
         NotYetKnownError: Where the run is only planned, and the next step depends on what it would find.
@@ -47,21 +51,21 @@ def _try_in_turn(
     while time.monotonic() < deadline:
         branch = search.next_trial(settings, trials, rank, images.stop - images.start)
         if branch is None:
-            return
+            return f", its limit of {settings.max_trials}," if len(trials) == settings.max_trials else ""
         assert isinstance(branch, PTQRecipe | QATRecipe)
         variant = ptq_branch(trunk, branch) if isinstance(branch, PTQRecipe) else qat_branch(trunk, branch)
         variants[branch.name] = variant
         trials.append(judge(branch, baseline, variant))
         best = search.best_trial(settings, trials)
         save_best(variants[best.branch.name].artifact)
+    return f" and its limit of {settings.max_minutes:g} minutes"
 
 
-def _conclusion(settings: SearchRecipe, trials: list[Trial]) -> str:
+def _conclusion(settings: SearchRecipe, trials: list[Trial], limit: str) -> str:
     if not trials:
-        return "The search tried nothing."
+        return "The search has no trial yet."
     best = search.best_trial(settings, trials)
     chosen = f"{best.branch.name}, {-100 * best.drop + 0.0:+.2f} points on the images that choices are made by"
-    limit = " (its limit)" if len(trials) == settings.max_trials else ""
     if search.is_inside(best, settings):
         return f"The search ended after {len(trials)} trials{limit} inside its budget: {chosen}."
     over = 100 * (best.drop - settings.max_top1_drop)

@@ -117,31 +117,18 @@ def train_epoch(
     seed = schedule.seed + epoch
     torch.manual_seed(seed)
     order = _order(indices, schedule, seed)
-    num_batches = -(-len(order) // schedule.batch_size)
-
     model = state.model.train().to(memory_format=torch.channels_last)
-    if schedule.freezes_batch_norm(epoch - 1):
-        backend.freeze_batch_norm(model)
-    if schedule.freezes_observers(epoch - 1):
-        backend.freeze_observers(model)
-    total_loss, correct = 0.0, 0
+    _freeze(model, schedule, epoch - 1)
+    num_batches, total_loss, correct = -(-len(order) // schedule.batch_size), 0.0, 0
     for step, (pixels, labels_array) in enumerate(data.batches(split, order, transform, seed, schedule.batch_size)):
         labels = torch.from_numpy(labels_array)
         x = images.to_input(torch.from_numpy(pixels))
-        logits = model(x)
-        loss = _loss(logits, labels, x, teacher)
-        for group in state.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate_at(epoch, step / num_batches)
-        state.optimizer.zero_grad()
-        loss.backward()
-        state.optimizer.step()
-        total_loss += float(loss.detach()) * len(labels)
-        correct += int((logits.argmax(1) == labels).sum())
+        learning_rate = schedule.learning_rate_at(epoch, step / num_batches)
+        loss, num_right = _step(model, state.optimizer, learning_rate, x, labels, teacher)
+        total_loss += loss * len(labels)
+        correct += num_right
         progress(step + 1, num_batches)
-    if schedule.freezes_observers(epoch):
-        backend.freeze_observers(model)
-    if schedule.freezes_batch_norm(epoch):
-        backend.freeze_batch_norm(model)
+    _freeze(model, schedule, epoch)
     return EpochMetrics(
         epoch=epoch,
         loss=total_loss / len(order),
@@ -150,6 +137,33 @@ def train_epoch(
         observers_frozen=schedule.freezes_observers(epoch),
         batch_norm_frozen=schedule.freezes_batch_norm(epoch),
     )
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    x: Tensor,
+    labels: Tensor,
+    teacher: nn.Module | None,
+) -> tuple[float, int]:
+    """One step on images x [n, 3, H, W] with labels [n]; its mean loss, and how many images were right."""
+    logits = model(x)
+    loss = _loss(logits, labels, x, teacher)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach()), int((logits.argmax(1) == labels).sum())
+
+
+def _freeze(model: nn.Module, schedule: Schedule, epoch: int) -> None:
+    """Freeze what is to stay as it is once an epoch is trained; -1: before the first."""
+    if schedule.freezes_observers(epoch):
+        backend.freeze_observers(model)
+    if schedule.freezes_batch_norm(epoch):
+        backend.freeze_batch_norm(model)
 
 
 def _order(indices: np.ndarray, schedule: Schedule, seed: int) -> np.ndarray:

@@ -14,8 +14,10 @@ from quantlib.scheme import BUNDLES, ActivationBits, ObserverName, QConfigName, 
 
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 BranchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-Count = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# Strict, so that a value is taken as it is or refused: "3" is no 3, 1 no true, and 2.0 no 2.
+Count = Annotated[int, Field(gt=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
@@ -40,9 +42,9 @@ class TrainingRecipe(Section):
 
     epochs: Count = 12
     """Passes over the training split."""
-    batch_size: Annotated[int, Field(gt=1)] = 64
+    batch_size: Annotated[int, Field(gt=1, strict=True)] = 64
     """Images a step."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0.0, strict=True)] = 0.05
     """Peak learning rate of SGD with Nesterov momentum 0.9 and a one-cycle schedule."""
 
 
@@ -99,13 +101,13 @@ class EvaluationRecipe(Section):
     training, or the validation split itself (then its figures are optimistic, and the report says so)."""
     num_held_back: Count | None = None
     """Training images held back, with `select_on = "held_back"`; absent: a tenth of them, and 1000 at most."""
-    simulate: bool = False
+    simulate: Flag = False
     """Also measure every quantized model with fake quantization in float: both, weights only, activations
     only. Shows which of the two costs accuracy."""
-    num_examples: Annotated[int, Field(ge=0)] = 12
+    num_examples: Annotated[int, Field(ge=0, strict=True)] = 12
     """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
     than float. 0: none."""
-    layers: bool = False
+    layers: Flag = False
     """Also measure every layer of every quantized model (the table `layers`), on 256 of the images that choices are
     made by: two forward passes for each layer."""
 
@@ -135,9 +137,9 @@ class BranchRecipe(Section):
     """One scale a weight tensor, or one an output channel; absent: as `qconfig` says."""
     activation_bits: ActivationBits | Literal["auto"] | None = None
     """8, or 7 where the CPU's int8 arithmetic would saturate; "auto": what this CPU can; absent: as `qconfig` says."""
-    equalize: bool | None = None
+    equalize: Flag | None = None
     """Cross-layer equalization first; absent: as `qconfig` says."""
-    bias_correction: bool | None = None
+    bias_correction: Flag | None = None
     """Correct each layer's mean output, on the calibration images; absent: as `qconfig` says."""
     float_layers: tuple[str, ...] = ()
     """Layers that stay float, by dotted path or by class."""
@@ -184,21 +186,21 @@ class QATRecipe(BranchRecipe):
     """Stop after so many epochs without a new best (the start counts as one); absent: train all."""
     batches_per_epoch: Count | None = None
     """Training batches an epoch; absent: the whole training split."""
-    batch_size: Annotated[int, Field(gt=1)] = 30
+    batch_size: Annotated[int, Field(gt=1, strict=True)] = 30
     """Images a training step (BatchNorm needs two at least)."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0.0, strict=True)] = 1e-4
     """Of plain SGD, at the start."""
     learning_rate_decay: LearningRateDecay = "cosine"
     """cosine: to zero at the last epoch's end; constant: none."""
-    distill: bool = True
+    distill: Flag = True
     """Learn what the float model says of each image, not the labels."""
     train_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
     """As [data] train_scale, of this branch. The nearer to the images that the float model was trained on, the less
     BatchNorm moves."""
-    freeze_batch_norm_after_epoch: Annotated[int, Field(ge=-2)] = -2
+    freeze_batch_norm_after_epoch: Annotated[int, Field(ge=-2, strict=True)] = -2
     """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the
     start, as so few images are worse statistics than what the float model brings."""
-    freeze_observer_after_epoch: Annotated[int, Field(ge=-2)] = -2
+    freeze_observer_after_epoch: Annotated[int, Field(ge=-2, strict=True)] = -2
     """Observers are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the start."""
 
     @model_validator(mode="after")
@@ -227,7 +229,7 @@ class BenchmarkRecipe(Section):
     """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
     num_threads: tuple[Count, ...] = (1,)
     """Threads of torch; 1 is always timed."""
-    num_samples: Annotated[int, Field(ge=10)] = 50
+    num_samples: Annotated[int, Field(ge=10, strict=True)] = 50
     """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
 
 
@@ -239,7 +241,7 @@ class SearchRecipe(Section):
     its own. Trials are judged on the images that choices are made by, the winner by the gate."""
     max_trials: Count = 12
     """Variants to try at most; each is a branch of the report."""
-    max_minutes: Annotated[float, Field(gt=0.0)] = 120.0
+    max_minutes: Annotated[float, Field(gt=0.0, strict=True)] = 120.0
     """No trial begins after so many minutes of this run's search; one that has begun goes to its end."""
 
 
@@ -248,7 +250,7 @@ class GateRecipe(Section):
 
     max_top1_drop: Fraction = 0.01
     """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point."""
-    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
     """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
     its drop is inside; absent: the drop itself is what counts."""
 
@@ -260,7 +262,7 @@ class Recipe(Section):
     """Names the run in reports and on the dashboard."""
     description: str = ""
     """One line for `quantflow recipes`."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 191009
+    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 191009
     """Of every random choice: initial weights, data order, crops."""
     engine: EngineName = "auto"
     """torch's int8 engine; auto: x86 on x86-64 CPUs, else qnnpack."""

@@ -80,17 +80,25 @@ class Outcome:
     error: str
 
 
-def start_run(home: Path, *, kill_at: int | None = None, hold_at: str | None = None, run_id: str | None = None) -> Any:
-    """Start a run of RECIPE in a process of its own.
+def start_run(
+    home: Path,
+    *,
+    kill_at: int | None = None,
+    hold_at: str | None = None,
+    run_id: str | None = None,
+    recipe: dict[str, Any] = RECIPE,
+) -> Any:
+    """Start a run in a process of its own.
 
     Args:
         home: Its home folder.
         kill_at: Kill it with SIGKILL at this point of its work, counted from 0.
         hold_at: Let it sleep at the first point of this name, for ever; `process.held` is then there.
         run_id: Of the run to go on with.
+        recipe: What is run.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
-    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id))
+    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id, recipe))
     process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
@@ -135,11 +143,13 @@ def finish(process: Any, timeout: float = 240) -> Outcome:
 
 
 def run(home: Path, **options: Any) -> Outcome:
-    """Run RECIPE to its end, or to where it is killed."""
+    """Run to its end, or to where it is killed."""
     return finish(start_run(home, **options))
 
 
-def _work(home: str, result: str, kill_at: int | None, hold_at: str | None, run_id: str | None) -> None:
+def _work(
+    home: str, result: str, kill_at: int | None, hold_at: str | None, run_id: str | None, recipe: dict[str, Any]
+) -> None:
     os.environ["QUANTFLOW_HOME"] = home
     points: list[str] = []
 
@@ -154,13 +164,13 @@ def _work(home: str, result: str, kill_at: int | None, hold_at: str | None, run_
     _hook_points(pass_point)
     found: dict[str, Any] = {"points": points}
     try:
-        found |= _run_flow(run_id)
+        found |= _run_flow(run_id, recipe)
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     Path(result).write_text(json.dumps(found, default=str))
 
 
-def _run_flow(run_id: str | None) -> dict[str, Any]:
+def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from flows.quantize import quantize
@@ -174,7 +184,7 @@ def _run_flow(run_id: str | None) -> dict[str, Any]:
     if run_id is not None:
         RUN_ID.set(run_id)
     try:
-        report = quantize(parse_recipe(RECIPE))
+        report = quantize(parse_recipe(recipe))
     finally:
         drain()  # A forked process ends without what Prefect does at exit.
     timed = {

@@ -1,6 +1,7 @@
 """The recipe: what it may say, and what is said of one that is wrong."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,31 @@ def test_every_key_of_the_recipe_is_described() -> None:
 
     assert Recipe in Section.__subclasses__()
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("evaluation.batch_size", "3"),
+        ("evaluation.batch_size", 3.0),
+        ("evaluation.batch_size", True),
+        ("evaluation.simulate", 1),
+        ("evaluation.simulate", "yes"),
+        ("gate.max_top1_drop", "0.5"),
+        ("benchmark.batch_sizes", ["1"]),
+        ("seed", "1"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_and_not_converted(key, value):
+    *sections, name = key.split(".")
+    tables = {name: value}
+    for section in sections:
+        tables = {section: tables}
+    recipe = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits"}, "ptq": [{"name": "p"}]}
+    with pytest.raises(RecipeError, match=re.escape(key)):
+        parse_recipe(recipe | tables)
+
+
+def test_a_whole_number_will_do_for_a_fraction():
+    recipe = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits"}, "ptq": [{"name": "p"}]}
+    assert parse_recipe(recipe | {"gate": {"max_top1_drop": 1}}).gate.max_top1_drop == 1.0

@@ -1,0 +1,121 @@
+"""What the search tries next: decided by the trials so far alone."""
+
+import pytest
+
+from quantlib.errors import RecipeError
+from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe, parse_recipe
+from quantlib.search import Trial, best_trial, next_trial
+
+FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "percentile"]
+RECIPE = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits"}}
+
+
+def _search(outcomes, high=1.0, **settings):
+    """The trials of a search where `outcomes` has the drop of each by the end of its name; and who was ranked."""
+    search, trials, ranked = SearchRecipe(**settings), [], []
+
+    def rank(name):
+        ranked.append(name)
+        return [f"layer{n}" for n in range(20)]
+
+    while (branch := next_trial(search, trials, rank, 1000)) is not None:
+        trials.append(Trial(branch, outcomes.get(branch.name.split("-", 2)[2], 0.1), high))
+    return search, trials, ranked
+
+
+def _names(trials):
+    return [trial.branch.name.split("-", 2)[2] for trial in trials]
+
+
+def test_the_first_trial_is_the_cheapest_setting_and_each_next_adds_one_thing():
+    _, trials, _ = _search({"minmax": 0.0})
+    assert _names(trials) == FREE
+    first, second = trials[0].branch, trials[1].branch
+    assert (first.qconfig, first.equalizes, first.corrects_bias) == ("default", False, False)
+    assert second == first.model_copy(update={"name": second.name, "equalize": True})
+    assert trials[3].branch.scheme(8).weights == "per_channel"
+    assert trials[4].branch.scheme(8).observer == "mse"
+
+
+def test_all_free_settings_are_tried_unless_one_is_inside_for_sure():
+    assert _names(_search({"minmax": 0.0})[1]) == FREE
+    assert _names(_search({"minmax": 0.0}, high=0.001)[1]) == ["minmax"]
+
+
+def test_where_a_free_setting_is_inside_neither_layers_nor_training_are_tried():
+    search, trials, ranked = _search({"corrected": 0.002, "mse": 0.001})
+    assert _names(trials) == FREE
+    assert ranked == []
+    assert best_trial(search, trials).branch.name == "search-5-mse"
+
+
+def test_the_costliest_layers_of_the_best_free_setting_stay_float_more_and_more():
+    _, trials, ranked = _search({"corrected": 0.01})
+    assert _names(trials) == [*FREE, "float-1", "float-2", "float-4", "float-8", "qat"]
+    assert set(ranked) == {"search-3-corrected"}
+    assert trials[8].branch.float_layers == ("layer0", "layer1", "layer2", "layer3")
+    assert trials[8].branch.equalizes
+    assert isinstance(trials[-1].branch, QATRecipe)
+    assert (trials[-1].branch.equalizes, trials[-1].branch.float_layers) == (True, ())
+
+
+def test_training_is_tried_where_only_float_layers_are_inside_because_it_would_be_faster():
+    search, trials, _ = _search({"float-2": 0.0})
+    assert _names(trials) == [*FREE, "float-1", "float-2", "qat"]
+    assert best_trial(search, trials).branch.name == "search-8-float-2"
+    search, trials, _ = _search({"float-2": 0.0, "qat": 0.002})
+    assert best_trial(search, trials).branch.name == "search-9-qat"
+
+
+def test_where_none_is_inside_the_best_is_the_most_accurate():
+    search, trials, _ = _search({"float-8": 0.02, "qat": 0.01})
+    assert best_trial(search, trials).branch.name == "search-11-qat"
+
+
+def test_the_limit_on_trials_ends_the_search():
+    assert len(_search({}, max_trials=3)[1]) == 3
+
+
+def test_a_drop_of_exactly_the_budget_is_inside():
+    _, trials, _ = _search({"mse": 0.884 - 0.882}, max_top1_drop=0.002)
+    assert _names(trials) == FREE
+
+
+def test_training_asks_for_no_more_images_than_there_are():
+    search = SearchRecipe()
+    trials = [Trial(PTQRecipe(name=f"search-{n}-{name}", float_layers=()), 0.1, 1.0) for n, name in enumerate(FREE)]
+    branch = next_trial(search, trials, lambda _: [], 100)
+    assert (branch.batch_size, branch.batches_per_epoch) == (30, 3)
+    branch = next_trial(search, trials, lambda _: [], 10)
+    assert (branch.batch_size, branch.batches_per_epoch) == (10, 1)
+
+
+@pytest.mark.parametrize(
+    ("tables", "gate"),
+    [
+        ({"search": {}}, 0.002),
+        ({"search": {"max_top1_drop": 0.005}}, 0.005),
+        ({"search": {"max_top1_drop": 0.005}, "gate": {"confidence": 0.9}}, 0.005),
+        ({"search": {}, "gate": {"max_top1_drop": 0.03}}, 0.03),
+        ({"ptq": [{"name": "p"}]}, 0.01),
+    ],
+)
+def test_the_budget_is_the_gates_unless_that_is_set(tables, gate):
+    assert parse_recipe(RECIPE | tables).gate.max_top1_drop == gate
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({}, r"add a \[\[ptq\]\] or a \[\[qat\]\] branch, or \[search\]"),
+        ({"search": {}, "ptq": [{"name": "search-1-minmax"}]}, "names that begin with 'search-'"),
+        ({"search": {"max_trial": 3}}, "did you mean 'max_trials'"),
+        ({"search": {"max_trials": 0}}, "search.max_trials = 0 is not allowed"),
+        ({"search": {"max_minutes": 0}}, "search.max_minutes = 0 is not allowed"),
+        ({"search": {"max_top1_drop": 2}}, "search.max_top1_drop = 2 is not allowed"),
+        ({"search": 3}, "search = 3 is not allowed"),
+    ],
+)
+def test_a_wrong_search_is_an_error(tables, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(RECIPE | tables)

@@ -1,0 +1,87 @@
+"""What quantflow's own settings keep of the accuracy, on real images and trained weights (../shared); needs minutes."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from flows.cli import NO_WINNER
+
+RECIPE = """
+name = "accuracy"
+
+[model]
+architecture = "mobilenet_v2"
+weights = "{weights}"
+
+[data]
+format = "imagefolder"
+root = "{data}"
+resize = 64
+crop = 64
+
+[evaluation]
+simulate = true
+
+[calibration]           # 960 images
+batch_size = 30
+num_batches = 32
+
+[[ptq]]
+name = "minmax"
+qconfig = "default"
+
+[[ptq]]
+name = "minmax_equalized"
+qconfig = "default"
+equalize = true
+
+[[ptq]]
+name = "accurate"
+
+[[ptq]]
+name = "accurate_7_bits"
+activation_bits = 7
+
+[[qat]]
+name = "qat"            # as the tutorial trains: 8 epochs of 20 batches of 30 images
+epochs = 8
+batches_per_epoch = 20
+batch_size = 30
+
+[search]
+max_top1_drop = 0.002
+"""
+# Top-1 on 5,000 CIFAR-10 validation images, at least; float has 0.8332.
+LEAST = {"minmax_equalized": 0.825, "accurate": 0.8315, "qat": 0.8310}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("weights", ["mobilenet_v2_cifar10_64px", "mobilenet_v2_cifar10_64px_uneven"])
+def test_the_settings_that_keep_accuracy_keep_it(weights, shared, tmp_path):
+    home, recipe = tmp_path / "home", tmp_path / "accuracy.toml"
+    recipe.write_text(RECIPE.format(weights=shared(f"weights/{weights}.pth"), data=shared("data/cifar10")))
+    done = subprocess.run([sys.executable, "-m", "flows.cli", "run", recipe, "--home", home], check=False)
+    assert done.returncode != NO_WINNER
+    assert done.returncode == 0
+    variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
+    assert variants.top1["float"] == pytest.approx(0.8332, abs=1e-9)
+    assert set(variants.num_images) == {5000}
+    for name, least in LEAST.items():
+        assert variants.top1[name] >= least, name
+    # 7 bits lose half of the precision of activations: a third of a point, on these weights.
+    assert variants.top1["accurate_7_bits"] >= 0.8290
+    if weights.endswith("uneven"):
+        assert variants.top1["minmax"] < 0.6, "the channels of this file are uneven: one scale a tensor loses much"
+        assert variants.top1_weights_only["minmax"] < variants.top1["float"] - 0.05
+
+    winner = variants[variants.winner].iloc[0]
+    searched = variants[variants.index.str.startswith("search-")]
+    best = searched[searched.gate == "inside"].sort_values("top1_selection").iloc[-1]
+    assert best.top1_drop <= 0.002 + 1e-9
+    assert winner.top1_drop <= 0.002 + 1e-9
+    # As fast as any: no layer stayed float for the budget's sake.
+    assert list(best.float_layers) == []
+    assert (home / "models" / next((home / "models").iterdir()).name / "search-best.pt").exists()
