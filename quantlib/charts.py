@@ -65,8 +65,12 @@ def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Sec
     found = [
         _section("tradeoff", "Accuracy against latency", up_left, _tradeoff(run.variants)),
         _section("sizes", "Size", "Of the TorchScript file.", _sizes(run.variants)),
-        _section("latency", "Latency", whisker, _latencies(run.latency)),
+        _section("latency", "Latency", whisker, _latencies(_in_own_runtime(run.latency), lambda row: row.variant)),
     ]
+    runtimes = [row for row in run.latency if row.variant == run.best.variant]
+    if len({row.runtime for row in runtimes}) > 1:
+        note = f"Of {run.best.variant}, in every runtime that this machine has."
+        found.append(_section("runtimes", "Runtimes", note, _latencies(runtimes, lambda row: row.runtime)))
     if run.epochs:
         note = "Of the converted int8 model. Lines mark the first epoch evaluated with frozen statistics."
         found.append(_section("epochs", "QAT by epoch", note, _epochs(run.epochs)))
@@ -182,11 +186,17 @@ def _sizes(variants: Sequence[VariantRow]) -> go.Figure:
     return _figure([bars], {"title": {"text": "MB"}}, {"autorange": "reversed"}, height=_height(len(variants)))
 
 
-def _latencies(latency: Sequence[LatencyRow]) -> go.Figure:
+def _in_own_runtime(latency: Sequence[LatencyRow]) -> list[LatencyRow]:
+    """Of each variant the rows of the runtime that it was evaluated in, which comes first."""
+    own = {row.variant: row.runtime for row in reversed(latency)}
+    return [row for row in latency if row.runtime == own[row.variant]]
+
+
+def _latencies(latency: Sequence[LatencyRow], name_of: Callable[[LatencyRow], str]) -> go.Figure:
     """Bars by batch size and threads, in ms an image so that batches can be compared."""
     traces = []
-    for place, variant in enumerate(dict.fromkeys(row.variant for row in latency)):
-        rows = [row for row in latency if row.variant == variant]
+    for place, name in enumerate(dict.fromkeys(map(name_of, latency))):
+        rows = [row for row in latency if name_of(row) == name]
         traces.append(
             go.Bar(
                 x=[f"batch {row.batch_size}, {_threads(row.num_threads)}" for row in rows],
@@ -198,8 +208,8 @@ def _latencies(latency: Sequence[LatencyRow]) -> go.Figure:
                     "array": [(row.p95_ms - row.p50_ms) / row.batch_size for row in rows],
                     "arrayminus": [0.0 for _ in rows],
                 },
-                marker={"color": _color(place, variant)},
-                name=_text(variant),
+                marker={"color": _color(place, name)},
+                name=_text(name),
                 hovertemplate="%{fullData.name}, %{x}: %{y:.3f} ms<extra></extra>",
             )
         )
