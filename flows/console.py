@@ -186,11 +186,10 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
     lines += report.remarks
     lines += [f"  file    {best.artifact_path}", f'  load    torch.jit.load("{best.artifact_path}")']
     if best.fastest_runtime is not None:
-        torchscript = best.fastest_runtime.startswith("torchscript")
-        file = best.artifact_path if torchscript else best.onnx_path
-        top1 = "" if torchscript or best.onnx_top1 is None else f", top-1 {best.onnx_top1:.2%}"
+        measured = best.fastest_path == best.onnx_path and best.onnx_top1 is not None
+        top1 = f", top-1 {best.onnx_top1:.2%}" if measured else ""
         lines += [
-            f"  fastest quantlib.export.load({str(file)!r}, {best.fastest_runtime!r})",
+            f"  fastest quantlib.export.load({best.fastest_path!r}, {best.fastest_runtime!r})",
             f"          {best.fastest_p50_ms:.2f} ms an image on one thread{top1}",
         ]
     return "\n".join(lines)

@@ -102,6 +102,13 @@ class VariantRow:
     created_at: datetime
 
     @property
+    def fastest_path(self) -> str:
+        """The file that `fastest_runtime` runs."""
+        if self.onnx_path is None or (self.fastest_runtime or "torchscript").startswith("torchscript"):
+            return self.artifact_path
+        return self.onnx_path
+
+    @property
     def title(self) -> str:
         """The variant's name, and which of QAT's candidates it is."""
         if self.kept_start:

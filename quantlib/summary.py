@@ -132,10 +132,20 @@ def _files(report: Report, reports: Path) -> str:
     return "\n".join(
         [
             f"- the model: `{best.artifact_path}`, for `torch.jit.load`",
+            *_fastest(best),
             f"- the tables: `{reports}`, run `{report.run_id}`",
             f"- plots: `quantflow report --html report.html --run {report.run_id}`",
         ]
     )
+
+
+def _fastest(best: VariantRow) -> list[str]:
+    if best.fastest_runtime is None:
+        return []
+    return [
+        f"- fastest on this machine: {best.fastest_p50_ms:.2f} ms in {best.fastest_runtime}, "
+        f'`quantlib.export.load("{best.fastest_path}", "{best.fastest_runtime}")`'
+    ]
 
 
 def _points(change: float) -> str:

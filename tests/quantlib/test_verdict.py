@@ -230,3 +230,13 @@ def test_a_qat_that_kept_its_start_says_so() -> None:
     qat = _measured("qat", 99, method="qat", kept_start=True, start_validation=_predictions(99))
     row = _rows(_measured("float", 99, method="float"), qat)["qat"]
     assert (row.kept_start, row.best_epoch, row.top1_start) == (True, None, 0.99)
+
+
+def test_the_fastest_runtimes_file_is_the_one_it_takes() -> None:
+    samples = {("torchscript-x86", 1, 1): [2.0], ("openvino", 1, 1): [1.0]}
+    onnx = verdict.Onnx(path="a.onnx", validation=_predictions(87))
+    float_model = _measured("float", 90, 4.0)
+    for milliseconds, path in ((1.0, "a.onnx"), (3.0, "models/a.pt")):
+        own = samples | {("openvino", 1, 1): [milliseconds]}
+        assert _rows(float_model, _measured("a", 88, samples_ms=own, onnx=onnx))["a"].fastest_path == path
+    assert _rows(float_model)["float"].fastest_path == "models/float.pt"
