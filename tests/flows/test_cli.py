@@ -174,7 +174,7 @@ def test_nothing_to_resume_is_said(quantflow):
 def test_report_and_runs_and_cache_show_a_finished_run(home_copy, quantflow):
     for command, words in [
         (["report"], ["per_channel", "winner", "baseline"]),
-        (["runs"], ["completed", "benchmark"]),
+        (["runs"], ["completed", "pick_examples"]),
         (["cache", "list"], ["qat_epoch", "calibrate"]),
         (["cache", "verify"], ["0 damaged"]),
     ]:

@@ -77,7 +77,7 @@ def test_each_table_is_read_by_pyarrow_pandas_and_duckdb_in_one_glob(table, undi
     with_duckdb = duckdb.sql(f"SELECT * FROM '{place}/*/*.parquet'").fetchall()
     assert set(with_arrow.column_names) == columns == set(with_pandas.columns)
     assert len(with_arrow) == len(with_pandas) == len(with_duckdb)
-    # Where float and int8 agree on every image, there is no example.
+    # Of examples there are none where float and int8 agree.
     assert len(with_arrow) > 0 or table == "examples"
 
 
