@@ -74,7 +74,7 @@ class StageDisplay:
 def result_table(variants: Sequence[VariantRow]) -> Table:
     """The variants of a run: accuracy, size, speed, verdict."""
     table = Table(header_style="bold")
-    table.add_column("variant")
+    table.add_column("variant", overflow="fold")  # A name is never cut short.
     for name in ("top-1", "drop", "size", "latency", "speed-up"):
         table.add_column(name, justify="right")
     table.add_column("verdict")

@@ -112,7 +112,7 @@ class VariantRow:
     def title(self) -> str:
         """The variant's name, and which of QAT's candidates it is."""
         if self.kept_start:
-            return f"{self.variant} (its start)"
+            return f"{self.variant} (start)"
         return self.variant if self.best_epoch is None else f"{self.variant} (epoch {self.best_epoch})"
 
 

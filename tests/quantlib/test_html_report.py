@@ -15,7 +15,7 @@ from quantlib import examples, html_report, report
 from quantlib.errors import StoreError
 from quantlib.examples import Example
 from quantlib.predictions import Predictions
-from quantlib.report import ClassRow, EpochRow, LatencyRow, Report, StageRow, VariantRow
+from quantlib.report import ClassRow, EpochRow, LatencyRow, LayerRow, Report, StageRow, VariantRow
 
 START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
 FLOAT = VariantRow(
@@ -102,7 +102,30 @@ def latency(variant: str) -> LatencyRow:
     )
 
 
-def write(folder: Path, run_id: str = "first", variants: tuple[VariantRow, ...] = (FLOAT, QAT)) -> None:
+LAYER = LayerRow(
+    variant="trained",
+    layer="features.7",
+    type="ConvReLU2d",
+    weight_min=-1.0,
+    weight_max=1.0,
+    activation_min=0.0,
+    activation_max=6.0,
+    sqnr_db=21.5,
+    saturation=0.0002,
+    top1_only=0.75,
+    top1_all_but=0.5,
+    divergence_only=0.1,
+    num_images=256,
+    measured_on="held_back",
+)
+
+
+def write(
+    folder: Path,
+    run_id: str = "first",
+    variants: tuple[VariantRow, ...] = (FLOAT, QAT),
+    layers: tuple[LayerRow, ...] = (),
+) -> None:
     found = Report(
         run_id=run_id,
         variants=variants,
@@ -111,6 +134,7 @@ def write(folder: Path, run_id: str = "first", variants: tuple[VariantRow, ...] 
         stages=(StageRow("load_float", "k", True, 0.5, START), StageRow("benchmark", "l", False, 3.0, START)),
         classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(CLASSES)),
         examples=tuple(replace(PICTURE, variant=row.variant) for row in variants if row.method == "qat"),
+        layers=layers,
     )
     loss = np.zeros(4, np.float32)
     answers = {row.variant: Predictions(LABELS, QAT_TOP5, loss) for row in variants}
@@ -257,3 +281,15 @@ def test_an_unknown_run_and_an_empty_folder_are_errors_that_say_what_to_do(tmp_p
     write(tmp_path)
     with pytest.raises(StoreError, match=r"No run 'nope'.*newest are: first"):
         html_report.render(tmp_path, "nope")
+
+
+def test_the_page_says_what_costs_accuracy_and_what_to_try(tmp_path):
+    write(tmp_path, "without")
+    assert 'id="causes"' not in html_report.render(tmp_path)
+    later = replace(QAT, created_at=START + timedelta(days=1), top1_simulated=0.5, top1_weights_only=0.8125)
+    write(tmp_path, "with", (replace(FLOAT, created_at=later.created_at), later), (LAYER,))
+    page = html_report.render(tmp_path)
+    causes = page[page.index('id="causes"') :].partition("</table>")[0]
+    assert "81.25%" in causes
+    assert "features.7 (only it 75.00%, 21.5 dB)" in causes
+    assert "float_layers = [&#34;features.7&#34;]" in causes

@@ -360,5 +360,5 @@ def test_remarks_name_the_qat_that_kept_its_start_and_the_variant_with_too_few_i
     remarks = replace(found, variants=(kept, undecided)).remarks
     assert "q: no epoch of training was better" in remarks[0]
     assert "about 12,345" in remarks[1]
-    assert kept.title == "q (its start)"
+    assert kept.title == "q (start)"
     assert [row.title for row in found.variants] == ["float", "a", "b (epoch 1)"]
