@@ -144,10 +144,10 @@ def test_a_run_that_fails_tells_whom_the_documentation_says(dashboard):
         set_up = program.replace("https://example.com/hook", url)
         environment = dashboard.environment | {"PREFECT_API_URL": f"{dashboard.url}/api"}
         subprocess.run([sys.executable, "-c", set_up], env=environment, check=True, timeout=120)
-        run = dashboard.begin("ptq", "name=unlucky", "model.weights=missing.pth")
+        run = dashboard.begin("ptq", "model.weights=missing.pth")
         dashboard.wait(run, {"Failed"})
         until(lambda: bool(told), 60, lambda: "nobody was told")
-    assert told == [{"text": "unlucky is Failed"}]
+    assert told == [{"text": "tiny is Failed"}]
 
 
 @running
