@@ -76,7 +76,8 @@ def test_each_table_is_read_by_pyarrow_pandas_and_duckdb_in_one_glob(table, undi
     with_pandas = pd.read_parquet(place)
     with_duckdb = duckdb.sql(f"SELECT * FROM '{place}/*/*.parquet'").fetchall()
     assert set(with_arrow.column_names) == columns == set(with_pandas.columns)
-    assert len(with_arrow) == len(with_pandas) == len(with_duckdb) > 0
+    assert len(with_arrow) == len(with_pandas) == len(with_duckdb)
+    assert (len(with_arrow) > 0) == (table != "layers")  # Which this recipe does not ask for.
 
 
 def test_top1_recomputed_from_predictions_is_the_reported_one(undisturbed):
