@@ -77,8 +77,8 @@ def test_each_table_is_read_by_pyarrow_pandas_and_duckdb_in_one_glob(table, undi
     with_duckdb = duckdb.sql(f"SELECT * FROM '{place}/*/*.parquet'").fetchall()
     assert set(with_arrow.column_names) == columns == set(with_pandas.columns)
     assert len(with_arrow) == len(with_pandas) == len(with_duckdb)
-    # Of examples there are none where float and int8 agree.
-    assert len(with_arrow) > 0 or table == "examples"
+    # Layers are not asked for here, and of examples there are none where float and int8 agree.
+    assert len(with_arrow) > 0 or table in {"layers", "examples"}
 
 
 def test_top1_recomputed_from_predictions_is_the_reported_one(undisturbed):
