@@ -104,7 +104,8 @@ def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
     )
     validation = _decode(recipe, inputs.validation, _eval_transform(recipe), "validation")
     held_back = _decode(recipe, inputs.held_back, _eval_transform(recipe), "held_back")
-    return Trunk(recipe, inputs, engine, machine.find_onnx_runtimes(), float_model, validation, held_back)
+    onnx_runtimes = machine.find_onnx_runtimes(recipe.benchmark.runtimes)
+    return Trunk(recipe, inputs, engine, onnx_runtimes, float_model, validation, held_back)
 
 
 def float_branch(trunk: Trunk) -> VariantRefs:

@@ -4,10 +4,12 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantlib.errors import MachineError
 from quantlib.scheme import ActivationBits
 
 # glibc's parameters of mallopt(3).
@@ -62,15 +64,29 @@ class Runtime:
     version: str
 
 
-def find_onnx_runtimes() -> tuple[Runtime, ...]:
+def find_onnx_runtimes(wanted: Collection[str] | None = None) -> tuple[Runtime, ...]:
     """The runtimes for ONNX files that are installed, the one that is mostly faster first.
 
     None without the package `onnx`, which writes the files.
+
+    Args:
+        wanted: Names of those that must be there, torchscript apart; None: any will do.
+
+    Raises:
+        MachineError: If one of them is not.
     """
-    if importlib.util.find_spec("onnx") is None:
-        return ()
     installed = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name) is not None]
-    return tuple(Runtime(name, importlib.metadata.version(name)) for name in installed)
+    if importlib.util.find_spec("onnx") is None:
+        installed = []
+    missing = sorted(set(wanted or ()) - {"torchscript", *installed})
+    if missing:
+        raise MachineError(
+            f"benchmark.runtimes names {missing[0]}, which is not installed: pip install 'quantflow[{missing[0]}]', or "
+            "leave it out."
+        )
+    return tuple(
+        Runtime(name, importlib.metadata.version(name)) for name in installed if wanted is None or name in wanted
+    )
 
 
 def torch_runtime(engine: str | None) -> Runtime:

@@ -229,6 +229,9 @@ class BenchmarkRecipe(Section):
     """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
     num_threads: tuple[Count, ...] = (1,)
     """Threads of torch; 1 is always timed."""
+    runtimes: tuple[Literal["torchscript", "onnxruntime", "openvino"], ...] | None = None
+    """What int8 models are exported for and timed in: torchscript, on each of torch's engines, is always among them;
+    absent: and every runtime for ONNX that is installed."""
     num_samples: Annotated[int, Field(ge=10, strict=True)] = 50
     """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
 

@@ -71,7 +71,6 @@ def test_the_settings_that_keep_accuracy_keep_it(weights, shared, tmp_path):
     assert set(variants.num_images) == {5000}
     for name, least in LEAST.items():
         assert variants.top1[name] >= least, name
-    # 7 bits lose half of the precision of activations: a third of a point, on these weights.
     assert variants.top1["accurate_7_bits"] >= 0.8290
     if weights.endswith("uneven"):
         assert variants.top1["minmax"] < 0.6, "the channels of this file are uneven: one scale a tensor loses much"

@@ -126,6 +126,16 @@ def test_without_the_package_that_writes_onnx_there_are_no_runtimes(monkeypatch:
     assert machine.find_onnx_runtimes() == ()
 
 
+def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None if name == "openvino" else name)
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda _: "1.0")
+    assert machine.find_onnx_runtimes(("torchscript",)) == ()
+    assert [found.name for found in machine.find_onnx_runtimes(("onnxruntime",))] == ["onnxruntime"]
+    assert [found.name for found in machine.find_onnx_runtimes()] == ["onnxruntime"]
+    with pytest.raises(MachineError, match=r"names openvino, which is not installed: pip install 'quantflow\[openvino"):
+        machine.find_onnx_runtimes(("torchscript", "openvino"))
+
+
 def test_logits_of_real_images_in_shards(files: Path, val_shard: Path, engine: str) -> None:
     pixels, _ = images.open_shard(val_shard)
     logits = runtimes.open_model(files / "int8.pt", "torchscript")(images.to_input(pixels))
