@@ -1,5 +1,6 @@
 """Processes that a command starts, watches, and takes down with all that they have started."""
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -93,6 +94,8 @@ def imports_uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        # Else libraries that count their objects at the end complain of what was never collected.
+        atexit.register(gc.unfreeze)
 
 
 def adopt_orphans() -> None:

@@ -5,6 +5,7 @@ not say what their key was made of. A stage that is reused returns Prefect's own
 """
 
 import ast
+import atexit
 import dataclasses
 import functools
 import gc
@@ -176,6 +177,8 @@ def _prepare_process() -> None:
     # A model is built of many thousand objects that live for a stage, among a million that were imported: looking for
     # garbage each time a few hundred are new took a fifth of converting and scripting.
     gc.freeze()
+    # Else libraries that count their objects at the end complain of what was never collected.
+    atexit.register(gc.unfreeze)
     gc.set_threshold(20_000)
 
 
