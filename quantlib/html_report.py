@@ -117,7 +117,10 @@ def _runs(history: list[tuple[str, VariantRow]]) -> list[tuple[str, VariantRow]]
     groups: dict[str, list[VariantRow]] = {}
     for name, row in history:
         groups.setdefault(name, []).append(row)
-    return [(name, Report(name, tuple(rows), (), (), ()).best) for name, rows in groups.items()]
+    reports = [
+        Report(run_id=name, variants=tuple(rows), epochs=(), latency=(), stages=()) for name, rows in groups.items()
+    ]
+    return [(report.run_id, report.best) for report in reports]
 
 
 def _points(drop: float) -> str:

@@ -213,7 +213,7 @@ class StageRow:
     started_at: datetime
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run found."""
 

@@ -21,6 +21,10 @@ def _variant(name: str, **changes: Any) -> VariantRow:
     return VariantRow(**values | changes)
 
 
+def _report(*variants: VariantRow, layers: tuple[LayerRow, ...] = ()) -> Report:
+    return Report(run_id="r", variants=variants, epochs=(), latency=(), stages=(), layers=layers)
+
+
 def _layer(name: str, divergence: float) -> LayerRow:
     return LayerRow(
         variant="a",
@@ -63,19 +67,19 @@ def test_a_row_takes_one_line() -> None:
 
 
 def test_nothing_is_said_of_causes_that_were_not_measured() -> None:
-    assert why(diagnose(Report("r", (_variant("float", method="float"), _variant("a")), (), (), ()))) == []
+    assert why(diagnose(_report(_variant("float", method="float"), _variant("a")))) == []
 
 
 def test_weights_and_activations_are_told_apart() -> None:
     row = _variant("a", top1_simulated=0.7, top1_weights_only=0.71, top1_activations_only=0.82)
-    line = next(line for line in _shown(*why(diagnose(Report("r", (row,), (), (), ())))) if " a " in line)
+    line = next(line for line in _shown(*why(diagnose(_report(row)))) if " a " in line)
     assert [word for word in line.split() if "%" in word] == ["71.00%", "82.00%", "70.00%", "83.32%"]
 
 
 def test_the_three_layers_that_cost_most_are_shown_with_what_to_try() -> None:
     row = _variant("a", weights="per_channel", observer="mse", equalized=True, bias_corrected=True)
     layers = tuple(_layer(f"features.{n}.conv.0.0", 0.1 * n) for n in range(5))
-    lines = _shown(*why(diagnose(Report("r", (row,), (), (), (), layers))))
+    lines = _shown(*why(diagnose(_report(row, layers=layers))))
     shown = [line.split()[1] for line in lines if "ConvReLU2d" in line or "dB" in line]
     assert shown == [f"features.{n}.conv.0.0" for n in (4, 3, 2)]
     assert "256 training images held back" in lines[0]

@@ -50,7 +50,7 @@ PTQ = variant("minmax", "ptq", top1=0.7, top1_drop=0.05, winner=True, speedup=4.
 
 def run(run_id=SECOND, variants=(FLOAT, PTQ), cached=(True, False)) -> Report:
     stages = tuple(StageRow(f"stage-{n}", "k", reused, 1.5, START) for n, reused in enumerate(cached))
-    return Report(run_id, variants, (), (), stages)
+    return Report(run_id=run_id, variants=variants, epochs=(), latency=(), stages=stages)
 
 
 def write(folder, found: Report) -> None:
