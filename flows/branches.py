@@ -163,7 +163,7 @@ def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
         selection=selection,
         onnx=_save_onnx(trunk, artifact, branch.name),
         simulated=_simulate(trunk, prepared, branch.name),
-        layers=layers_of(trunk, prepared, branch.name) if trunk.recipe.evaluation.layers else (),
+        layers=_layers(trunk, prepared, branch),
     )
 
 
@@ -217,7 +217,7 @@ def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         start=start,
         onnx=_save_onnx(trunk, best_artifact, branch.name),
         simulated=_simulate(trunk, best_state, branch.name),
-        layers=layers_of(trunk, best_state, branch.name) if trunk.recipe.evaluation.layers else (),
+        layers=_layers(trunk, best_state, branch),
         epochs=tuple(epochs),
     )
 
@@ -287,13 +287,28 @@ def _simulate(trunk: Trunk, prepared: Ref, name: str) -> dict[str, tuple[Ref, ..
     }
 
 
-def layers_of(trunk: Trunk, prepared: Ref, name: str) -> tuple[Ref, ...]:
+def _layers(trunk: Trunk, prepared: Ref, branch: BranchRecipe) -> tuple[Ref, ...]:
+    """As `layers_of`, where the recipe asks for it of every variant."""
+    if not trunk.recipe.evaluation.layers:
+        return ()
+    return layers_of(trunk, prepared, branch.name, equalized=branch.equalizes)
+
+
+def layers_of(trunk: Trunk, prepared: Ref, name: str, *, equalized: bool) -> tuple[Ref, ...]:
     """What each layer costs, on the first of the images that choices are made by."""
+    reference = trunk.fused("eval", equalized=equalized)
     images = trunk.inputs.held_back if trunk.held_back else trunk.inputs.validation
     shard = (trunk.held_back or trunk.validation)[0]
     num_images = min(_LAYER_IMAGES, images.stop - images.start, _shard_size(trunk.recipe))
     return tuple(
-        measure_layers(prepared, shard, start, min(start + _LAYER_IMAGES_A_STAGE, num_images), branch=f"{name}-{n}")
+        measure_layers(
+            reference,
+            prepared,
+            shard,
+            start,
+            min(start + _LAYER_IMAGES_A_STAGE, num_images),
+            branch=f"{name}-{n}",
+        )
         for n, start in enumerate(range(0, num_images, _LAYER_IMAGES_A_STAGE))
     )
 

@@ -42,10 +42,11 @@ def _try_in_turn(
     """
 
     def rank(name: str) -> list[str]:
-        prepared = variants[name].prepared
-        assert prepared is not None
-        variants[name] = replace(variants[name], layers=variants[name].layers or layers_of(trunk, prepared, name))
-        return rank_layers(variants[name].layers)
+        variant = variants[name]
+        assert variant.prepared is not None
+        layers = variant.layers or layers_of(trunk, variant.prepared, name, equalized=variant.equalized)
+        variants[name] = replace(variant, layers=layers)
+        return rank_layers(layers)
 
     images, deadline = trunk.inputs.training, time.monotonic() + 60 * settings.max_minutes
     while time.monotonic() < deadline:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import qat as intrinsic_qat
-from torch.nn.utils import parametrize
 
 from quantlib import machine
 from quantlib.errors import MachineError
@@ -242,40 +241,6 @@ def fake_quantize_ptq(prepared: nn.Module, *, weights: bool, activations: bool) 
                 module.weight.copy_(FixedFakeQuantize(weight_observer)(module.weight))
 
 
-def put_switches(prepared: nn.Module) -> dict[str, tuple[str, list["Switch"]]]:
-    """Make each layer of a calibrated or quantization-aware trained model switch between float and int8, in place.
-
-    Returns:
-        By a layer's path: its class, and the switches of its weight and its output, those it has.
-    """
-    layers: dict[str, tuple[str, list[Switch]]] = {}
-    for path, module in list(prepared.named_modules()):
-        if isinstance(module, FakeQuantizeBase | ObserverBase):
-            continue  # Its observer is its own, and no layer has it.
-        parent, _, _ = path.rpartition(".")
-        # In a fused module, what has the weight is the part that was a layer of its own.
-        layer = parent if parent and isinstance(prepared.get_submodule(parent), FusedModule) else path
-        kind = type(prepared.get_submodule(layer)).__name__
-        own = []
-        observer = getattr(module, "activation_post_process", None)
-        if isinstance(observer, ObserverBase | FakeQuantizeBase):
-            module.activation_post_process = Switch(observer, of_weight=False)
-            own.append(module.activation_post_process)
-        weight_fake_quant, qconfig = getattr(module, "weight_fake_quant", None), getattr(module, "qconfig", None)
-        if weight_fake_quant is not None:
-            module.weight_fake_quant = Switch(weight_fake_quant, of_weight=True)
-            own.append(module.weight_fake_quant)
-        elif qconfig is not None and isinstance(module, nn.Conv2d | nn.Linear):
-            weight_observer = qconfig.weight()
-            weight_observer(module.weight.detach())
-            switch = Switch(weight_observer, of_weight=True)
-            parametrize.register_parametrization(module, "weight", switch, unsafe=True)
-            own.append(switch)
-        if own:
-            layers.setdefault(layer, (kind, []))[1].extend(own)
-    return layers
-
-
 class FixedFakeQuantize(nn.Module):
     """Rounds its input to the int8 grid that an observer has found.
 
@@ -291,6 +256,12 @@ class FixedFakeQuantize(nn.Module):
         per_channel = observer.qscheme in {torch.per_channel_affine, torch.per_channel_symmetric}
         self.axis: int | None = int(observer.ch_axis) if per_channel else None
 
+    @property
+    def grid(self) -> tuple[float, float, float]:
+        """Least and largest value, and the step; of an activation, which has one grid."""
+        step, zero_point = float(self.scale), int(self.zero_point)
+        return (self.quant_min - zero_point) * step, (self.quant_max - zero_point) * step, step
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` rounded, float32, of the same shape."""
         if self.axis is None:
@@ -300,35 +271,3 @@ class FixedFakeQuantize(nn.Module):
         return torch.fake_quantize_per_channel_affine(
             x, self.scale, self.zero_point, self.axis, self.quant_min, self.quant_max
         )
-
-
-class Switch(nn.Module):
-    """Fake quantization that can be turned off; it is on at first.
-
-    Args:
-        observer: Or fake quantization, that has found the grid.
-        of_weight: Whether a weight passes through it, or an activation.
-    """
-
-    def __init__(self, observer: Any, *, of_weight: bool) -> None:
-        super().__init__()
-        self.quantize = FixedFakeQuantize(observer)
-        self.of_weight = of_weight
-        self.on = True
-        self._rounded: torch.Tensor | None = None
-
-    @property
-    def grid(self) -> tuple[float, float, float]:
-        """Least and largest value, and the step; of an activation."""
-        step, zero_point = float(self.quantize.scale), int(self.quantize.zero_point)
-        return (self.quantize.quant_min - zero_point) * step, (self.quantize.quant_max - zero_point) * step, step
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, rounded while it is on; a weight is the same in each call, and is rounded once."""
-        if not self.on:
-            return x
-        if not self.of_weight:
-            return cast("torch.Tensor", self.quantize(x))
-        if self._rounded is None:
-            self._rounded = self.quantize(x)
-        return self._rounded

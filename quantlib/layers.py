@@ -1,18 +1,29 @@
 """Which layers cost accuracy: each made int8 alone, and all made int8 but it, in float with fake quantization."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from quantlib import backend, images
-from quantlib.backend import Switch
+from quantlib import backend, images, preparation, simulation
+from quantlib.backend import FuseMode
 from quantlib.progress import Progress, silent
 
 # Of a batch: every layer's float output for it is in memory at once, 150 MB of MobileNetV2's.
 _MAX_PIXELS = 2**18
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer, twice: what is exchanged to have it in float or in int8."""
+
+    in_float: nn.Module
+    in_int8: nn.Module
+    grid: backend.FixedFakeQuantize
+    """Rounds the output of `in_int8`."""
 
 
 @dataclass
@@ -24,7 +35,7 @@ class LayerSums:
     type: str
     """Its class, as ConvReLU2d."""
     weight_min: float | None = None
-    """Of the float weight; None where it has none."""
+    """Of the float weight; None where it has none that is quantized."""
     weight_max: float | None = None
     activation_min: float | None = None
     """Ends of its output's int8 grid; None where its output is not quantized."""
@@ -47,21 +58,30 @@ class LayerSums:
 
 
 def measure_layers(
-    prepared: nn.Module, shard: Path, start: int, stop: int, progress: Progress = silent
+    reference: nn.Module,
+    prepared: nn.Module,
+    mode: FuseMode,
+    shard: Path,
+    start: int,
+    stop: int,
+    progress: Progress = silent,
 ) -> list[LayerSums]:
     """Measure each layer of a calibrated or quantization-aware trained model.
 
     Args:
-        prepared: As `preparation.prepare` makes it, in either mode; its ranges are found.
+        reference: The float model that was quantized, fused in mode "eval". What a prepared model computes without
+            rounding would not do: its corrected biases, or trained weights, make up for rounding that is then not
+            there.
+        prepared: As `preparation.prepare` makes it; its ranges are found.
+        mode: In which it was prepared.
         shard: A file of decoded images.
         start: First image of it.
         stop: One past the last; what the shard does not have is left out.
         progress: Called with (images done, images in all).
     """
-    model = copy.deepcopy(prepared).eval()
-    switches = backend.put_switches(model)
-    found = {path: LayerSums(path, kind) for path, (kind, _) in switches.items()}
-    layers = {path: own for path, (_, own) in switches.items()}
+    float_model, int8_model = copy.deepcopy(reference).eval(), simulation.simulate(prepared, mode, "both")
+    layers = _find_layers(float_model, int8_model)
+    found = {path: _describe(path, layer) for path, layer in layers.items()}
     pixels, labels = images.open_shard(shard)
     stop = min(stop, len(labels))
     size = max(1, _MAX_PIXELS // (pixels.shape[1] * pixels.shape[2]))
@@ -69,84 +89,91 @@ def measure_layers(
         for first in range(start, stop, size):
             last = min(first + size, stop)
             x, y = images.to_input(pixels[first:last]), labels[first:last]
-            answers = _compare_outputs(model, x, layers, found)
-            _quantize_in_turn(model, x, y, layers, found, answers)
+            answers = _compare_outputs(float_model, int8_model, x, layers, found)
+            for path, layer in layers.items():
+                sums = found[path]
+                alone = _run_with(float_model, path, layer.in_int8, x)
+                all_but = _run_with(int8_model, path, layer.in_float, x)
+                divergence = nn.functional.kl_div(alone.log_softmax(1), answers, reduction="sum", log_target=True)
+                sums.divergence_only += float(divergence)
+                sums.num_correct_only += int((alone.argmax(1) == y).sum())
+                sums.num_correct_all_but += int((all_but.argmax(1) == y).sum())
+                sums.num_images += len(y)
             progress(last - start, stop - start)
     return list(found.values())
 
 
+def _find_layers(float_model: nn.Module, int8_model: nn.Module) -> dict[str, _Layer]:
+    """Every layer whose output is quantized, by its path; what is kept in float is one with the grid behind it."""
+    modules = dict(float_model.named_modules())
+    layers: dict[str, _Layer] = {}
+    for inner, module in int8_model.named_modules():
+        grid = getattr(module, "activation_post_process", None)
+        if isinstance(grid, backend.FixedFakeQuantize):
+            path = inner
+            while path not in modules:
+                path = path.rpartition(".")[0]
+            layers[path] = _Layer(modules[path], int8_model.get_submodule(path), grid)
+    return layers
+
+
+def _describe(path: str, layer: _Layer) -> LayerSums:
+    low, high, _ = layer.grid.grid
+    sums = LayerSums(path, type(layer.in_float).__name__, activation_min=low, activation_max=high)
+    own = layer.in_float[0] if isinstance(layer.in_float, backend.FusedModule) else layer.in_float
+    if isinstance(own, nn.Conv2d | nn.Linear) and not isinstance(layer.in_int8, preparation.KeptInFloat):
+        sums.weight_min, sums.weight_max = (float(end) for end in own.weight.detach().aminmax())
+    return sums
+
+
 def _compare_outputs(
-    model: nn.Module, x: Tensor, layers: dict[str, list[Switch]], found: dict[str, LayerSums]
+    float_model: nn.Module, int8_model: nn.Module, x: Tensor, layers: Mapping[str, _Layer], found: dict[str, LayerSums]
 ) -> Tensor:
     """Run x [n, 3, H, W] in float and in int8, and add up what differs; float's log-probabilities [n, num_classes]."""
     outputs: dict[str, list[Tensor]] = {path: [] for path in layers}
+    seen: Tensor | None = None
 
-    def keep(path: str, switch: Switch, value: Tensor) -> None:
-        if not switch.of_weight:
-            outputs[path].append(value)
-        else:
-            found[path].weight_min, found[path].weight_max = (float(end) for end in value.aminmax())
-
-    def compare(path: str, switch: Switch, value: Tensor, rounded: Tensor) -> None:
-        if switch.of_weight:
-            return
+    def compare(path: str, grid: backend.FixedFakeQuantize, value: Tensor, rounded: Tensor) -> None:
+        nonlocal seen
+        again, seen = value is seen, rounded
+        if again:
+            return  # A fused module is a Sequential: its observer is the last part of it, and hooked behind it, too.
         sums, reference = found[path], outputs[path].pop(0)
-        low, high, step = switch.grid
-        sums.activation_min, sums.activation_max = low, high
+        low, high, step = grid.grid
         sums.signal += float(reference.square().sum())
         sums.noise += float((rounded - reference).square().sum())
         sums.num_values += value.numel()
         # What rounds to an end of the grid is inside.
         sums.num_clipped += int(((value < low - step / 2) | (value > high + step / 2)).sum())
 
-    _switch(layers, on=False)
     handles = [
-        switch.register_forward_hook(lambda s, args, _, path=path: keep(path, s, args[0]))
-        for path, own in layers.items()
-        for switch in own
+        _place_of_output(layer.in_float).register_forward_hook(
+            lambda _module, _inputs, output, path=path: outputs[path].append(output)
+        )
+        for path, layer in layers.items()
     ]
-    answers = model(x).log_softmax(1)
-    for handle in handles:
-        handle.remove()
-    _switch(layers, on=True)
-    handles = [
-        switch.register_forward_hook(lambda s, args, rounded, path=path: compare(path, s, args[0], rounded))
-        for path, own in layers.items()
-        for switch in own
+    handles += [
+        layer.grid.register_forward_hook(
+            lambda grid, inputs, rounded, path=path: compare(path, grid, inputs[0], rounded)
+        )
+        for path, layer in layers.items()
     ]
-    model(x)
+    answers = float_model(x).log_softmax(1)
+    int8_model(x)
     for handle in handles:
         handle.remove()
     return answers
 
 
-def _quantize_in_turn(
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    layers: dict[str, list[Switch]],
-    found: dict[str, LayerSums],
-    answers: Tensor,
-) -> None:
-    """Run x [n, 3, H, W] with each layer int8 alone, then with all but it; `answers` are float's."""
-    for alone in (True, False):
-        _switch(layers, on=not alone)
-        for path, own in layers.items():
-            _switch({path: own}, on=alone)
-            logits = model(x)
-            _switch({path: own}, on=not alone)
-            num_correct = int((logits.argmax(1) == labels).sum())
-            sums = found[path]
-            if alone:
-                divergence = nn.functional.kl_div(logits.log_softmax(1), answers, reduction="sum", log_target=True)
-                sums.divergence_only += float(divergence)
-                sums.num_correct_only += num_correct
-                sums.num_images += len(labels)
-            else:
-                sums.num_correct_all_but += num_correct
+def _place_of_output(layer: nn.Module) -> nn.Module:
+    """The module whose forward gives a float layer's output: FloatFunctional has methods for that, and no forward."""
+    return layer.activation_post_process if isinstance(layer, backend.FloatFunctional) else layer
 
 
-def _switch(layers: dict[str, list[Switch]], *, on: bool) -> None:
-    for own in layers.values():
-        for switch in own:
-            switch.on = on
+def _run_with(model: nn.Module, path: str, layer: nn.Module, x: Tensor) -> Tensor:
+    """The logits [n, num_classes] of x [n, 3, H, W] with another module in the place of one layer."""
+    own = model.get_submodule(path)
+    model.set_submodule(path, layer)
+    logits = model(x)
+    model.set_submodule(path, own)
+    return logits

@@ -58,13 +58,15 @@ def simulate(
 
 
 @stage("measure_layers-{branch}")
-def measure_layers(prepared: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
+def measure_layers(fused: Ref, prepared: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
     """What each layer of a calibrated model, or of an epoch's state, costs on some images of a shard."""
-    from quantlib import calibration, layers
+    from quantlib import calibration, fusion, layers
 
     run = current_run()
-    model, _ = calibration.load_prepared(run.store.read(prepared))
-    sums = layers.measure_layers(model, run.store.path(images), start, stop, run.progress)
+    reference, _ = fusion.load(run.store.read(fused))
+    model, header = calibration.load_prepared(run.store.read(prepared))
+    shard = run.store.path(images)
+    sums = layers.measure_layers(reference, model, header["fused"], shard, start, stop, run.progress)
     return run.store.put_json("layers", sums)
 
 

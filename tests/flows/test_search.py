@@ -108,7 +108,7 @@ def loop(monkeypatch):
                 prepared=Ref("model", branch.name, 1),
             )
 
-        def measure(trunk, prepared, name):
+        def measure(trunk, prepared, name, *, equalized):
             ranked.append(name)
             return (Ref("layers", name, 1),)
 

@@ -1,6 +1,7 @@
 """Layers measured one by one, against models that are quantized in just that way."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from quantlib import backend, evaluation, fusion, images, layers, preparation, q
 
 
 @pytest.fixture(scope="module")
-def measured(calibrated, train_shard):
-    return {sums.layer: sums for sums in layers.measure_layers(calibrated("default"), train_shard, 0, 36)}
+def measured(fused_model, calibrated, train_shard):
+    found = layers.measure_layers(fused_model, calibrated("default"), "eval", train_shard, 0, 36)
+    return {sums.layer: sums for sums in found}
 
 
 def test_every_layer_is_measured_once_with_its_class(measured, calibrated):
@@ -57,8 +59,9 @@ def test_a_layer_alone_is_the_model_with_that_layer_alone_quantized(path, measur
     assert measured[path].num_correct_only == int(evaluation.evaluate(alone, train_shard, 12).top1_correct.sum())
 
 
-def test_parts_of_the_images_add_up(measured, calibrated, train_shard):
-    parts = [layers.measure_layers(calibrated("default"), train_shard, *ends) for ends in ((0, 20), (20, 50))]
+def test_parts_of_the_images_add_up(measured, fused_model, calibrated, train_shard):
+    model = calibrated("default")
+    parts = [layers.measure_layers(fused_model, model, "eval", train_shard, *e) for e in ((0, 20), (20, 50))]
     for first, second in zip(*parts, strict=True):
         whole = measured[first.layer]
         assert first.num_images + second.num_images == whole.num_images == 36
@@ -78,18 +81,52 @@ def test_a_layer_of_uneven_channels_costs_most(fused_model, train_shard):
     prepared = preparation.prepare(uneven, scheme("default"), "eval")
     with torch.inference_mode():
         prepared(images.to_input(images.open_shard(train_shard)[0]))
-    found = layers.measure_layers(prepared, train_shard, 0, 36)
+    found = layers.measure_layers(uneven, prepared, "eval", train_shard, 0, 36)
     assert max(found, key=lambda sums: sums.divergence_only).layer == "features.2.conv.0.0"
 
 
 def test_a_model_in_training_is_measured_as_the_calibrated_one_that_it_starts_from(
-    trained_model, calibrated, train_shard
+    trained_model, fused_model, calibrated, train_shard
 ):
     prepared = calibrated("fbgemm")
     started = qat.start_from(fusion.fuse_model(trained_model, "qat"), prepared, scheme("fbgemm"))
-    wanted = layers.measure_layers(prepared, train_shard, 0, 36)
-    found = layers.measure_layers(started, train_shard, 0, 36)
+    wanted = layers.measure_layers(fused_model, prepared, "eval", train_shard, 0, 36)
+    found = layers.measure_layers(fused_model, started, "qat", train_shard, 0, 36)
     assert [sums.layer for sums in found] == [sums.layer for sums in wanted]
     for own, other in zip(found, wanted, strict=True):
         assert own.activation_max == pytest.approx(other.activation_max, rel=1e-4)
         assert own.num_correct_all_but == pytest.approx(other.num_correct_all_but, abs=1)
+
+
+def test_layers_are_compared_with_float_and_not_with_a_model_of_corrected_biases(fused_model, calibrated, train_shard):
+    prepared = copy.deepcopy(calibrated("default"))
+    shifted = prepared.get_submodule("features.2.conv.0.0")[0]
+    with torch.no_grad():
+        shifted.bias += 5.0  # What a correction is, but more of it.
+    found = {s.layer: s for s in layers.measure_layers(fused_model, prepared, "eval", train_shard, 0, 36)}
+    plain = {s.layer: s for s in layers.measure_layers(fused_model, calibrated("default"), "eval", train_shard, 0, 36)}
+    for path in ("quant", "features.0.0", "features.3.conv.0.0"):
+        assert found[path].divergence_only == plain[path].divergence_only, path
+    assert found["features.2.conv.0.0"].divergence_only > 10 * plain["features.2.conv.0.0"].divergence_only
+    assert found["features.2.conv.0.0"].noise > 10 * plain["features.2.conv.0.0"].noise
+
+
+def test_a_layer_kept_in_float_is_measured_with_the_grid_behind_it_and_offers_no_weight(fused_model, train_shard):
+    kept = dataclasses.replace(scheme("default"), float_layers=("features.2.conv.0.0",))
+    prepared = preparation.prepare(fused_model, kept, "eval")
+    with torch.inference_mode():
+        prepared(images.to_input(images.open_shard(train_shard)[0]))
+    found = {s.layer: s for s in layers.measure_layers(fused_model, prepared, "eval", train_shard, 0, 36)}
+    sums = found["features.2.conv.0.0"]
+    assert (sums.weight_min, sums.weight_max) == (None, None)
+    assert sums.activation_max > sums.activation_min
+    assert sums.num_images == 36
+
+
+def test_measuring_leaves_both_models_as_they_were(fused_model, calibrated, train_shard):
+    before = [copy.deepcopy(model.state_dict()) for model in (fused_model, calibrated("default"))]
+    kinds = [[type(m) for m in model.modules()] for model in (fused_model, calibrated("default"))]
+    layers.measure_layers(fused_model, calibrated("default"), "eval", train_shard, 0, 12)
+    for model, state, kind in zip((fused_model, calibrated("default")), before, kinds, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert [type(m) for m in model.modules()] == kind
