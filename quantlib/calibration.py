@@ -34,12 +34,12 @@ def calibrate(prepared: nn.Module, shard: Path, batch_size: int, progress: Progr
 def load_or_observe(content: bytes, float_layers: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
     """A model that collects statistics of its activations, and its header: as it was stored, or from a fused model."""
     header, state = models.open_saved(content)
+    if "observed" not in header:
+        fused, header = fusion.load(content)
+        return preparation.observe(fused, float_layers), header | {"observed": list(float_layers)}
     observed = preparation.observe(fusion.rebuild(header), float_layers)
-    if "observed" in header:
-        observed.load_state_dict(state)
-    else:
-        observed = preparation.observe(fusion.load(content)[0], float_layers)
-    return observed, header | {"observed": list(float_layers)}
+    observed.load_state_dict(state)
+    return observed, header
 
 
 def choose_ranges(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:

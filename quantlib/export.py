@@ -96,7 +96,7 @@ def check_onnx(content: bytes, torchscript: Path, engine: str, runtime: str, sha
         file.write(content)
         file.flush()
         got = runtimes.open_model(Path(file.name), runtime)(x)
-    expected = runtimes.open_model(torchscript, f"torchscript-{engine}")(x)
+    expected = runtimes.open_model(torchscript, machine.torchscript_on(engine))(x)
     error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
     if not error <= _MAX_ERROR:
         raise ModelError(

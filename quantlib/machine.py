@@ -91,8 +91,12 @@ def find_onnx_runtimes(wanted: Collection[str] | None = None) -> tuple[Runtime, 
 
 def torch_runtime(engine: str | None) -> Runtime:
     """TorchScript with int8 on an engine; None: float."""
-    name = "torchscript" if engine is None else f"torchscript-{engine}"
-    return Runtime(name, importlib.metadata.version("torch"))
+    return Runtime(torchscript_on(engine), importlib.metadata.version("torch"))
+
+
+def torchscript_on(engine: str | None) -> str:
+    """The name of the runtime that is TorchScript with int8 on an engine; None: float."""
+    return "torchscript" if engine is None else f"torchscript-{engine}"
 
 
 def engines() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlib import significance
+from quantlib import machine, significance
 from quantlib.predictions import Predictions
 from quantlib.recipe import GateRecipe
 from quantlib.report import EpochRow, LatencyRow, VariantRow
@@ -154,7 +154,7 @@ def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circum
     paired = _paired(baseline, variant, 0.95)
     outcome, num_to_decide = _judge(baseline, variant, gate)
     by_runtime = _latencies(variant)
-    latency = by_runtime[_runtime(variant)]
+    latency = by_runtime[machine.torchscript_on(variant.engine)]
     fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
     simulated = {parts: predictions.top1 for parts, predictions in variant.simulated.items()}
     return VariantRow(
@@ -187,7 +187,7 @@ def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circum
         kept_start=variant.kept_start,
         size_bytes=variant.size_bytes,
         latency_p50_ms=latency,
-        speedup=_latencies(baseline)[_runtime(baseline)] / latency,
+        speedup=_latencies(baseline)[machine.torchscript_on(baseline.engine)] / latency,
         fastest_runtime=fastest,
         fastest_p50_ms=by_runtime[fastest],
         accepted=outcome == "inside",
@@ -203,11 +203,6 @@ def _variant_row(variant: Measured, baseline: Measured, gate: GateRecipe, circum
         cpu_model=circumstances.cpu_model,
         created_at=circumstances.created_at,
     )
-
-
-def _runtime(variant: Measured) -> str:
-    """That its accuracy was measured in."""
-    return "torchscript" if variant.engine is None else f"torchscript-{variant.engine}"
 
 
 def _latencies(variant: Measured) -> dict[str, float]:
