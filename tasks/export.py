@@ -2,7 +2,7 @@
 
 from quantlib.machine import Runtime
 from quantlib.store import Ref
-from tasks.caching import PLANNER, stage
+from tasks.caching import stage
 from tasks.run import current_run
 
 _REFUSAL = "refusal"
@@ -36,5 +36,5 @@ def save_onnx(artifact: Ref, images: Ref, engine: str, runtime: Runtime, crop: i
 
 
 def is_refusal(file: Ref) -> bool:
-    """Whether `save_onnx` found that there is no ONNX file; not known of a run that is only planned."""
-    return PLANNER.get() is None and file.kind == _REFUSAL
+    """Whether `save_onnx` found that there is no ONNX file; not known of a stage that is only planned."""
+    return isinstance(file, Ref) and file.kind == _REFUSAL
