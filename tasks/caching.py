@@ -5,7 +5,6 @@ not say what their key was made of. A stage that is reused returns Prefect's own
 """
 
 import ast
-import atexit
 import dataclasses
 import functools
 import gc
@@ -174,11 +173,8 @@ def _prepare_process() -> None:
 
     for message, category in backend.EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    # A model is built of many thousand objects that live for a stage, among a million that were imported: looking for
-    # garbage each time a few hundred are new took a fifth of converting and scripting.
-    gc.freeze()
-    # Else libraries that count their objects at the end complain of what was never collected.
-    atexit.register(gc.unfreeze)
+    # A model is built of many thousand objects that live for a stage: looking for garbage each time a few hundred are
+    # new took a fifth of converting and scripting.
     gc.set_threshold(20_000)
 
 
