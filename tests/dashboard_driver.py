@@ -10,7 +10,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -179,18 +178,6 @@ class Dashboard:
         state = self.run(run)["state"]
         assert state["name"] in states, state
         return state["name"]
-
-    def wait_until_settled(self, run: str) -> None:
-        """Wait until a run's state is two seconds old.
-
-        Prefect's worker tells of a process that died twice, a moment apart: a retry between the two is taken back. No
-        person is that quick.
-        """
-
-        def age() -> timedelta:
-            return datetime.now(UTC) - datetime.fromisoformat(self.run(run)["state"]["timestamp"])
-
-        until(lambda: age() > timedelta(seconds=2), 60, lambda: f"{self.run(run)['state']}")
 
     def tasks(self, run: str) -> Counter[str]:
         """How many of a run's tasks are in each state, but for the report's."""
