@@ -128,6 +128,10 @@ def prepare_qat(model: nn.Module, qconfig: Any) -> nn.Module:
         if isinstance(module, intrinsic_qat.ConvBn2d):
             replaced: Any = module
             replaced._forward_approximate = MethodType(_forward_conv_bn, module)
+            quantize = replaced.activation_post_process
+            if isinstance(module, intrinsic_qat.ConvBnReLU2d) and hasattr(quantize, "rectifies"):
+                quantize.rectifies = True
+                replaced.forward = MethodType(_forward_conv_bn_relu, module)
     return prepared
 
 
@@ -144,13 +148,19 @@ def _forward_conv_bn(conv_bn: Any, x: torch.Tensor) -> torch.Tensor:
     return norm(conv_bn._conv_forward(x, weight, conv_bn.bias))
 
 
+def _forward_conv_bn_relu(conv_bn_relu: Any, x: torch.Tensor) -> torch.Tensor:
+    """As torch's, but for the ReLU where the fake quantization that comes next does what a ReLU does."""
+    y = conv_bn_relu._forward(x)
+    return y if getattr(conv_bn_relu.activation_post_process, "rectifies", False) else nn.functional.relu(y)
+
+
 def convert(prepared: nn.Module) -> nn.Module:
     """An int8 copy of a prepared model, for the engine in use (see `use_engine`)."""
     return tq.convert(prepared.eval(), inplace=False)
 
 
 def convert_blank(prepared: nn.Module) -> nn.Module:
-    """An int8 model whose weights and scales are still to be loaded, from a prepared model that saw no image."""
+    """An int8 model whose weights and scales are still to be loaded, made of a prepared model that saw no image."""
     for module in prepared.modules():
         # Every observer must have seen something: torch has no scale for it otherwise.
         if isinstance(module, ObserverBase) and not getattr(module, "ch_axis", -1) >= 0:
@@ -158,7 +168,7 @@ def convert_blank(prepared: nn.Module) -> nn.Module:
         weight_fake_quant = getattr(module, "weight_fake_quant", None)
         if weight_fake_quant is not None:
             weight_fake_quant(module.weight)
-    return convert(prepared)
+    return tq.convert(prepared.eval(), inplace=True)
 
 
 def set_range(fake_quantize: Any, observer: Any) -> None:

@@ -50,7 +50,7 @@ def choose_ranges(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, 
         scheme: Its observer chooses the ranges.
     """
     observed, header = load_or_observe(content, scheme.float_layers)
-    prepared = preparation.prepare(fusion.rebuild(header), scheme, "eval")
+    prepared = preparation.rebuild(header, scheme)
     for path, module in prepared.named_modules():
         if isinstance(module, backend.ObserverBase):
             statistics = observed.get_submodule(path)
@@ -74,6 +74,6 @@ def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str
 def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
     """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `models.save` made it."""
     header, state = models.open_saved(content)
-    prepared = preparation.prepare(fusion.rebuild(header), Scheme.from_header(header), header["fused"])
+    prepared = preparation.rebuild(header, Scheme.from_header(header))
     prepared.load_state_dict(state)
     return prepared, header

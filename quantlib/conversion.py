@@ -47,7 +47,7 @@ def load_deployable(content: bytes) -> tuple[nn.Module, str | None]:
         return fusion.load(content)[0], None
     # Ranges come with the int8 model; an observer that searches for them would search in vain, for seconds.
     scheme = replace(Scheme.from_header(header), observer="minmax")
-    prepared = preparation.prepare(fusion.rebuild(header), scheme, header["fused"])
+    prepared = preparation.rebuild(header, scheme)
     with backend.use_engine(header["engine"]):
         model = backend.convert_blank(prepared)
         model.load_state_dict(state)

@@ -18,13 +18,17 @@ _SMALLEST_SCALE = 6.1e-5
 class ActivationFakeQuantize(backend.FusedMovingAvgObsFakeQuantize):
     """Fake quantization of an activation on one unsigned grid; its range is a moving average."""
 
+    rectifies = False
+    """Whether it is given what a ReLU would be given, and does that as well: a grid from 0 has no negative value."""
+
     def forward(self, x: Tensor) -> Tensor:
         """`x`, of any shape, rounded to the grid; while observing, the grid takes `x` in first."""
         observer: Any = self.activation_post_process
         if self.observer_enabled.item():
+            ends = torch.stack(torch.aminmax(_as_stored(x.detach())))
             # The range of a tensor is the range of its two ends, which torch's own kernel then averages in.
             torch.fused_moving_avg_obs_fake_quant(
-                torch.stack(torch.aminmax(_as_stored(x.detach()))),
+                ends.clamp_min(0) if self.rectifies else ends,
                 self.observer_enabled,
                 self.fake_quant_enabled,
                 observer.min_val,
@@ -39,7 +43,7 @@ class ActivationFakeQuantize(backend.FusedMovingAvgObsFakeQuantize):
                 self.is_symmetric_quant,
             )
         grid = (self.scale.item(), self.zero_point.item(), observer.quant_min, observer.quant_max)
-        return _RoundToGrid.apply(x, *grid)
+        return _RoundToGrid.apply(x, *grid, self.rectifies)
 
 
 class WeightFakeQuantize(backend.FusedMovingAvgObsFakeQuantize):
@@ -69,11 +73,16 @@ class _RoundToGrid(torch.autograd.Function):
     """Rounds to a grid of at most 256 steps; the gradient passes inside of it, and nowhere else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
-        """`x` rounded, of the same shape."""
+    def forward(
+        ctx: Any, x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, rectifies: bool
+    ) -> Tensor:
+        """`x` rounded, of the same shape; with `rectifies`, relu(x)."""
+        if rectifies and zero_point != quant_min:
+            x = x.relu()
         ctx.save_for_backward(x)
-        # What rounds to the grid's ends is inside.
-        ctx.low, ctx.high = (quant_min - zero_point - 0.5) * scale, (quant_max - zero_point + 0.5) * scale
+        # What rounds to the grid's ends is inside; of a ReLU, only what is above 0.
+        ctx.low = 0.0 if rectifies else (quant_min - zero_point - 0.5) * scale
+        ctx.high = (quant_max - zero_point + 0.5) * scale
         if (quant_min, quant_max) != (0, 255):
             x = x.clamp((quant_min - zero_point) * scale, (quant_max - zero_point) * scale)
         return torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).dequantize()
@@ -82,7 +91,7 @@ class _RoundToGrid(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """The gradient by `x`, and none by the grid."""
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(gradient, x, ctx.low, ctx.high), None, None, None, None
+        return torch.ops.aten.hardtanh_backward(gradient, x, ctx.low, ctx.high), None, None, None, None, None
 
 
 def _as_stored(x: Tensor) -> Tensor:

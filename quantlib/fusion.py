@@ -27,9 +27,7 @@ def fuse_model(model: nn.Module, mode: FuseMode) -> nn.Module:
         mode: "eval" folds BatchNorm into the convolution, for inference and PTQ; "qat" keeps it live, so that
             it can be trained, then frozen.
     """
-    fused = copy.deepcopy(model)
-    backend.fuse_modules(fused, find_groups(fused), mode)
-    return fused.train(mode == "qat")
+    return _fuse(copy.deepcopy(model), mode)
 
 
 def find_groups(model: nn.Module) -> list[list[str]]:
@@ -55,7 +53,13 @@ def load(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
 
 def rebuild(header: Mapping[str, Any]) -> nn.Module:
     """A fused model of the shape that a header describes, its weights still to be loaded."""
-    return fuse_model(models.build(header["architecture"], header["arguments"]), header["fused"])
+    return _fuse(models.build(header["architecture"], header["arguments"]), header["fused"])
+
+
+def _fuse(model: nn.Module, mode: FuseMode) -> nn.Module:
+    """In place."""
+    backend.fuse_modules(model, find_groups(model), mode)
+    return model.train(mode == "qat")
 
 
 def _groups_of(chain: nn.Sequential, prefix: str) -> list[list[str]]:

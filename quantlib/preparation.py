@@ -1,13 +1,13 @@
 """Preparation: observers or fake quantization put into a fused model, as a scheme says."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantlib import backend, observers
+from quantlib import backend, fusion, observers
 from quantlib.backend import FuseMode
 from quantlib.errors import ModelError, suggest
 from quantlib.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
@@ -33,7 +33,17 @@ def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
     Raises:
         ModelError: If the model has none of the scheme's `float_layers`.
     """
-    model = _keep_in_float(fused, scheme.float_layers)
+    return _prepare(copy.deepcopy(fused), scheme, mode)
+
+
+def rebuild(header: Mapping[str, Any], scheme: Scheme) -> nn.Module:
+    """A prepared model of the shape that a header describes, its weights and ranges still to be loaded."""
+    return _prepare(fusion.rebuild(header), scheme, header["fused"])
+
+
+def _prepare(model: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
+    """In place."""
+    _keep_in_float(model, scheme.float_layers)
     per_channel, reduce_range = scheme.weights == "per_channel", scheme.activation_bits == 7
     if mode == "qat":
         return backend.prepare_qat(model, _qat_qconfig(reduce_range, per_channel))
@@ -47,17 +57,15 @@ def observe(fused: nn.Module, float_layers: Iterable[str]) -> nn.Module:
     Raises:
         ModelError: If the model has none of the `float_layers`.
     """
-    return backend.prepare_ptq(
-        _keep_in_float(fused, float_layers), backend.ptq_qconfig(observers.ActivationStatistics, True)
-    )
-
-
-def _keep_in_float(fused: nn.Module, float_layers: Iterable[str]) -> nn.Module:
     model = copy.deepcopy(fused)
+    _keep_in_float(model, float_layers)
+    return backend.prepare_ptq(model, backend.ptq_qconfig(observers.ActivationStatistics, True))
+
+
+def _keep_in_float(model: nn.Module, float_layers: Iterable[str]) -> None:
     for path in find_layers(model, float_layers):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, KeptInFloat(model.get_submodule(path)))
-    return model
 
 
 def _qat_qconfig(reduce_range: bool, per_channel: bool) -> Any:

@@ -55,6 +55,42 @@ def test_activations_are_quantized_as_by_torch(reduce_range: bool, relu: bool, l
     }
 
 
+@pytest.mark.filterwarnings("ignore:Please use quant_min")
+def test_it_rectifies_as_a_relu_before_it() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (_activation(ActivationFakeQuantize, True) for _ in range(2))
+    ours.rectifies = True
+    for step in range(3):
+        x = torch.randn(4, 6, 5, 5) * (step + 1)
+        (y, gradient), (expected, expected_gradient) = _run(ours, x), _run(nn.Sequential(nn.ReLU(), theirs), x)
+        assert torch.equal(y, expected)
+        assert torch.equal(gradient, expected_gradient)
+        assert 0.4 < (gradient == 0).float().mean() < 0.9
+    assert str(ours.state_dict()) == str(theirs.state_dict())
+    # A grid from below 0 has been loaded.
+    for module in (ours, theirs):
+        backend.freeze_observers(module)
+        module.zero_point.fill_(30)
+    (y, gradient), (expected, expected_gradient) = _run(ours, x), _run(nn.Sequential(nn.ReLU(), theirs), x)
+    assert torch.equal(y, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_relu_is_left_to_the_quantization_that_follows() -> None:
+    model = preparation.prepare(
+        fusion.fuse_model(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), "qat"),
+        Scheme(observer="minmax", weights="per_channel", activation_bits=8),
+        "qat",
+    )
+    x = torch.randn(5, 4, 9, 9)
+    assert model(x).min() == 0
+    assert model[0].activation_post_process.rectifies
+    assert model[0]._forward(x).min() < 0
+    # Whatever takes its place finds a ReLU.
+    model[0].activation_post_process = nn.Identity()
+    assert model(x).min() == 0
+
+
 def test_weights_are_quantized_as_by_torch() -> None:
     torch.manual_seed(0)
     ours, theirs = _weight(WeightFakeQuantize), _weight(backend.FusedMovingAvgObsFakeQuantize)
