@@ -1,9 +1,11 @@
 """How a variant comes to be: which stage feeds which. Called by the flows."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from quantlib import machine
 from quantlib.inputs import Inputs, Selection
@@ -28,6 +30,9 @@ from tasks.quantize import (
     start_qat,
 )
 from tasks.report import CandidateRefs, EpochRefs, OnnxRefs, VariantRefs
+from tasks.side_by_side import later
+
+T = TypeVar("T")
 
 # A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
 # in memory does not matter.
@@ -36,6 +41,17 @@ _SHARD_IMAGES = 5000
 # Each layer costs two passes over these images; a stage takes a part of them, so that none takes more than minutes.
 _LAYER_IMAGES = 256
 _LAYER_IMAGES_A_STAGE = 64
+
+
+_SHARING = threading.RLock()
+
+
+class _shared(cached_property[T]):  # noqa: N801 (a decorator, as its base is)
+    """Made by the branch that asks first, while others that ask wait for it."""
+
+    def __get__(self, trunk: Any, owner: Any = None) -> Any:
+        with _SHARING:
+            return super().__get__(trunk, owner)
 
 
 @dataclass(frozen=True)
@@ -61,12 +77,12 @@ class Trunk:
             ("qat", True): lambda: self._fused_qat_equalized,
         }[mode, equalized]()
 
-    @cached_property
+    @_shared
     def fused_eval(self) -> Ref:
         """The baseline's model, and of every PTQ branch that is not equalized."""
         return fuse(self.float_model, "eval", branch="eval")
 
-    @cached_property
+    @_shared
     def calibration(self) -> tuple[Ref, ...]:
         """Decoded shards of the calibration images."""
         recipe, first = self.recipe, self.inputs.training.start
@@ -75,19 +91,19 @@ class Trunk:
         chosen = replace(self.inputs.training, stop=first + settings.batch_size * settings.num_batches)
         return _decode(recipe, chosen, transform, "calibration", settings.batch_size)
 
-    @cached_property
+    @_shared
     def _equalized(self) -> Ref:
         return equalize(self.float_model, self.recipe.data.crop)
 
-    @cached_property
+    @_shared
     def _fused_qat(self) -> Ref:
         return fuse(self.float_model, "qat", branch="qat")
 
-    @cached_property
+    @_shared
     def _fused_eval_equalized(self) -> Ref:
         return fuse(self._equalized, "eval", branch="eval-equalized")
 
-    @cached_property
+    @_shared
     def _fused_qat_equalized(self) -> Ref:
         return fuse(self._equalized, "qat", branch="qat-equalized")
 
@@ -182,28 +198,30 @@ def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     images, scheme = trunk.inputs.training, _scheme(trunk, branch)
     transform = replace(_train_transform(trunk.recipe), scale=branch.train_scale)
     teacher = trunk.fused_eval if branch.distill else None
-    state, start = trunk.fused("qat", equalized=branch.equalizes), None
-    candidates: list[CandidateRefs] = []
+    state = trunk.fused("qat", equalized=branch.equalizes)
+    candidates: list[Future[CandidateRefs]] = []
     states: list[Ref] = []
     if branch.start == "calibrated":
         state = start_qat(state, _calibrate(trunk, branch), branch=branch.name)
-        start = _candidate(trunk, state, f"{branch.name}-start")
-        candidates, states = [start], [state]
-    epochs: list[EpochRefs] = []
+        candidates, states = [_candidate(trunk, state, f"{branch.name}-start")], [state]
+    metrics: list[Ref] = []
     for epoch in range(branch.epochs):
-        state, metrics = qat_epoch(state, epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
-        candidate = _candidate(trunk, state, f"{branch.name}-{epoch}")
-        epochs.append(EpochRefs(metrics=metrics, **vars(candidate)))
-        candidates.append(candidate)
+        state, found = qat_epoch(state, epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
+        metrics.append(found)
+        candidates.append(_candidate(trunk, state, f"{branch.name}-{epoch}"))
         states.append(state)
-        if branch.patience is not None and has_stalled([refs.selection for refs in candidates], branch.patience):
+        # Only then is there a need to wait: else the next epoch trains while this one is converted.
+        patience = branch.patience
+        if patience is not None and len(candidates) > patience and has_stalled(_selections(candidates), patience):
             break
+    measured = [each.result() for each in candidates]
     best_artifact, best_state = choose_epoch(
-        tuple(candidate.artifact for candidate in candidates),
+        tuple(candidate.artifact for candidate in measured),
         tuple(states),
-        tuple(candidate.selection for candidate in candidates),
+        tuple(candidate.selection for candidate in measured),
         branch=branch.name,
     )
+    start = measured.pop(0) if branch.start == "calibrated" else None
     return VariantRefs(
         name=branch.name,
         method="qat",
@@ -218,15 +236,25 @@ def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         onnx=_save_onnx(trunk, best_artifact, branch.name),
         simulated=_simulate(trunk, best_state, branch.name),
         layers=_layers(trunk, best_state, branch),
-        epochs=tuple(epochs),
+        epochs=tuple(
+            EpochRefs(metrics=found, **vars(candidate)) for found, candidate in zip(metrics, measured, strict=True)
+        ),
     )
 
 
-def _candidate(trunk: Trunk, state: Ref, name: str) -> CandidateRefs:
+def _candidate(trunk: Trunk, state: Ref, name: str) -> Future[CandidateRefs]:
     """What a state of QAT would ship, evaluated."""
-    artifact = _export(trunk, state, name)
-    validation, selection = _evaluate(trunk, artifact, name)
-    return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
+
+    def measure() -> CandidateRefs:
+        artifact = _export(trunk, state, name)
+        validation, selection = _evaluate(trunk, artifact, name)
+        return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
+
+    return later(measure)
+
+
+def _selections(candidates: list[Future[CandidateRefs]]) -> list[tuple[Ref, ...]]:
+    return [candidate.result().selection for candidate in candidates]
 
 
 def _export(trunk: Trunk, prepared: Ref, name: str) -> Ref:

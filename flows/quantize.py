@@ -1,5 +1,7 @@
 """The main flow: the float baseline, every PTQ and QAT branch, the report."""
 
+from functools import partial
+
 from prefect import flow
 from prefect.runtime import flow_run
 
@@ -12,9 +14,11 @@ from quantlib.inputs import Inputs, find_inputs
 from quantlib.machine import Runtime
 from quantlib.recipe import Recipe, override_recipe
 from quantlib.report import Report
+from tasks.caching import PLANNER
 from tasks.measure import Contender, benchmark, pick_examples
 from tasks.report import Measurements, VariantRefs, write_report
 from tasks.run import start_run
+from tasks.side_by_side import one_by_one, side_by_side
 
 
 @flow(name="quantize", flow_run_name="{recipe.name}", persist_result=False)
@@ -40,8 +44,15 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
     """Every stage of a run, wired."""
     engine = machine.find_engine(recipe.engine)
     trunk = grow_trunk(recipe, inputs, engine)
-    baseline = float_branch(trunk)
-    named = [ptq_branch(trunk, branch) for branch in recipe.ptq] + [qat_branch(trunk, branch) for branch in recipe.qat]
+    # A plan is in the order of the recipe.
+    run_all = side_by_side if PLANNER.get() is None else one_by_one
+    baseline, *named = run_all(
+        [
+            partial(float_branch, trunk),
+            *(partial(ptq_branch, trunk, branch) for branch in recipe.ptq),
+            *(partial(qat_branch, trunk, branch) for branch in recipe.qat),
+        ]
+    )
     found, notes = search_branches(trunk, baseline)
     variants = (baseline, *named, *found)
     contenders = tuple(contender for variant in variants for contender in _contenders(variant, trunk.onnx_runtimes))

@@ -3,6 +3,8 @@
 PyTorch has announced the removal of eager-mode quantization; whatever replaces it is met here.
 """
 
+import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -47,6 +49,16 @@ EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("Please use quant_min and quant_max to specify the range", UserWarning),
 )
 """What torch is known to warn of here: start of the message, and category. pyproject.toml lists the same."""
+
+
+def prepare_process() -> None:
+    """Make the process fit to compute."""
+    machine.keep_freed_memory()
+    for message, category in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    # A model is built of many thousand objects that live for a stage: looking for garbage each time a few hundred are
+    # new took a fifth of converting and scripting.
+    gc.set_threshold(20_000)
 
 
 def resolve_engine(name: str) -> str:

@@ -42,8 +42,8 @@ def load_or_observe(content: bytes, float_layers: Sequence[str]) -> tuple[nn.Mod
     return observed, header
 
 
-def choose_ranges(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:
-    """A calibrated model and its header, from the statistics of a stored observed one.
+def choose_ranges(content: bytes, scheme: Scheme) -> bytes:
+    """A stored observed model as a calibrated one, as `load_prepared` reads it.
 
     Args:
         content: With statistics, collected with the scheme's `float_layers`.
@@ -59,7 +59,7 @@ def choose_ranges(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, 
     weights = {name: value for name, value in observed.state_dict().items() if ".activation_post_process." not in name}
     prepared.load_state_dict(weights, strict=False)
     del header["observed"]
-    return prepared, header | {"scheme": asdict(scheme)}
+    return models.save(prepared, header | {"scheme": asdict(scheme)})
 
 
 def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:

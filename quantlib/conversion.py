@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from quantlib import backend, fusion, models, preparation
+from quantlib import backend, calibration, fusion, models, preparation
 from quantlib.errors import ModelError
 from quantlib.scheme import Scheme
 
@@ -18,6 +18,19 @@ def convert(prepared: nn.Module, engine: str) -> nn.Module:
     """
     with backend.use_engine(engine):
         return backend.convert(prepared)
+
+
+def convert_saved(content: bytes, engine: str, crop: int) -> bytes:
+    """A stored calibrated model, or an epoch's state, as a stored int8 model that is known to run.
+
+    Raises:
+        ModelError: As `check_int8`.
+        MachineError: If this machine lacks the engine.
+    """
+    prepared, header = calibration.load_prepared(content)
+    int8 = convert(prepared, engine)
+    check_int8(int8, engine, crop)
+    return models.save(int8, header | {"engine": engine})
 
 
 def check_int8(model: nn.Module, engine: str, crop: int) -> None:

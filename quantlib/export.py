@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from quantlib import backend, images, machine, runtimes, torchscript
+from quantlib import backend, conversion, images, machine, runtimes, torchscript
 from quantlib.errors import ModelError
 from quantlib.runtimes import Classifier
 
@@ -41,6 +41,16 @@ def script(model: nn.Module, engine: str | None = None) -> bytes:
             f"The model cannot be scripted: {error}\nUse operations that torch.jit.script supports in its forward()."
         ) from None
     return torchscript.canonical(buffer.getvalue())
+
+
+def script_saved(content: bytes) -> bytes:
+    """A stored model, as `conversion.load_deployable` reads it, as a TorchScript file.
+
+    Raises:
+        ModelError: As `script`.
+        MachineError: If this machine lacks the model's engine.
+    """
+    return script(*conversion.load_deployable(content))
 
 
 def to_onnx(torchscript: Path, engine: str, crop: int) -> bytes:

@@ -7,14 +7,13 @@ not say what their key was made of. A stage that is reused returns Prefect's own
 import ast
 import dataclasses
 import functools
-import gc
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import textwrap
+import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -26,10 +25,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 from pydantic import BaseModel
 
-from quantlib import codehash, machine
+from quantlib import codehash
 from quantlib.report import StageRow
 from quantlib.store import Record, Ref, Store
 from tasks.run import current_run
+from tasks.side_by_side import beside, in_turn, is_stopped
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref | tuple[Ref, ...])
@@ -37,6 +37,7 @@ R = TypeVar("R", bound=Ref | tuple[Ref, ...])
 # They name a task run, or say how to compute and not what.
 _NOT_IN_KEY = {"branch"}
 _LIBRARIES = ("torch", "torchvision", "pillow")
+_PARSING = threading.Lock()
 
 
 class Planner(Protocol):
@@ -60,9 +61,10 @@ class Stage(Task[P, R], Generic[P, R]):
     compute.
     """
 
-    def __init__(self, work: Callable[P, R], label: str) -> None:
+    def __init__(self, work: Callable[P, R], label: str, *, aside: bool) -> None:
         self.work = work
         self.label = label
+        self._aside = aside
         self._signature = inspect.signature(work)
         self.num_outputs = len(getattr(self._signature.return_annotation, "__args__", (Ref,)))
         super().__init__(
@@ -104,8 +106,13 @@ class Stage(Task[P, R], Generic[P, R]):
         outputs = record.outputs if self.num_outputs > 1 else record.outputs[0]
         return cast("R", outputs)
 
-    @functools.cache  # noqa: B019 (stages live as long as the process)
     def _code(self) -> dict[str, str]:
+        # Python 3.11 miscounts where two threads parse at once, and fails (python/cpython issue 106905).
+        with _PARSING:
+            return self._hash_code()
+
+    @functools.cache  # noqa: B019 (stages live as long as the process)
+    def _hash_code(self) -> dict[str, str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(self.work)))
         function = tree.body[0]
         assert isinstance(function, ast.FunctionDef)
@@ -128,18 +135,26 @@ class Stage(Task[P, R], Generic[P, R]):
             label, ingredients = self.label_for(arguments), self.ingredients(arguments)
             key = key_of(ingredients)
             started, clock = datetime.now(UTC), time.perf_counter()
+
+            def compute() -> tuple[R, datetime, float]:
+                run.listener.stage_started(label)
+                _prepare_process()
+                # The wait for its turn is no part of it.
+                started, clock = datetime.now(UTC), time.perf_counter()
+                with run.computing(label):
+                    outputs = self.work(*args, **kwargs)
+                return outputs, started, time.perf_counter() - clock
+
             # Whoever comes second waits, then finds the record. The kernel frees the lock of a process that died.
             run.journal.stage_started(label, key)
-            with FileLock(run.store.lock_file(key)):
+            with FileLock(run.store.lock_file(key)).acquire(cancel_check=is_stopped):
                 record = run.store.find_record(key)
                 if record is None:
-                    run.start_stage(label)
-                    _prepare_process()
-                    outputs = self.work(*args, **kwargs)
+                    outputs, started, seconds = beside(compute) if self._aside else in_turn(compute)
                     refs = outputs if isinstance(outputs, tuple) else (outputs,)
-                    seconds = time.perf_counter() - clock
                     run.store.add_record(Record(key, self.name, ingredients, refs, seconds, started.isoformat()))
-            seconds = time.perf_counter() - clock
+                else:
+                    seconds = time.perf_counter() - clock
             run.stages.append(StageRow(label, key, record is not None, seconds, started))
             run.journal.stage_finished(label, key, cached=record is not None)
             run.listener.stage_finished(label, cached=record is not None, seconds=seconds)
@@ -150,13 +165,14 @@ class Stage(Task[P, R], Generic[P, R]):
         return reuse_or_compute
 
 
-def stage(label: str) -> Callable[[Callable[P, R]], Stage[P, R]]:
+def stage(label: str, *, aside: bool = False) -> Callable[[Callable[P, R]], Stage[P, R]]:
     """Make a function a stage.
 
     Args:
         label: Names its task runs; may hold the function's arguments, as "calibrate-{branch}".
+        aside: Whether it leaves its work to `side_by_side.aside`, and needs no turn of its own.
     """
-    return lambda work: Stage(work, label)
+    return lambda work: Stage(work, label, aside=aside)
 
 
 def key_of(ingredients: Mapping[str, str]) -> str:
@@ -166,16 +182,10 @@ def key_of(ingredients: Mapping[str, str]) -> str:
 
 @functools.cache
 def _prepare_process() -> None:
-    """Make the process fit to compute; not done by one that only reuses."""
-    machine.keep_freed_memory()
-    # Imports torch, which is why it stands here.
+    """Not done by a process that only reuses: it imports torch."""
     from quantlib import backend
 
-    for message, category in backend.EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
-    # A model is built of many thousand objects that live for a stage: looking for garbage each time a few hundred are
-    # new took a fifth of converting and scripting.
-    gc.set_threshold(20_000)
+    backend.prepare_process()
 
 
 def _flatten(name: str, value: Any) -> dict[str, str]:

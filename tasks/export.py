@@ -4,20 +4,21 @@ from quantlib.machine import Runtime
 from quantlib.store import Ref
 from tasks.caching import stage
 from tasks.run import current_run
+from tasks.side_by_side import aside
 
 _REFUSAL = "refusal"
 
 
-@stage("script_and_save-{branch}")
+@stage("script_and_save-{branch}", aside=True)
 def script_and_save(model: Ref, *, branch: str) -> Ref:
     """The TorchScript file of a fused float model, or of an int8 model."""
-    from quantlib import conversion, export
+    from quantlib import export
 
     store = current_run().store
-    return store.put("torchscript", export.script(*conversion.load_deployable(store.read(model))))
+    return store.put("torchscript", aside(export.script_saved, store.read(model)))
 
 
-@stage("save_onnx-{branch}")
+@stage("save_onnx-{branch}", aside=True)
 def save_onnx(artifact: Ref, images: Ref, engine: str, runtime: Runtime, crop: int, *, branch: str) -> Ref:
     """The ONNX file of an int8 TorchScript file, once it answers as that does; or why there is none.
 
@@ -28,8 +29,8 @@ def save_onnx(artifact: Ref, images: Ref, engine: str, runtime: Runtime, crop: i
 
     store = current_run().store
     try:
-        content = export.to_onnx(store.path(artifact), engine, crop)
-        export.check_onnx(content, store.path(artifact), engine, runtime.name, store.path(images))
+        content = aside(export.to_onnx, store.path(artifact), engine, crop)
+        aside(export.check_onnx, content, store.path(artifact), engine, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)

@@ -9,6 +9,7 @@ from quantlib.store import Ref
 from quantlib.transforms import Transform
 from tasks.caching import PLANNER, stage
 from tasks.run import current_run
+from tasks.side_by_side import aside
 
 
 @stage("calibrate-{branch}")
@@ -25,13 +26,13 @@ def calibrate(before: Ref, images: Ref, float_layers: tuple[str, ...], batch_siz
     return run.store.put("model", models.save(observed, header))
 
 
-@stage("choose_ranges-{branch}")
+@stage("choose_ranges-{branch}", aside=True)
 def choose_ranges(observed: Ref, scheme: Scheme, *, branch: str) -> Ref:
     """Give each activation the range that the scheme's observer finds in what calibration has collected."""
-    from quantlib import calibration, models
+    from quantlib import calibration
 
     store = current_run().store
-    return store.put("model", models.save(*calibration.choose_ranges(store.read(observed), scheme)))
+    return store.put("model", aside(calibration.choose_ranges, store.read(observed), scheme))
 
 
 @stage("correct_bias-{branch}")
@@ -45,16 +46,13 @@ def correct_bias(prepared: Ref, images: tuple[Ref, ...], *, branch: str) -> Ref:
     return store.put("model", models.save(corrected, header))
 
 
-@stage("convert-{branch}")
+@stage("convert-{branch}", aside=True)
 def convert(prepared: Ref, engine: str, crop: int, *, branch: str) -> Ref:
     """Make a calibrated model, or an epoch's state, int8."""
-    from quantlib import calibration, conversion, models
+    from quantlib import conversion
 
     store = current_run().store
-    module, header = calibration.load_prepared(store.read(prepared))
-    int8 = conversion.convert(module, engine)
-    conversion.check_int8(int8, engine, crop)
-    return store.put("model", models.save(int8, header | {"engine": engine}))
+    return store.put("model", aside(conversion.convert_saved, store.read(prepared), engine, crop))
 
 
 @stage("start_qat-{branch}")

@@ -53,27 +53,31 @@ class Run:
     listener: Listener
     stages: list[StageRow] = field(default_factory=list)
     """The stages met so far, in order."""
-    _computing: str = ""
 
     @property
     def run_id(self) -> str:
         """The run's name."""
         return self.journal.run_id
 
-    def start_stage(self, label: str) -> None:
-        """A stage is computed from now on."""
-        self._computing = label
-        self.listener.stage_started(label)
+    @contextmanager
+    def computing(self, label: str) -> Iterator[None]:
+        """Inside the block `progress` is of the stage `label`."""
+        token = _LABEL.set(label)
+        try:
+            yield
+        finally:
+            _LABEL.reset(token)
 
     def progress(self, done: int, total: int) -> None:
         """The stage that is computed has done so much."""
-        self.listener.stage_progressed(self._computing, done, total)
+        self.listener.stage_progressed(_LABEL.get(), done, total)
 
 
 LISTENER: ContextVar[Listener] = ContextVar("listener")
 RUN_ID: ContextVar[str | None] = ContextVar("run_id", default=None)
 """Set to go on with a run."""
 _RUN: ContextVar[Run] = ContextVar("run")
+_LABEL: ContextVar[str] = ContextVar("label", default="")
 
 
 def home_folder() -> Path:

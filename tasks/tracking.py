@@ -34,38 +34,39 @@ class ProgressArtifacts:
     def __init__(self, listener: "Listener", clock: Callable[[], float] = time.monotonic) -> None:
         self._listener = listener
         self._clock = clock
-        self._artifact: UUID | None = None
-        self._told = 0.0
+        self._artifacts: dict[str, UUID] = {}
+        self._told: dict[str, float] = {}
 
     def stage_started(self, label: str) -> None:
         """Begin to count: a stage that is done soon needs no artifact."""
-        self._artifact, self._told = None, self._clock()
+        self._told[label] = self._clock()
         self._listener.stage_started(label)
 
     def stage_progressed(self, label: str, done: int, total: int) -> None:
         """Tell the dashboard, every few seconds."""
         self._listener.stage_progressed(label, done, total)
-        if self._clock() - self._told >= _EVERY_SECONDS:
+        # What is no stage, as the hashing of the images before the first, is told from its beginning.
+        if self._clock() - self._told.get(label, 0.0) >= _EVERY_SECONDS:
             self._tell(label, 100.0 * done / total)
-            self._told = self._clock()
+            self._told[label] = self._clock()
 
     def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
         """Fill the bar, where there is one."""
-        if self._artifact is not None:
+        if label in self._artifacts:
             self._tell(label, 100.0)
-            self._artifact = None
+            del self._artifacts[label]
         self._listener.stage_finished(label, cached=cached, seconds=seconds)
 
     def _tell(self, label: str, percent: float) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         with _nothing_depends_on_it():
-            if self._artifact is None:
+            if label in self._artifacts:
+                update_progress_artifact(self._artifacts[label], percent)
+            else:
                 created = create_progress_artifact(percent, description=label)
                 assert isinstance(created, UUID)
-                self._artifact = created
-            else:
-                update_progress_artifact(self._artifact, percent)
+                self._artifacts[label] = created
 
 
 def publish(report: Report, reports: "Path") -> None:

@@ -205,7 +205,7 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
 def _hook_points(pass_point: Callable[[str], None]) -> None:
     """Pass a point at each step that a crash could fall between: stage boundaries, progress inside, and writes."""
     from quantlib.journal import Journal
-    from tasks.run import Run
+    from tasks import run
 
     def before(owner: Any, name: str, label: Callable[..., str]) -> None:
         original = getattr(owner, name)
@@ -218,7 +218,7 @@ def _hook_points(pass_point: Callable[[str], None]) -> None:
 
     before(Journal, "stage_started", lambda _, label, *rest: f"before {label}")
     before(Journal, "stage_finished", lambda _, label, *rest: f"after {label}")
-    before(Run, "progress", lambda run, *rest: f"inside {run._computing}")
+    before(run.Run, "progress", lambda *_: f"inside {run._LABEL.get()}")
     # In the middle of a write: the bytes are in the temporary file, not yet on the disk; then, not yet in place.
     before(os, "fsync", lambda *_: "write: flush")
     before(Path, "replace", lambda *_: "write: rename")

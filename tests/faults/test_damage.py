@@ -69,8 +69,10 @@ def test_every_damaged_artifact_is_made_again_and_nothing_else_is(damage, home_c
 
 def test_a_damaged_record_makes_its_stage_run_again_and_nothing_else(home_copy, undisturbed):
     home, (_, expected) = home_copy, undisturbed
-    key = harness.keys_done(home)["calibrate-per_channel"]
+    keys = harness.keys_done(home)
+    key = keys["calibrate-per_channel"]
     _overwrite(home / "store" / "records" / f"{key}.json", b"{")
     repaired = harness.run(home)
     assert repaired.variants == expected.variants
-    assert [label for label, cached in repaired.stages.items() if not cached] == ["calibrate-per_channel"]
+    # Of the branches that share it, whichever came first.
+    assert [keys[label] for label, cached in repaired.stages.items() if not cached] == [key]

@@ -71,7 +71,7 @@ def test_one_pass_feeds_every_scheme(
     collected = models.save(observed, header)
     for name in OBSERVERS:
         wanted = Scheme(observer=name, weights="per_channel", activation_bits=8, float_layers=float_layers)
-        prepared, _ = calibration.choose_ranges(collected, wanted)
+        prepared, _ = calibration.load_prepared(calibration.choose_ranges(collected, wanted))
         alone = preparation.prepare(fusion.load(content)[0], wanted, "eval")
         calibration.calibrate(alone, train_shard, batch_size=12)
         for path, module in alone.named_modules():
@@ -89,6 +89,6 @@ def test_shard_after_shard_goes_on_with_what_was_collected(
     calibration.calibrate(once, train_shard, batch_size=12)
     again, _ = calibration.load_or_observe(models.save(once, header), ())
     torch.testing.assert_close(again.state_dict(), once.state_dict(), rtol=0, atol=0)
-    ranges, header = calibration.choose_ranges(models.save(again, header), scheme("default"))
+    ranges, header = calibration.load_prepared(calibration.choose_ranges(models.save(again, header), scheme("default")))
     assert "observed" not in header
     assert calibration.load_prepared(models.save(ranges, header))[1]["scheme"]["observer"] == "minmax"

@@ -1,0 +1,114 @@
+"""A process that computes functions for another one, beside it.
+
+    python -m quantlib.helper FILE_DESCRIPTOR
+
+It is started by `Helper`, and ends when the pipe to that is closed: however the other process ends.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, ParamSpec, TypeVar
+
+from quantlib.errors import MachineError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Helper:
+    """The process, as the other one sees it; it is started by the first call, or by `start`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection[Any, Any] | None = None
+
+    def start(self) -> None:
+        """Start it, so that it is there when it is needed."""
+        with self._lock:
+            self._start()
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a function of a module gives; what it raises is raised here. Threads take turns.
+
+        Raises:
+            MachineError: If the process dies.
+        """
+        with self._lock:
+            self._start()
+            assert self._pipe is not None
+            try:
+                self._pipe.send((function, args, kwargs))
+                result, error = self._pipe.recv()
+            except (EOFError, OSError):
+                status = self._end()
+                raise MachineError(
+                    f"The helper process died in {function.__module__}.{function.__name__} (exit status {status}): "
+                    "-9 is what Linux does where memory runs out. Run again: finished stages are kept."
+                ) from None
+        if error is not None:
+            raise error
+        return result
+
+    def stop(self) -> None:
+        """End it, whatever it is doing: a call in another thread raises MachineError."""
+        process = self._process
+        if process is not None:
+            process.kill()
+        with self._lock:
+            self._end()
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._end()
+        self._pipe, other = Pipe()
+        with other:
+            self._process = subprocess.Popen(  # noqa: S603 (our own module)
+                [sys.executable, "-m", "quantlib.helper", str(other.fileno())],
+                pass_fds=[other.fileno()],
+                # It finds the modules that this process finds.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C in the terminal is not its business.
+                start_new_session=True,
+            )
+
+    def _end(self) -> int | None:
+        """With the lock held; its exit status."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        if self._process is None:
+            return None
+        self._process.kill()
+        status, self._process = self._process.wait(), None
+        return status
+
+
+def _serve(pipe: "Connection[Any, Any]") -> None:
+    import torch
+
+    from quantlib import backend
+
+    backend.prepare_process()
+    # The other cores are the other process's.
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((function(*args, **kwargs), None))
+        except Exception as error:
+            pipe.send((None, error))
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))
