@@ -240,8 +240,8 @@ class SearchRecipe(Section):
     """Variants that are found by trial: the fastest that loses no more than a budget; `quantlib.search` says how."""
 
     max_top1_drop: Fraction = 0.002
-    """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too, unless [gate] sets
-    its own. Trials are judged on the images that choices are made by, the winner by the gate."""
+    """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too: given in [gate], it
+    may be absent here. Trials are judged on the images that choices are made by, the winner by the gate."""
     max_trials: Count = 12
     """Variants to try at most; each is a branch of the report."""
     max_minutes: Annotated[float, Field(gt=0.0, strict=True)] = 120.0
@@ -252,7 +252,7 @@ class GateRecipe(Section):
     """What the winner may lose."""
 
     max_top1_drop: Fraction = 0.01
-    """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point."""
+    """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point. With a [search]: its budget."""
     confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
     """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
     its drop is inside; absent: the drop itself is what counts."""
@@ -290,13 +290,25 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _gate_is_the_budget(cls, tables: Any) -> Any:
+    def _share_budget(cls, tables: Any) -> Any:
+        """Of [search] and [gate], the one that has no budget takes the other's."""
         search = tables.get("search") if isinstance(tables, Mapping) else None
         gate = tables.get("gate", {}) if isinstance(tables, Mapping) else None
         if not isinstance(search, Mapping) or not isinstance(gate, Mapping):
             return tables
-        budget = search.get("max_top1_drop", SearchRecipe.model_fields["max_top1_drop"].default)
-        return {**tables, "gate": {"max_top1_drop": budget, **gate}}
+        budget = {"max_top1_drop": SearchRecipe.model_fields["max_top1_drop"].default}
+        budget |= {name: value for table in (gate, search) for name, value in table.items() if name in budget}
+        return {**tables, "search": budget | dict(search), "gate": budget | dict(gate)}
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        # Were the gate's wider, the fastest trial inside of it would win: one that the search was to do better than.
+        if self.search is not None and self.search.max_top1_drop != self.gate.max_top1_drop:
+            raise ValueError(
+                f"search.max_top1_drop = {self.search.max_top1_drop} and gate.max_top1_drop = "
+                f"{self.gate.max_top1_drop} are one budget: remove one of them, or give both the same value"
+            )
+        return self
 
     @model_validator(mode="after")
     def _branches(self) -> Self:
@@ -348,7 +360,10 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """
     if not overrides:
         return recipe
-    tables = recipe.model_dump(mode="json", exclude_none=True)
+    tables = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    if recipe.search is not None:
+        # The search has the budget: were it here as well, a new one could not be set in one place.
+        tables["gate"].pop("max_top1_drop")
     for override in overrides:
         _override(tables, override)
     _resolve_paths(tables, Path.cwd())

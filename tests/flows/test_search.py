@@ -18,7 +18,7 @@ from tasks.search import NotYetKnownError
 
 BRANCHES = {"ptq", "qat"}
 RECIPE = {key: value for key, value in harness.RECIPE.items() if key not in BRANCHES}
-RECIPE |= {"search": {"max_trials": 2, "max_top1_drop": 0.0}, "gate": {"max_top1_drop": 1.0}}
+RECIPE |= {"search": {"max_trials": 2, "max_top1_drop": 0.0}, "gate": {}}
 RECIPE |= {"evaluation": RECIPE["evaluation"] | {"layers": True}}
 TRIALS = ["search-1-minmax", "search-2-equalized"]
 
@@ -44,7 +44,7 @@ def test_trials_are_variants_of_the_report(searched):
     variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
     assert list(variants.index) == ["float", *TRIALS]
     assert list(variants.equalized) == [False, False, True]
-    assert variants.winner.sum() == 1
+    assert variants.winner.sum() == (variants.gate[TRIALS] == "inside").any()
 
 
 def test_the_best_so_far_is_saved_at_every_step(searched):
