@@ -245,7 +245,9 @@ class SearchRecipe(Section):
     max_trials: Count = 12
     """Variants to try at most; each is a branch of the report."""
     max_minutes: Annotated[float, Field(gt=0.0, strict=True)] = 120.0
-    """No trial begins after so many minutes of this run's search; one that has begun goes to its end."""
+    """No trial begins once the search's stages took so many minutes; one that has begun goes to its end. A stage that
+    is reused counts as long as it took to compute, so that a search that is resumed or repeated ends where it would
+    have ended at once."""
 
 
 class GateRecipe(Section):
