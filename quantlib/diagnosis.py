@@ -83,7 +83,10 @@ def _advice(row: VariantRow, worst: Sequence[LayerRow]) -> list[str]:
     tries = []
     if not row.equalized and row.weights == "per_tensor":
         tries.append('equalize = true, or weights = "per_channel": channels of uneven range share one scale')
-    if any((layer.saturation or 0.0) > _MUCH_CLIPPED for layer in worst) and row.observer != "minmax":
+    clipped = any((layer.saturation or 0.0) > _MUCH_CLIPPED for layer in worst)
+    if clipped and row.observer == "minmax":
+        tries.append("more images in [calibration]: values lie outside of all that it saw")
+    elif clipped:
         tries.append('observer = "minmax": the ranges cut off much')
     elif row.observer == "minmax":
         tries.append('observer = "mse": ranges of least error')

@@ -1,10 +1,10 @@
 """Why a variant loses accuracy, from rows alone."""
 
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from rows import layer_row, variant_row
 
 from quantlib import diagnosis
 from quantlib.layers import LayerSums
@@ -17,20 +17,13 @@ def _sums(layer: str, **changes: Any) -> dict[str, Any]:
     return asdict(LayerSums(**{"layer": layer, **values, **changes}))
 
 
-def _layer(name: str, divergence: float, variant: str = "a") -> LayerRow:
-    (row,) = diagnosis.layer_rows(variant, "held_back", [[_sums(name, weight_min=-1.0, weight_max=1.0)]])
-    return replace(row, divergence_only=divergence, saturation=0.0)
+def _layer(name: str, divergence: float, **changes: Any) -> LayerRow:
+    return layer_row(name, divergence_only=divergence, saturation=0.0, **changes)
 
 
 def _variant(name: str, **changes: Any) -> VariantRow:
-    values: dict[str, Any] = {"recipe": "r", "variant": name, "method": "ptq", "qconfig": "accurate", "engine": "x86"}
-    values |= {"top1": 0.5, "top5": 1.0, "loss": 0.7, "num_images": 4, "top1_drop": 0.25, "top1_selection": 0.5}
-    values |= {"selected_on": "held_back", "top1_simulated": None, "top1_weights_only": None}
-    values |= {"top1_activations_only": None, "best_epoch": None, "size_bytes": 1, "latency_p50_ms": 1.0}
-    values |= {"speedup": 1.0, "accepted": True, "winner": False, "artifact_sha256": "", "artifact_path": ""}
-    values |= {"torch_version": "", "cpu_model": "", "created_at": datetime.now(UTC)}
-    values |= {"observer": "mse", "weights": "per_channel", "equalized": True, "bias_corrected": True}
-    return VariantRow(**values | changes)
+    tried = {"observer": "mse", "weights": "per_channel", "equalized": True, "bias_corrected": True}
+    return variant_row(name, **tried | changes)
 
 
 def _diagnose(variant: VariantRow, *layers: LayerRow) -> list[diagnosis.Diagnosis]:
@@ -84,3 +77,5 @@ def test_advice_is_what_the_variant_has_not_tried_the_cheapest_first(options: di
 def test_ranges_that_cut_off_much_are_to_be_widened() -> None:
     (found,) = _diagnose(_variant("a"), replace(_layer("x", 0.1), saturation=0.01))
     assert found.advice[0].startswith('observer = "minmax"')
+    (found,) = _diagnose(_variant("a", observer="minmax"), replace(_layer("x", 0.1), saturation=0.01))
+    assert found.advice[0].startswith("more images in [calibration]")
