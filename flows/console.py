@@ -179,7 +179,7 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
         f"{best.speedup:.2f}x as fast."
         if report.winner
         else f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far is {best.variant}, "
-        f"{100 * best.top1_drop:+.2f} points."
+        f"{-100 * best.top1_drop:+.2f} points."
     ]
     if best.selected_on == "validation":
         lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
