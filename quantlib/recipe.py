@@ -102,8 +102,9 @@ class EvaluationRecipe(Section):
     num_held_back: Count | None = None
     """Training images held back, with `select_on = "held_back"`; absent: a tenth of them, and 1000 at most."""
     simulate: Flag = False
-    """Also measure every quantized model with fake quantization in float: both, weights only, activations
-    only. Shows which of the two costs accuracy."""
+    """Also measure every quantized model with fake quantization in float: both, weights only, activations only. Shows
+    which of the two costs accuracy. Weights only: as they ship, with the biases that were corrected for them.
+    Activations only: with float's weights and biases; of QAT, with those that were trained."""
     num_examples: Annotated[int, Field(ge=0, strict=True)] = 12
     """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
     than float. 0: none."""
