@@ -21,7 +21,7 @@ class Diagnosis:
     worst: tuple[LayerRow, ...]
     """The layers that cost most, the costliest first; empty where layers were not measured."""
     advice: tuple[str, ...]
-    """What to try, as lines of the recipe."""
+    """What to try, as lines of the recipe; empty where the variant is as accurate as float."""
 
 
 def layer_rows(variant: str, measured_on: str, parts: Iterable[Sequence[Mapping[str, Any]]]) -> list[LayerRow]:
@@ -79,7 +79,9 @@ def diagnose(report: Report) -> list[Diagnosis]:
 
 
 def _advice(row: VariantRow, worst: Sequence[LayerRow]) -> list[str]:
-    """What to change, the cheapest at inference first; at most three lines."""
+    """What to change, the cheapest at inference first; at most three lines, and none where nothing was lost."""
+    if row.top1_drop <= 0:
+        return []
     tries = []
     if not row.equalized and row.weights == "per_tensor":
         tries.append('equalize = true, or weights = "per_channel": channels of uneven range share one scale')

@@ -23,7 +23,7 @@ def _layer(name: str, divergence: float, **changes: Any) -> LayerRow:
 
 def _variant(name: str, **changes: Any) -> VariantRow:
     tried = {"observer": "mse", "weights": "per_channel", "equalized": True, "bias_corrected": True}
-    return variant_row(name, **tried | changes)
+    return variant_row(name, **{"top1_drop": 0.25} | tried | changes)
 
 
 def _diagnose(variant: VariantRow, *layers: LayerRow) -> list[diagnosis.Diagnosis]:
@@ -72,6 +72,11 @@ def test_advice_is_what_the_variant_has_not_tried_the_cheapest_first(options: di
     (found,) = _diagnose(_variant("a", **options), _layer("x", 0.1))
     assert found.advice[0].startswith(first)
     assert len(found.advice) <= 3
+
+
+def test_there_is_nothing_to_try_where_nothing_was_lost() -> None:
+    (found,) = _diagnose(_variant("a", top1_drop=-0.01), _layer("x", 0.1))
+    assert (len(found.worst), found.advice) == (1, ())
 
 
 def test_ranges_that_cut_off_much_are_to_be_widened() -> None:
