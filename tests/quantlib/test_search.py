@@ -3,7 +3,8 @@
 import pytest
 
 from quantlib.errors import RecipeError
-from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe, override_recipe, parse_recipe
+from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe, parse_recipe
+from quantlib.recipe_file import override_recipe
 from quantlib.search import Trial, best_trial, next_trial
 
 FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "percentile"]
