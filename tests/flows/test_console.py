@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rows import layer_row, variant_row
 
-from flows.console import result_table, why
+from flows.console import conclusion, result_table, why
 from quantlib.diagnosis import diagnose
 from quantlib.report import LayerRow, Report, VariantRow
 
@@ -41,6 +41,13 @@ def test_a_row_takes_one_line() -> None:
         word in line for word, line in zip(("baseline", "outside", "undecided", "winner"), lines[3:], strict=False)
     )
     assert "qat (start)" in lines[6]
+
+
+def test_the_best_of_a_run_without_winner_has_lost_points_as_a_winner_has() -> None:
+    rows = (variant_row("float", method="float"), variant_row("a", top1_drop=0.04, accepted=False))
+    assert "The best so far is a, -4.00 points." in conclusion(_report(*rows), 0.01)
+    won = (rows[0], variant_row("a", top1_drop=0.04, winner=True))
+    assert "Winner: a, -4.00 points" in conclusion(_report(*won), 0.05)
 
 
 def test_nothing_is_said_of_causes_that_were_not_measured() -> None:
