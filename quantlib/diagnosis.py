@@ -52,6 +52,8 @@ def _layer_row(variant: str, measured_on: str, parts: Sequence[Mapping[str, Any]
         # An output without error, or without signal, has no ratio.
         sqnr_db=10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None,
         saturation=total("num_clipped") / num_values if num_values else None,
+        top1_float=total("num_correct_float") / num_images,
+        top1_int8=total("num_correct_int8") / num_images,
         top1_only=total("num_correct_only") / num_images,
         top1_all_but=total("num_correct_all_but") / num_images,
         divergence_only=total("divergence_only") / num_images,

@@ -84,6 +84,10 @@ class LayerSums:
     num_clipped: int = 0
     """Values of them that lie outside the grid."""
     num_images: int = 0
+    num_correct_float: int = 0
+    """Images that are right in float: what the two below are to be compared with, the same for every layer."""
+    num_correct_int8: int = 0
+    """Likewise, with all layers int8."""
     num_correct_only: int = 0
     """Images that are right when this layer alone is int8."""
     num_correct_all_but: int = 0
@@ -126,15 +130,18 @@ def measure_layers(
         for first in range(start, stop, size):
             last = min(first + size, stop)
             x, y = images.to_input(pixels[first:last]), labels[first:last]
-            answers, in_float, in_int8 = _compare_outputs(float_model, int8_model, x, layers, found)
+            before, after, in_float, in_int8 = _compare_outputs(float_model, int8_model, x, layers, found)
+            answers, num_float, num_int8 = before.log_softmax(1), _num_correct(before, y), _num_correct(after, y)
             for path, layer in layers.items():
                 sums = found[path]
                 alone = _run_with(float_model, path, layer.in_int8, in_float, x)
                 all_but = _run_with(int8_model, path, layer.in_float, in_int8, x)
                 divergence = nn.functional.kl_div(alone.log_softmax(1), answers, reduction="sum", log_target=True)
                 sums.divergence_only += float(divergence)
-                sums.num_correct_only += int((alone.argmax(1) == y).sum())
-                sums.num_correct_all_but += int((all_but.argmax(1) == y).sum())
+                sums.num_correct_float += num_float
+                sums.num_correct_int8 += num_int8
+                sums.num_correct_only += _num_correct(alone, y)
+                sums.num_correct_all_but += _num_correct(all_but, y)
                 sums.num_images += len(y)
             progress(last - start, stop - start)
     return list(found.values())
@@ -172,11 +179,11 @@ def _keep_outputs(model: nn.Module) -> None:
 
 def _compare_outputs(
     float_model: nn.Module, int8_model: nn.Module, x: Tensor, layers: Mapping[str, _Layer], found: dict[str, LayerSums]
-) -> tuple[Tensor, _Outputs, _Outputs]:
+) -> tuple[Tensor, Tensor, _Outputs, _Outputs]:
     """Run x [n, 3, H, W] in float and in int8, and add up what differs.
 
     Returns:
-        Float's log-probabilities [n, num_classes]; what the layers gave in float; and in int8.
+        Logits [n, num_classes], in float and in int8; and what the layers gave, likewise.
     """
     in_float, in_int8 = _Outputs(), _Outputs()
     seen: Tensor | None = None
@@ -207,11 +214,15 @@ def _compare_outputs(
         )
         for path, layer in layers.items()
     ]
-    answers = float_model(x).log_softmax(1)
-    int8_model(x)
+    before, after = float_model(x), int8_model(x)
     for handle in handles:
         handle.remove()
-    return answers, in_float, in_int8
+    return before, after, in_float, in_int8
+
+
+def _num_correct(logits: Tensor, labels: Tensor) -> int:
+    """Of logits [n, num_classes], those whose highest is the label."""
+    return int((logits.argmax(1) == labels).sum())
 
 
 def _place_of_output(layer: nn.Module) -> nn.Module:

@@ -55,6 +55,8 @@ def layer_row(name: str, **changes: Any) -> LayerRow:
         "activation_max": 6.0,
         "sqnr_db": 21.5,
         "saturation": 0.0002,
+        "top1_float": 0.875,
+        "top1_int8": 0.25,
         "top1_only": 0.75,
         "top1_all_but": 0.5,
         "divergence_only": 0.01,

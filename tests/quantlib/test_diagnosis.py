@@ -14,6 +14,7 @@ from quantlib.report import LayerRow, Report, VariantRow
 def _sums(layer: str, **changes: Any) -> dict[str, Any]:
     values = {"type": "Conv2d", "signal": 100.0, "noise": 1.0, "num_values": 1000, "num_clipped": 10}
     values |= {"num_images": 10, "num_correct_only": 9, "num_correct_all_but": 8, "divergence_only": 0.5}
+    values |= {"num_correct_float": 9, "num_correct_int8": 7}
     return asdict(LayerSums(**{"layer": layer, **values, **changes}))
 
 
@@ -36,6 +37,7 @@ def test_parts_of_the_images_become_one_row() -> None:
     parts = [[_sums("x", num_images=10)], [_sums("x", num_images=30, num_correct_only=27, noise=0.0, num_clipped=0)]]
     (row,) = diagnosis.layer_rows("a", "validation", parts)
     assert (row.num_images, row.top1_only, row.top1_all_but) == (40, 0.9, 0.4)
+    assert (row.top1_float, row.top1_int8) == (0.45, 0.35)
     assert row.sqnr_db == pytest.approx(23.0103)  # 10 log10(200 / 1)
     assert row.saturation == 0.005
     assert row.divergence_only == 0.025

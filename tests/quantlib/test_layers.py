@@ -7,7 +7,7 @@ import pytest
 import torch
 from schemes import scheme
 
-from quantlib import backend, fusion, images, layers, preparation, qat, simulation
+from quantlib import backend, evaluation, fusion, images, layers, preparation, qat, simulation
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,12 @@ def test_a_layer_is_measured_as_models_are_in_which_it_alone_or_all_but_it_is_qu
 ):
     expected = _measured_by_hand(calibrated("default"), path, train_shard)
     assert _found(measured[path]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_what_layers_are_compared_with_is_float_and_all_of_them_int8(measured, fused_model, calibrated, train_shard):
+    models = fused_model, simulation.simulate(calibrated("default"), "eval", "both")
+    right = [int(evaluation.evaluate(model, train_shard, 12).top1_correct.sum()) for model in models]
+    assert {(sums.num_correct_float, sums.num_correct_int8) for sums in measured.values()} == {tuple(right)}
 
 
 class _Twice(torch.nn.Module):
@@ -163,6 +169,7 @@ def test_layers_are_compared_with_float_and_not_with_a_model_of_corrected_biases
     plain = {s.layer: s for s in layers.measure_layers(fused_model, calibrated("default"), "eval", train_shard, 0, 36)}
     for path in ("quant", "features.0.0", "features.3.conv.0.0"):
         assert found[path].divergence_only == plain[path].divergence_only, path
+    assert found["quant"].num_correct_int8 < found["quant"].num_correct_float == plain["quant"].num_correct_float
     # Behind it, all but one layer are those of the model that has the shift.
     assert found["features.3.conv.0.0"].num_correct_all_but < plain["features.3.conv.0.0"].num_correct_all_but
     assert found["features.2.conv.0.0"].divergence_only > 10 * plain["features.2.conv.0.0"].divergence_only
