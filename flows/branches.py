@@ -147,13 +147,17 @@ def float_branch(trunk: Trunk) -> VariantRefs:
 
 
 def _calibrate(trunk: Trunk, branch: BranchRecipe) -> Ref:
-    """Calibrated, and corrected where the branch asks for it."""
+    """Calibrated; its weights and biases are float's."""
     scheme, observed = _scheme(trunk, branch), trunk.fused("eval", equalized=branch.equalizes)
     for shard, label in _labelled(trunk.calibration, branch.name):
         batch_size = trunk.recipe.calibration.batch_size
         observed = calibrate(observed, shard, scheme.float_layers, batch_size, branch=label)
-    prepared = choose_ranges(observed, scheme, branch=branch.name)
-    return correct_bias(prepared, trunk.calibration, branch=branch.name) if branch.corrects_bias else prepared
+    return choose_ranges(observed, scheme, branch=branch.name)
+
+
+def _correct(trunk: Trunk, branch: BranchRecipe, calibrated: Ref) -> Ref:
+    """Corrected, where the branch asks for it."""
+    return correct_bias(calibrated, trunk.calibration, branch=branch.name) if branch.corrects_bias else calibrated
 
 
 def _scheme(trunk: Trunk, branch: BranchRecipe) -> Scheme:
@@ -162,7 +166,8 @@ def _scheme(trunk: Trunk, branch: BranchRecipe) -> Scheme:
 
 def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
     """Calibrated, corrected, converted, scripted, evaluated."""
-    prepared = _calibrate(trunk, branch)
+    calibrated = _calibrate(trunk, branch)
+    prepared = _correct(trunk, branch, calibrated)
     artifact = _export(trunk, prepared, branch.name)
     validation, selection = _evaluate(trunk, artifact, branch.name)
     return VariantRefs(
@@ -178,7 +183,7 @@ def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
         validation=validation,
         selection=selection,
         onnx=_save_onnx(trunk, artifact, branch.name),
-        simulated=_simulate(trunk, prepared, branch.name),
+        simulated=_simulate(trunk, prepared, branch.name, in_float=calibrated),
         layers=_layers(trunk, prepared, branch),
     )
 
@@ -202,7 +207,7 @@ def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
     candidates: list[Future[CandidateRefs]] = []
     states: list[Ref] = []
     if branch.start == "calibrated":
-        state = start_qat(state, _calibrate(trunk, branch), branch=branch.name)
+        state = start_qat(state, _correct(trunk, branch, _calibrate(trunk, branch)), branch=branch.name)
         candidates, states = [_candidate(trunk, state, f"{branch.name}-start")], [state]
     metrics: list[Ref] = []
     for epoch in range(branch.epochs):
@@ -234,7 +239,7 @@ def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         prepared=best_state,
         start=start,
         onnx=_save_onnx(trunk, best_artifact, branch.name),
-        simulated=_simulate(trunk, best_state, branch.name),
+        simulated=_simulate(trunk, best_state, branch.name, in_float=best_state),
         layers=_layers(trunk, best_state, branch),
         epochs=tuple(
             EpochRefs(metrics=found, **vars(candidate)) for found, candidate in zip(metrics, measured, strict=True)
@@ -302,13 +307,20 @@ def _save_onnx(trunk: Trunk, artifact: Ref, name: str) -> OnnxRefs | None:
     return OnnxRefs(file=file, runtime=runtime, validation=validation)
 
 
-def _simulate(trunk: Trunk, prepared: Ref, name: str) -> dict[str, tuple[Ref, ...]]:
+def _simulate(trunk: Trunk, prepared: Ref, name: str, *, in_float: Ref) -> dict[str, tuple[Ref, ...]]:
+    """Answers by what is rounded.
+
+    Activations alone are rounded in `in_float`, whose biases are not corrected: a corrected bias makes up for rounded
+    weights, which are not there then.
+    """
     evaluation = trunk.recipe.evaluation
     if not evaluation.simulate:
         return {}
     return {
         parts: tuple(
-            simulate(prepared, shard, evaluation.batch_size, parts, branch=label)
+            simulate(
+                in_float if parts == "activations" else prepared, shard, evaluation.batch_size, parts, branch=label
+            )
             for shard, label in _labelled(trunk.validation, name)
         )
         for parts in ("both", "weights", "activations")

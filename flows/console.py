@@ -115,6 +115,8 @@ def _worst_table(diagnosis: Diagnosis) -> Table:
     first = diagnosis.worst[0]
     images = "training images held back" if first.measured_on == "held_back" else "validation images"
     title = f"{diagnosis.variant.variant}: the layers that cost most ({first.num_images} {images})"
+    if first.top1_float is not None and first.top1_int8 is not None:
+        title += f"\ntop-1 {first.top1_float:.2%} in float, {first.top1_int8:.2%} with all layers int8"
     table = Table(header_style="bold", title=title, title_justify="left")
     table.add_column("layer")
     for name in ("SQNR", "clipped", "top-1 only it", "all but it"):
@@ -179,7 +181,7 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
         f"{best.speedup:.2f}x as fast."
         if report.winner
         else f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far is {best.variant}, "
-        f"{100 * best.top1_drop:+.2f} points."
+        f"{-100 * best.top1_drop:+.2f} points."
     ]
     if best.selected_on == "validation":
         lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from quantlib.errors import RecipeError, suggest
-from quantlib.recipe import Recipe, load_recipe
+from quantlib.recipe import Recipe
+from quantlib.recipe_file import load_recipe
 
 
 def find_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -4,7 +4,7 @@ from prefect import flow
 
 from flows.parameters import Changes, RecipeParameter
 from flows.quantize import only, run_branches
-from quantlib.recipe import override_recipe
+from quantlib.recipe_file import override_recipe
 from quantlib.report import Report
 
 

@@ -12,7 +12,8 @@ from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
 from quantlib.machine import Runtime
-from quantlib.recipe import Recipe, override_recipe
+from quantlib.recipe import Recipe
+from quantlib.recipe_file import override_recipe
 from quantlib.report import Report
 from tasks.caching import PLANNER
 from tasks.measure import Contender, benchmark, pick_examples

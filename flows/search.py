@@ -1,6 +1,5 @@
 """The search: trials are ordinary branches, made one after the other of the same cached stages."""
 
-import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ from quantlib import search
 from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe
 from quantlib.search import Trial
 from tasks.report import VariantRefs
-from tasks.search import NotYetKnownError, judge, rank_layers, save_best
+from tasks.search import NotYetKnownError, judge, rank_layers, save_best, seconds_of, stages_met
 
 
 def search_branches(trunk: Trunk, baseline: VariantRefs) -> tuple[list[VariantRefs], list[str]]:
@@ -48,18 +47,19 @@ def _try_in_turn(
         variants[name] = replace(variant, layers=layers)
         return rank_layers(layers)
 
-    images, deadline = trunk.inputs.training, time.monotonic() + 60 * settings.max_minutes
-    while time.monotonic() < deadline:
+    images, shared = trunk.inputs.training, stages_met()
+    # By what stages took, whenever that was: a clock would begin anew each time that the search is resumed.
+    while seconds_of(stages_met() - shared) < 60 * settings.max_minutes:
         branch = search.next_trial(settings, trials, rank, images.stop - images.start)
         if branch is None:
-            return f", its limit of {settings.max_trials}," if len(trials) == settings.max_trials else ""
+            return ", at its limit," if len(trials) == settings.max_trials else ""
         assert isinstance(branch, PTQRecipe | QATRecipe)
         variant = ptq_branch(trunk, branch) if isinstance(branch, PTQRecipe) else qat_branch(trunk, branch)
         variants[branch.name] = variant
         trials.append(judge(branch, baseline, variant))
         best = search.best_trial(settings, trials)
         save_best(variants[best.branch.name].artifact)
-    return f" and its limit of {settings.max_minutes:g} minutes"
+    return f", at its limit of {_count(settings.max_minutes, 'minute')},"
 
 
 def _conclusion(settings: SearchRecipe, trials: list[Trial], limit: str) -> str:
@@ -67,10 +67,12 @@ def _conclusion(settings: SearchRecipe, trials: list[Trial], limit: str) -> str:
         return "The search has no trial yet."
     best = search.best_trial(settings, trials)
     chosen = f"{best.branch.name}, {-100 * best.drop + 0.0:+.2f} points on the images that choices are made by"
+    ended = f"The search ended after {_count(len(trials), 'trial')}{limit}"
     if search.is_inside(best, settings):
-        return f"The search ended after {len(trials)} trials{limit} inside its budget: {chosen}."
+        return f"{ended} inside its budget: {chosen}."
     over = 100 * (best.drop - settings.max_top1_drop)
-    return (
-        f"The search ended after {len(trials)} trials{limit} {over:.2f} points outside its budget of "
-        f"{100 * settings.max_top1_drop:.2f}; its best is {chosen}."
-    )
+    return f"{ended} {over:.2f} points outside its budget of {100 * settings.max_top1_drop:.2f}; its best is {chosen}."
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"

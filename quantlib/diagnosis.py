@@ -21,7 +21,7 @@ class Diagnosis:
     worst: tuple[LayerRow, ...]
     """The layers that cost most, the costliest first; empty where layers were not measured."""
     advice: tuple[str, ...]
-    """What to try, as lines of the recipe."""
+    """What to try, as lines of the recipe; empty where the variant is as accurate as float."""
 
 
 def layer_rows(variant: str, measured_on: str, parts: Iterable[Sequence[Mapping[str, Any]]]) -> list[LayerRow]:
@@ -52,6 +52,8 @@ def _layer_row(variant: str, measured_on: str, parts: Sequence[Mapping[str, Any]
         # An output without error, or without signal, has no ratio.
         sqnr_db=10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None,
         saturation=total("num_clipped") / num_values if num_values else None,
+        top1_float=total("num_correct_float") / num_images,
+        top1_int8=total("num_correct_int8") / num_images,
         top1_only=total("num_correct_only") / num_images,
         top1_all_but=total("num_correct_all_but") / num_images,
         divergence_only=total("divergence_only") / num_images,
@@ -79,11 +81,16 @@ def diagnose(report: Report) -> list[Diagnosis]:
 
 
 def _advice(row: VariantRow, worst: Sequence[LayerRow]) -> list[str]:
-    """What to change, the cheapest at inference first; at most three lines."""
+    """What to change, the cheapest at inference first; at most three lines, and none where nothing was lost."""
+    if row.top1_drop <= 0:
+        return []
     tries = []
     if not row.equalized and row.weights == "per_tensor":
         tries.append('equalize = true, or weights = "per_channel": channels of uneven range share one scale')
-    if any((layer.saturation or 0.0) > _MUCH_CLIPPED for layer in worst) and row.observer != "minmax":
+    clipped = any((layer.saturation or 0.0) > _MUCH_CLIPPED for layer in worst)
+    if clipped and row.observer == "minmax":
+        tries.append("more images in [calibration]: values lie outside of all that it saw")
+    elif clipped:
         tries.append('observer = "minmax": the ranges cut off much')
     elif row.observer == "minmax":
         tries.append('observer = "mse": ranges of least error')

@@ -1,9 +1,10 @@
 """Which layers cost accuracy: each made int8 alone, and all made int8 but it, in float with fake quantization."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from quantlib import backend, images, preparation, simulation
 from quantlib.backend import FuseMode
 from quantlib.progress import Progress, silent
 
-# Of a batch: every layer's float output for it is in memory at once, 150 MB of MobileNetV2's.
+# Of a batch: every layer's output for it is in memory at once, in float and in int8, 150 MB each of MobileNetV2's.
 _MAX_PIXELS = 2**18
 
 
@@ -24,6 +25,40 @@ class _Layer:
     in_int8: nn.Module
     grid: backend.FixedFakeQuantize
     """Rounds the output of `in_int8`."""
+
+
+class _Outputs:
+    """What each layer of a model gave for a batch, in the order of its calls."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[str, list[Tensor]] = {}
+        self._first: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        self._num_calls = 0
+
+    def add(self, path: str, output: Tensor) -> None:
+        """Note a call."""
+        self._num_calls += 1
+        self._first.setdefault(path, self._num_calls)
+        self._last[path] = self._num_calls
+        self.by_layer.setdefault(path, []).append(output)
+
+    def before(self, path: str) -> list[str]:
+        """The layers that are done when one begins, so that nothing done to this one changes what they give."""
+        # A layer that the model never calls has none.
+        return [other for other, last in self._last.items() if last < self._first.get(path, 0)]
+
+
+class _Replay(nn.Module):
+    """Stands for a layer, and gives again what it gave."""
+
+    def __init__(self, outputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._outputs = iter(outputs)
+
+    def forward(self, *_: Any) -> Tensor:
+        """The next output."""
+        return next(self._outputs)
 
 
 @dataclass
@@ -49,6 +84,10 @@ class LayerSums:
     num_clipped: int = 0
     """Values of them that lie outside the grid."""
     num_images: int = 0
+    num_correct_float: int = 0
+    """Images that are right in float: what the two below are to be compared with, the same for every layer."""
+    num_correct_int8: int = 0
+    """Likewise, with all layers int8."""
     num_correct_only: int = 0
     """Images that are right when this layer alone is int8."""
     num_correct_all_but: int = 0
@@ -80,6 +119,8 @@ def measure_layers(
         progress: Called with (images done, images in all).
     """
     float_model, int8_model = copy.deepcopy(reference).eval(), simulation.simulate(prepared, mode, "both")
+    for model in (float_model, int8_model):
+        _keep_outputs(model)
     layers = _find_layers(float_model, int8_model)
     found = {path: _describe(path, layer) for path, layer in layers.items()}
     pixels, labels = images.open_shard(shard)
@@ -89,15 +130,18 @@ def measure_layers(
         for first in range(start, stop, size):
             last = min(first + size, stop)
             x, y = images.to_input(pixels[first:last]), labels[first:last]
-            answers = _compare_outputs(float_model, int8_model, x, layers, found)
+            before, after, in_float, in_int8 = _compare_outputs(float_model, int8_model, x, layers, found)
+            answers, num_float, num_int8 = before.log_softmax(1), _num_correct(before, y), _num_correct(after, y)
             for path, layer in layers.items():
                 sums = found[path]
-                alone = _run_with(float_model, path, layer.in_int8, x)
-                all_but = _run_with(int8_model, path, layer.in_float, x)
+                alone = _run_with(float_model, path, layer.in_int8, in_float, x)
+                all_but = _run_with(int8_model, path, layer.in_float, in_int8, x)
                 divergence = nn.functional.kl_div(alone.log_softmax(1), answers, reduction="sum", log_target=True)
                 sums.divergence_only += float(divergence)
-                sums.num_correct_only += int((alone.argmax(1) == y).sum())
-                sums.num_correct_all_but += int((all_but.argmax(1) == y).sum())
+                sums.num_correct_float += num_float
+                sums.num_correct_int8 += num_int8
+                sums.num_correct_only += _num_correct(alone, y)
+                sums.num_correct_all_but += _num_correct(all_but, y)
                 sums.num_images += len(y)
             progress(last - start, stop - start)
     return list(found.values())
@@ -126,11 +170,22 @@ def _describe(path: str, layer: _Layer) -> LayerSums:
     return sums
 
 
+def _keep_outputs(model: nn.Module) -> None:
+    """Let no ReLU overwrite the output of the layer before it, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU | nn.ReLU6):
+            module.inplace = False
+
+
 def _compare_outputs(
     float_model: nn.Module, int8_model: nn.Module, x: Tensor, layers: Mapping[str, _Layer], found: dict[str, LayerSums]
-) -> Tensor:
-    """Run x [n, 3, H, W] in float and in int8, and add up what differs; float's log-probabilities [n, num_classes]."""
-    outputs: dict[str, list[Tensor]] = {path: [] for path in layers}
+) -> tuple[Tensor, Tensor, _Outputs, _Outputs]:
+    """Run x [n, 3, H, W] in float and in int8, and add up what differs.
+
+    Returns:
+        Logits [n, num_classes], in float and in int8; and what the layers gave, likewise.
+    """
+    in_float, in_int8 = _Outputs(), _Outputs()
     seen: Tensor | None = None
 
     def compare(path: str, grid: backend.FixedFakeQuantize, value: Tensor, rounded: Tensor) -> None:
@@ -138,7 +193,8 @@ def _compare_outputs(
         again, seen = value is seen, rounded
         if again:
             return  # A fused module is a Sequential: its observer is the last part of it, and hooked behind it, too.
-        sums, reference = found[path], outputs[path].pop(0)
+        in_int8.add(path, rounded)
+        sums, reference = found[path], in_float.by_layer[path][len(in_int8.by_layer[path]) - 1]
         low, high, step = grid.grid
         sums.signal += float(reference.square().sum())
         sums.noise += float((rounded - reference).square().sum())
@@ -148,7 +204,7 @@ def _compare_outputs(
 
     handles = [
         _place_of_output(layer.in_float).register_forward_hook(
-            lambda _module, _inputs, output, path=path: outputs[path].append(output)
+            lambda _module, _inputs, output, path=path: in_float.add(path, output)
         )
         for path, layer in layers.items()
     ]
@@ -158,11 +214,15 @@ def _compare_outputs(
         )
         for path, layer in layers.items()
     ]
-    answers = float_model(x).log_softmax(1)
-    int8_model(x)
+    before, after = float_model(x), int8_model(x)
     for handle in handles:
         handle.remove()
-    return answers
+    return before, after, in_float, in_int8
+
+
+def _num_correct(logits: Tensor, labels: Tensor) -> int:
+    """Of logits [n, num_classes], those whose highest is the label."""
+    return int((logits.argmax(1) == labels).sum())
 
 
 def _place_of_output(layer: nn.Module) -> nn.Module:
@@ -170,10 +230,20 @@ def _place_of_output(layer: nn.Module) -> nn.Module:
     return layer.activation_post_process if isinstance(layer, backend.FloatFunctional) else layer
 
 
-def _run_with(model: nn.Module, path: str, layer: nn.Module, x: Tensor) -> Tensor:
-    """The logits [n, num_classes] of x [n, 3, H, W] with another module in the place of one layer."""
-    own = model.get_submodule(path)
-    model.set_submodule(path, layer)
+def _run_with(model: nn.Module, path: str, layer: nn.Module, known: _Outputs, x: Tensor) -> Tensor:
+    """The logits [n, num_classes] of x [n, 3, H, W] with another module in the place of one layer.
+
+    Layers before it give what they gave to the model as it was, which saves more than half of the time.
+    """
+    exchanged = {path: layer}
+    for other in known.before(path):
+        # FloatFunctional has no forward, and adding is no work.
+        if not isinstance(model.get_submodule(other), backend.FloatFunctional):
+            exchanged[other] = _Replay(known.by_layer[other])
+    own = {place: model.get_submodule(place) for place in exchanged}
+    for place, module in exchanged.items():
+        model.set_submodule(place, module)
     logits = model(x)
-    model.set_submodule(path, own)
+    for place, module in own.items():
+        model.set_submodule(place, module)
     return logits

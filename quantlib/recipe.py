@@ -1,9 +1,7 @@
-"""What a run is: the recipe, read from TOML and checked once."""
+"""What a run is: the recipe, checked once."""
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -102,8 +100,9 @@ class EvaluationRecipe(Section):
     num_held_back: Count | None = None
     """Training images held back, with `select_on = "held_back"`; absent: a tenth of them, and 1000 at most."""
     simulate: Flag = False
-    """Also measure every quantized model with fake quantization in float: both, weights only, activations
-    only. Shows which of the two costs accuracy."""
+    """Also measure every quantized model with fake quantization in float: both, weights only, activations only. Shows
+    which of the two costs accuracy. Weights only: as they ship, with the biases that were corrected for them.
+    Activations only: with float's weights and biases; of QAT, with those that were trained."""
     num_examples: Annotated[int, Field(ge=0, strict=True)] = 12
     """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
     than float. 0: none."""
@@ -240,19 +239,21 @@ class SearchRecipe(Section):
     """Variants that are found by trial: the fastest that loses no more than a budget; `quantlib.search` says how."""
 
     max_top1_drop: Fraction = 0.002
-    """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too, unless [gate] sets
-    its own. Trials are judged on the images that choices are made by, the winner by the gate."""
+    """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too: given in [gate], it
+    may be absent here. Trials are judged on the images that choices are made by, the winner by the gate."""
     max_trials: Count = 12
     """Variants to try at most; each is a branch of the report."""
     max_minutes: Annotated[float, Field(gt=0.0, strict=True)] = 120.0
-    """No trial begins after so many minutes of this run's search; one that has begun goes to its end."""
+    """No trial begins once the search's stages took so many minutes; one that has begun goes to its end. A stage that
+    is reused counts as long as it took to compute, so that a search that is resumed or repeated ends where it would
+    have ended at once."""
 
 
 class GateRecipe(Section):
     """What the winner may lose."""
 
     max_top1_drop: Fraction = 0.01
-    """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point."""
+    """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point. With a [search]: its budget."""
     confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
     """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
     its drop is inside; absent: the drop itself is what counts."""
@@ -290,13 +291,25 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _gate_is_the_budget(cls, tables: Any) -> Any:
+    def _share_budget(cls, tables: Any) -> Any:
+        """Of [search] and [gate], the one that has no budget takes the other's."""
         search = tables.get("search") if isinstance(tables, Mapping) else None
         gate = tables.get("gate", {}) if isinstance(tables, Mapping) else None
         if not isinstance(search, Mapping) or not isinstance(gate, Mapping):
             return tables
-        budget = search.get("max_top1_drop", SearchRecipe.model_fields["max_top1_drop"].default)
-        return {**tables, "gate": {"max_top1_drop": budget, **gate}}
+        budget = {"max_top1_drop": SearchRecipe.model_fields["max_top1_drop"].default}
+        budget |= {name: value for table in (gate, search) for name, value in table.items() if name in budget}
+        return {**tables, "search": budget | dict(search), "gate": budget | dict(gate)}
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        # Were the gate's wider, the fastest trial inside of it would win: one that the search was to do better than.
+        if self.search is not None and self.search.max_top1_drop != self.gate.max_top1_drop:
+            raise ValueError(
+                f"search.max_top1_drop = {self.search.max_top1_drop} and gate.max_top1_drop = "
+                f"{self.gate.max_top1_drop} are one budget: remove one of them, or give both the same value"
+            )
+        return self
 
     @model_validator(mode="after")
     def _branches(self) -> Self:
@@ -312,47 +325,6 @@ class Recipe(Section):
                 "and 'float' is the baseline's"
             )
         return self
-
-
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file.
-
-    Args:
-        path: A TOML file. Relative paths in it are relative to its folder.
-        overrides: "KEY=VALUE" each, as `qat.0.epochs=2`; the value is TOML, or else a plain string, and a path
-            in it is relative to the working directory.
-
-    Raises:
-        RecipeError: If the file is missing or not TOML, or a key or value is not allowed.
-    """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"No recipe {str(path)!r}: give the path of a TOML file, or a name that `quantflow recipes` lists."
-        ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"Recipe {str(path)!r} cannot be read as TOML: {error}.") from None
-    _resolve_paths(tables, path.resolve().parent)
-    for override in overrides:
-        _override(tables, override)
-    _resolve_paths(tables, Path.cwd())
-    return parse_recipe(tables)
-
-
-def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A recipe with some values changed, as `load_recipe` does it.
-
-    Raises:
-        RecipeError: If a key or value is not allowed.
-    """
-    if not overrides:
-        return recipe
-    tables = recipe.model_dump(mode="json", exclude_none=True)
-    for override in overrides:
-        _override(tables, override)
-    _resolve_paths(tables, Path.cwd())
-    return parse_recipe(tables)
 
 
 def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
@@ -375,51 +347,6 @@ def is_import_path(name: str) -> bool:
 def is_weights_file(weights: str) -> bool:
     """Whether `[model] weights` names a file."""
     return weights != "train" and not weights.startswith("torchvision:")
-
-
-def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
-    """Make the paths in a recipe absolute; what is absolute already stays."""
-    model, data = tables.get("model"), tables.get("data")
-    if isinstance(model, dict) and isinstance(model.get("weights"), str) and is_weights_file(model["weights"]):
-        model["weights"] = str(folder / Path(model["weights"]).expanduser())
-    if isinstance(data, dict) and isinstance(data.get("root"), str):
-        data["root"] = str(folder / Path(data["root"]).expanduser())
-
-
-def _override(tables: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override!r} has no value: write KEY=VALUE, as in --set qat.0.epochs=2.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.split(".")
-    place: Any = tables
-    for part in parents:
-        place = _step(place, part, override)
-    if isinstance(place, list):
-        place[_index(place, last, override)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise RecipeError(f"--set {override!r}: {'.'.join(parents)!r} is a value, not a table, in this recipe.")
-
-
-def _step(place: Any, part: str, override: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, part, override)]
-    if isinstance(place, dict):
-        return place.setdefault(part, {})
-    raise RecipeError(f"--set {override!r}: {part!r} lies below a value, not a table, in this recipe.")
-
-
-def _index(place: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise RecipeError(
-            f"--set {override!r}: {part!r} is no branch of this recipe; it has {len(place)}, counted from 0."
-        )
-    return int(part)
 
 
 def _explain(details: Any) -> str:

@@ -154,6 +154,10 @@ class LayerRow:
     """Signal-to-quantization-noise ratio of its output where every layer is int8, against float."""
     saturation: float | None
     """Fraction of its output's values that the grid cuts off."""
+    top1_float: float | None = None
+    """On these images: what the two below are to be compared with."""
+    top1_int8: float | None = None
+    """When every layer is int8."""
     top1_only: float
     """When only this layer is int8."""
     top1_all_but: float

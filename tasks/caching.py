@@ -45,6 +45,8 @@ class Planner(Protocol):
 
     store: Store
     """Where it looks for what was made before."""
+    keys: list[str]
+    """Of the stages that it has found there."""
 
     def visit(self, stage: "Stage[Any, Any]", arguments: Mapping[str, Any]) -> Any:
         """What the stage would give for these arguments, or a stand-in for it."""

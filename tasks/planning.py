@@ -40,6 +40,7 @@ class Plan:
         self.store = store
         self._last_run = last_run
         self.stages: list[PlannedStage] = []
+        self.keys: list[str] = []
 
     def visit(self, stage: Stage[Any, Any], arguments: Mapping[str, Any]) -> Any:
         """The stage's outputs where they can be reused, else stand-ins for them."""
@@ -50,6 +51,7 @@ class Plan:
             record = self.store.find_record(key_of(ingredients))
             if record is not None:
                 self.stages.append(PlannedStage(label, reused=True, reason=""))
+                self.keys.append(record.key)
                 return stage.outputs_of(record)
             reason = self._reason(label, ingredients)
         else:

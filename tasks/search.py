@@ -1,5 +1,7 @@
 """What a search is told of its trials. No stages: they read what stages have found, and lay out the best file."""
 
+from collections.abc import Iterable
+
 from quantlib import diagnosis, significance
 from quantlib.recipe import BranchRecipe
 from quantlib.search import Trial
@@ -35,6 +37,20 @@ def rank_layers(parts: tuple[Ref, ...]) -> list[str]:
     store = _store_with(parts)
     rows = diagnosis.layer_rows("", "", [store.read_json(part) for part in parts])
     return [row.layer for row in diagnosis.costliest(rows) if row.weight_min is not None]
+
+
+def stages_met() -> frozenset[str]:
+    """The keys of the stages that the run has met so far."""
+    planner = PLANNER.get()
+    return frozenset(planner.keys if planner else (row.key for row in current_run().stages))
+
+
+def seconds_of(keys: Iterable[str]) -> float:
+    """What stages took when they were computed, in this run or in one before."""
+    planner = PLANNER.get()
+    store = planner.store if planner else current_run().store
+    records = map(store.read_record, keys)
+    return sum(record.seconds for record in records if record is not None)
 
 
 def save_best(artifact: Ref) -> None:

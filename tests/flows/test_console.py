@@ -1,47 +1,24 @@
 """What a terminal of 80 columns shows."""
 
 import io
-from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
+from rows import layer_row, variant_row
 
-from flows.console import result_table, why
+from flows.console import conclusion, result_table, why
 from quantlib.diagnosis import diagnose
 from quantlib.report import LayerRow, Report, VariantRow
 
 
-def _variant(name: str, **changes: Any) -> VariantRow:
-    values: dict[str, Any] = {"recipe": "r", "variant": name, "method": "ptq", "qconfig": "accurate", "engine": "x86"}
-    values |= {"top1": 0.8332, "top5": 1.0, "loss": 0.7, "num_images": 4, "top1_drop": 0.5184, "top1_selection": 0.5}
-    values |= {"selected_on": "held_back", "top1_simulated": None, "top1_weights_only": None}
-    values |= {"top1_activations_only": None, "best_epoch": None, "size_bytes": 8918000, "latency_p50_ms": 12.34}
-    values |= {"speedup": 2.5, "accepted": True, "winner": False, "artifact_sha256": "", "artifact_path": ""}
-    values |= {"torch_version": "", "cpu_model": "", "created_at": datetime.now(UTC)}
-    return VariantRow(**values | changes)
+def _wide_row(name: str, **changes: Any) -> VariantRow:
+    """With figures as long as real ones get."""
+    wide = {"top1_drop": 0.5184, "size_bytes": 8_918_000, "latency_p50_ms": 12.34}
+    return variant_row(name, **wide | changes)
 
 
 def _report(*variants: VariantRow, layers: tuple[LayerRow, ...] = ()) -> Report:
     return Report(run_id="r", variants=variants, epochs=(), latency=(), stages=(), layers=layers)
-
-
-def _layer(name: str, divergence: float) -> LayerRow:
-    return LayerRow(
-        variant="a",
-        layer=name,
-        type="ConvReLU2d",
-        weight_min=-1.0,
-        weight_max=1.0,
-        activation_min=0.0,
-        activation_max=6.0,
-        sqnr_db=21.5,
-        saturation=0.0002,
-        top1_only=0.75,
-        top1_all_but=0.5,
-        divergence_only=divergence,
-        num_images=256,
-        measured_on="held_back",
-    )
 
 
 def _shown(*parts: Any) -> list[str]:
@@ -53,10 +30,10 @@ def _shown(*parts: Any) -> list[str]:
 
 def test_a_row_takes_one_line() -> None:
     rows = [
-        _variant("float", method="float"),
-        _variant("per_channel", gate="outside", accepted=False),
-        _variant("uneven", gate="undecided", accepted=False, num_images_to_decide=123456),
-        _variant("qat", method="qat", kept_start=True, winner=True),
+        _wide_row("float", method="float"),
+        _wide_row("per_channel", gate="outside", accepted=False),
+        _wide_row("uneven", gate="undecided", accepted=False, num_images_to_decide=123456),
+        _wide_row("qat", method="qat", kept_start=True, winner=True),
     ]
     lines = _shown(result_table(rows))
     assert len(lines) == len(rows) + 4  # Two borders, the header and its line.
@@ -66,21 +43,29 @@ def test_a_row_takes_one_line() -> None:
     assert "qat (start)" in lines[6]
 
 
+def test_the_best_of_a_run_without_winner_has_lost_points_as_a_winner_has() -> None:
+    rows = (variant_row("float", method="float"), variant_row("a", top1_drop=0.04, accepted=False))
+    assert "The best so far is a, -4.00 points." in conclusion(_report(*rows), 0.01)
+    won = (rows[0], variant_row("a", top1_drop=0.04, winner=True))
+    assert "Winner: a, -4.00 points" in conclusion(_report(*won), 0.05)
+
+
 def test_nothing_is_said_of_causes_that_were_not_measured() -> None:
-    assert why(diagnose(_report(_variant("float", method="float"), _variant("a")))) == []
+    assert why(diagnose(_report(variant_row("float", method="float"), variant_row("a")))) == []
 
 
 def test_weights_and_activations_are_told_apart() -> None:
-    row = _variant("a", top1_simulated=0.7, top1_weights_only=0.71, top1_activations_only=0.82)
+    row = variant_row("a", top1=0.8332, top1_simulated=0.7, top1_weights_only=0.71, top1_activations_only=0.82)
     line = next(line for line in _shown(*why(diagnose(_report(row)))) if " a " in line)
     assert [word for word in line.split() if "%" in word] == ["71.00%", "82.00%", "70.00%", "83.32%"]
 
 
 def test_the_three_layers_that_cost_most_are_shown_with_what_to_try() -> None:
-    row = _variant("a", weights="per_channel", observer="mse", equalized=True, bias_corrected=True)
-    layers = tuple(_layer(f"features.{n}.conv.0.0", 0.1 * n) for n in range(5))
+    row = variant_row("a", top1_drop=0.25, weights="per_channel", observer="mse", equalized=True, bias_corrected=True)
+    layers = tuple(layer_row(f"features.{n}.conv.0.0", divergence_only=0.1 * n) for n in range(5))
     lines = _shown(*why(diagnose(_report(row, layers=layers))))
     shown = [line.split()[1] for line in lines if "ConvReLU2d" in line or "dB" in line]
     assert shown == [f"features.{n}.conv.0.0" for n in (4, 3, 2)]
     assert "256 training images held back" in lines[0]
+    assert lines[1].strip() == "top-1 87.50% in float, 25.00% with all layers int8"
     assert any('float_layers = ["features.4.conv.0.0"' in line for line in lines)

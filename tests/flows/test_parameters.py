@@ -9,7 +9,8 @@ from flows.ptq import ptq
 from flows.qat import qat
 from flows.quantize import quantize
 from quantlib.errors import RecipeError
-from quantlib.recipe import Recipe, override_recipe
+from quantlib.recipe import Recipe
+from quantlib.recipe_file import override_recipe
 
 PROJECT = Path(__file__).parents[2]
 DEPLOYMENTS = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]

@@ -18,3 +18,12 @@ def test_fewer_calibration_batches_recompute_calibration_and_what_follows_and_sa
     assert reasons["decode-calibration-0"].startswith("images.stop: ")
     assert reasons["calibrate-per_channel"] == "follows decode-calibration-0"
     assert not {"load_float", "fuse-eval", "evaluate_baseline-float", "decode-validation-0"} & set(reasons)
+
+
+def test_activations_alone_are_rounded_in_a_model_whose_biases_are_floats(tmp_path):
+    recipe = harness.RECIPE | {"evaluation": harness.RECIPE["evaluation"] | {"simulate": True}}
+    reasons = {s.label: s.reason for s in plan_run(parse_recipe(recipe), tmp_path)}
+    follows = {"both": "correct_bias", "weights": "correct_bias", "activations": "choose_ranges"}
+    for parts, stage in follows.items():
+        assert reasons[f"simulate-per_channel-{parts}"] == f"follows {stage}-per_channel"
+        assert reasons[f"simulate-qat-{parts}"] == "follows choose_epoch-qat"

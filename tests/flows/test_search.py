@@ -1,6 +1,7 @@
 """The search as a run: its trials are branches like any other, and a killed one goes on."""
 
 import hashlib
+import shutil
 from types import SimpleNamespace
 
 import harness
@@ -12,13 +13,13 @@ from flows.planning import plan_run
 from quantlib.inputs import Inputs, Selection
 from quantlib.recipe import SearchRecipe, parse_recipe
 from quantlib.search import Trial
-from quantlib.store import Ref
+from quantlib.store import Ref, Store
 from tasks.report import VariantRefs
 from tasks.search import NotYetKnownError
 
 BRANCHES = {"ptq", "qat"}
 RECIPE = {key: value for key, value in harness.RECIPE.items() if key not in BRANCHES}
-RECIPE |= {"search": {"max_trials": 2, "max_top1_drop": 0.0}, "gate": {"max_top1_drop": 1.0}}
+RECIPE |= {"search": {"max_trials": 2, "max_top1_drop": 0.0}, "gate": {}}
 RECIPE |= {"evaluation": RECIPE["evaluation"] | {"layers": True}}
 TRIALS = ["search-1-minmax", "search-2-equalized"]
 
@@ -44,7 +45,7 @@ def test_trials_are_variants_of_the_report(searched):
     variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
     assert list(variants.index) == ["float", *TRIALS]
     assert list(variants.equalized) == [False, False, True]
-    assert variants.winner.sum() == 1
+    assert variants.winner.sum() == (variants.gate[TRIALS] == "inside").any()
 
 
 def test_the_best_so_far_is_saved_at_every_step(searched):
@@ -75,6 +76,18 @@ def test_a_plan_of_a_new_search_ends_with_its_first_trial(tmp_path):
     assert not any("search-2" in label for label in labels)
 
 
+def test_time_that_reused_stages_once_took_counts(searched, tmp_path):
+    home, outcome, _ = searched
+    records = {record.key: record.seconds for record in Store(home / "store").records()}
+    seconds = sum(records[key] for label, key in harness.keys_done(home).items() if "search-1" in label)
+    recipe = RECIPE | {"search": RECIPE["search"] | {"max_minutes": 0.9 * seconds / 60}}
+    assert not any("search-2" in stage.label for stage in plan_run(parse_recipe(recipe), home))
+    copied = shutil.copytree(home, tmp_path / "home")
+    stages = harness.run(copied, recipe=recipe).stages
+    assert all(stages[label] for label in outcome.stages if "search-1" in label)
+    assert not any("search-2" in label for label in stages)
+
+
 def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
     home, _, _ = searched
     layers = pd.read_parquet(home / "reports" / "layers")
@@ -90,6 +103,8 @@ def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
 @pytest.fixture
 def loop(monkeypatch):
     """Runs the loop with trials that have a drop each, by the end of their names; what it saved and measured."""
+    monkeypatch.setattr(flow, "stages_met", frozenset)
+    monkeypatch.setattr(flow, "seconds_of", lambda keys: 0.0)
 
     def run(drops, **settings):
         saved, ranked = [], []
@@ -156,11 +171,16 @@ def test_a_budget_that_is_met_says_by_which_trial(loop):
 
 
 def test_no_trial_begins_when_the_time_is_over(loop, monkeypatch):
-    clock = iter([0.0, 0.0, 61.0])
-    monkeypatch.setattr(flow.time, "monotonic", lambda: next(clock))
+    met = iter([{"shared"}, {"shared"}, {"shared", "a"}, {"shared", "a", "b"}])
+    monkeypatch.setattr(flow, "stages_met", lambda: next(met))
+    monkeypatch.setattr(flow, "seconds_of", lambda keys: sum({"shared": 600.0, "a": 59.0, "b": 1.0}[k] for k in keys))
     variants, note, _, _ = loop({}, max_minutes=1.0)
-    assert len(variants) == 1
-    assert "1 trials and its limit of 1 minutes" in note
+    assert len(variants) == 2
+    assert "after 2 trials, at its limit of 1 minute," in note
+
+
+def test_one_trial_is_one_trial(loop):
+    assert "after 1 trial, at its limit, 9.80 points outside" in loop({}, max_trials=1)[1]
 
 
 def test_a_run_that_is_only_planned_ends_where_it_cannot_know(loop):

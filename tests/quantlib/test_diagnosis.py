@@ -1,10 +1,10 @@
 """Why a variant loses accuracy, from rows alone."""
 
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from rows import layer_row, variant_row
 
 from quantlib import diagnosis
 from quantlib.layers import LayerSums
@@ -14,23 +14,17 @@ from quantlib.report import LayerRow, Report, VariantRow
 def _sums(layer: str, **changes: Any) -> dict[str, Any]:
     values = {"type": "Conv2d", "signal": 100.0, "noise": 1.0, "num_values": 1000, "num_clipped": 10}
     values |= {"num_images": 10, "num_correct_only": 9, "num_correct_all_but": 8, "divergence_only": 0.5}
+    values |= {"num_correct_float": 9, "num_correct_int8": 7}
     return asdict(LayerSums(**{"layer": layer, **values, **changes}))
 
 
-def _layer(name: str, divergence: float, variant: str = "a") -> LayerRow:
-    (row,) = diagnosis.layer_rows(variant, "held_back", [[_sums(name, weight_min=-1.0, weight_max=1.0)]])
-    return replace(row, divergence_only=divergence, saturation=0.0)
+def _layer(name: str, divergence: float, **changes: Any) -> LayerRow:
+    return layer_row(name, divergence_only=divergence, saturation=0.0, **changes)
 
 
 def _variant(name: str, **changes: Any) -> VariantRow:
-    values: dict[str, Any] = {"recipe": "r", "variant": name, "method": "ptq", "qconfig": "accurate", "engine": "x86"}
-    values |= {"top1": 0.5, "top5": 1.0, "loss": 0.7, "num_images": 4, "top1_drop": 0.25, "top1_selection": 0.5}
-    values |= {"selected_on": "held_back", "top1_simulated": None, "top1_weights_only": None}
-    values |= {"top1_activations_only": None, "best_epoch": None, "size_bytes": 1, "latency_p50_ms": 1.0}
-    values |= {"speedup": 1.0, "accepted": True, "winner": False, "artifact_sha256": "", "artifact_path": ""}
-    values |= {"torch_version": "", "cpu_model": "", "created_at": datetime.now(UTC)}
-    values |= {"observer": "mse", "weights": "per_channel", "equalized": True, "bias_corrected": True}
-    return VariantRow(**values | changes)
+    tried = {"observer": "mse", "weights": "per_channel", "equalized": True, "bias_corrected": True}
+    return variant_row(name, **{"top1_drop": 0.25} | tried | changes)
 
 
 def _diagnose(variant: VariantRow, *layers: LayerRow) -> list[diagnosis.Diagnosis]:
@@ -43,6 +37,7 @@ def test_parts_of_the_images_become_one_row() -> None:
     parts = [[_sums("x", num_images=10)], [_sums("x", num_images=30, num_correct_only=27, noise=0.0, num_clipped=0)]]
     (row,) = diagnosis.layer_rows("a", "validation", parts)
     assert (row.num_images, row.top1_only, row.top1_all_but) == (40, 0.9, 0.4)
+    assert (row.top1_float, row.top1_int8) == (0.45, 0.35)
     assert row.sqnr_db == pytest.approx(23.0103)  # 10 log10(200 / 1)
     assert row.saturation == 0.005
     assert row.divergence_only == 0.025
@@ -81,6 +76,13 @@ def test_advice_is_what_the_variant_has_not_tried_the_cheapest_first(options: di
     assert len(found.advice) <= 3
 
 
+def test_there_is_nothing_to_try_where_nothing_was_lost() -> None:
+    (found,) = _diagnose(_variant("a", top1_drop=-0.01), _layer("x", 0.1))
+    assert (len(found.worst), found.advice) == (1, ())
+
+
 def test_ranges_that_cut_off_much_are_to_be_widened() -> None:
     (found,) = _diagnose(_variant("a"), replace(_layer("x", 0.1), saturation=0.01))
     assert found.advice[0].startswith('observer = "minmax"')
+    (found,) = _diagnose(_variant("a", observer="minmax"), replace(_layer("x", 0.1), saturation=0.01))
+    assert found.advice[0].startswith("more images in [calibration]")

@@ -4,12 +4,13 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rows import START, layer_row, variant_row
 
 from quantlib import examples, html_report, report
 from quantlib.errors import StoreError
@@ -17,35 +18,7 @@ from quantlib.examples import Example
 from quantlib.predictions import Predictions
 from quantlib.report import ClassRow, EpochRow, LatencyRow, LayerRow, Report, StageRow, VariantRow
 
-START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
-FLOAT = VariantRow(
-    recipe="tiny",
-    variant="float",
-    method="float",
-    qconfig=None,
-    engine=None,
-    top1=0.75,
-    top5=1.0,
-    loss=0.5,
-    num_images=4,
-    top1_drop=0.0,
-    top1_selection=0.8,
-    selected_on="held_back",
-    top1_simulated=None,
-    top1_weights_only=None,
-    top1_activations_only=None,
-    best_epoch=None,
-    size_bytes=4_000_000,
-    latency_p50_ms=8.0,
-    speedup=1.0,
-    accepted=True,
-    winner=False,
-    artifact_sha256="0" * 64,
-    artifact_path="/models/float.pt",
-    torch_version="2.15.0",
-    cpu_model="A CPU",
-    created_at=START,
-)
+FLOAT = variant_row("float", method="float")
 QAT = replace(
     FLOAT,
     variant="trained",
@@ -102,22 +75,7 @@ def latency(variant: str) -> LatencyRow:
     )
 
 
-LAYER = LayerRow(
-    variant="trained",
-    layer="features.7",
-    type="ConvReLU2d",
-    weight_min=-1.0,
-    weight_max=1.0,
-    activation_min=0.0,
-    activation_max=6.0,
-    sqnr_db=21.5,
-    saturation=0.0002,
-    top1_only=0.75,
-    top1_all_but=0.5,
-    divergence_only=0.1,
-    num_images=256,
-    measured_on="held_back",
-)
+LAYER = layer_row("features.7", variant="trained")
 
 
 def write(

@@ -39,24 +39,86 @@ def test_min_max_ranges_cut_off_nothing_of_the_images_they_come_from(measured):
     assert sum(sums.num_clipped for sums in measured.values()) < 1e-3 * sum(s.num_values for s in measured.values())
 
 
-@pytest.mark.parametrize("path", ["features.0.0", "features.1.conv.1"])
-def test_a_layer_alone_is_the_model_with_that_layer_alone_quantized(path, measured, calibrated, train_shard):
-    own = copy.deepcopy(calibrated("default"))
+def _quantized(prepared, is_wanted):
+    """A model of which only the layers are quantized whose paths are wanted, made without `layers`."""
+    own = copy.deepcopy(prepared)
     for name, module in own.named_modules():
-        inside = name == path or name.startswith(f"{path}.")
-        if not inside and hasattr(module, "activation_post_process"):
+        if not is_wanted(name) and hasattr(module, "activation_post_process"):
             module.activation_post_process = torch.nn.Identity()
-        if not inside and isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+        if not is_wanted(name) and isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.qconfig = None
-    alone = simulation.simulate(own, "eval", "both")
-    x = images.to_input(images.open_shard(train_shard)[0])
+    return simulation.simulate(own, "eval", "both")
+
+
+def _measured_by_hand(prepared, path, shard):
+    """Of one layer: divergence_only, num_correct_only, num_correct_all_but."""
+
+    def is_inside(name):
+        return name == path or name.startswith(f"{path}.")
+
+    x, y = images.open_shard(shard)[0], torch.as_tensor(images.open_shard(shard)[1])
+    reference, alone = _quantized(prepared, lambda _: False), _quantized(prepared, is_inside)
+    all_but = _quantized(prepared, lambda name: not is_inside(name))
     with torch.inference_mode():
-        reference = copy.deepcopy(calibrated("default"))
-        backend.fake_quantize_ptq(reference, weights=False, activations=False)
-        target, answers = reference(x).log_softmax(1), alone(x).log_softmax(1)
-    expected = float((target.exp() * (target - answers)).sum())
-    assert measured[path].divergence_only == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert measured[path].num_correct_only == int(evaluation.evaluate(alone, train_shard, 12).top1_correct.sum())
+        target, only, other = (model(images.to_input(x)).log_softmax(1) for model in (reference, alone, all_but))
+    divergence = float((target.exp() * (target - only)).sum())
+    return divergence, int((only.argmax(1) == y).sum()), int((other.argmax(1) == y).sum())
+
+
+def _found(sums):
+    return sums.divergence_only, sums.num_correct_only, sums.num_correct_all_but
+
+
+@pytest.mark.parametrize("path", ["quant", "features.0.0", "features.1.conv.1", "features.3.conv.0.0", "classifier.1"])
+def test_a_layer_is_measured_as_models_are_in_which_it_alone_or_all_but_it_is_quantized(
+    path, measured, calibrated, train_shard
+):
+    expected = _measured_by_hand(calibrated("default"), path, train_shard)
+    assert _found(measured[path]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_what_layers_are_compared_with_is_float_and_all_of_them_int8(measured, fused_model, calibrated, train_shard):
+    models = fused_model, simulation.simulate(calibrated("default"), "eval", "both")
+    right = [int(evaluation.evaluate(model, train_shard, 12).top1_correct.sum()) for model in models]
+    assert {(sums.num_correct_float, sums.num_correct_int8) for sums in measured.values()} == {tuple(right)}
+
+
+class _Twice(torch.nn.Module):
+    """A layer that runs before and behind another, and a ReLU that would overwrite its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.quant, self.dequant = backend.QuantStub(), backend.DeQuantStub()
+        self.first, self.twice, self.between = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu = torch.nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.twice(self.relu(self.first(self.quant(x))))
+        return 10.0 * self.dequant(self.twice(self.relu(self.between(x))))[:, 0, 4, 4:7]
+
+
+@pytest.mark.parametrize("path", ["quant", "first", "twice", "between"])
+def test_what_runs_again_behind_a_layer_is_not_taken_from_before(path, train_shard):
+    model = _Twice().eval()
+    prepared = preparation.prepare(model, scheme("default"), "eval")
+    with torch.inference_mode():
+        prepared(8.0 * images.to_input(images.open_shard(train_shard)[0]))  # A coarse grid, so that answers change.
+    found = {s.layer: s for s in layers.measure_layers(model, prepared, "eval", train_shard, 0, 36)}
+    assert found[path].num_correct_all_but != found[path].num_correct_only
+    assert _found(found[path]) == pytest.approx(_measured_by_hand(prepared, path, train_shard), rel=1e-3, abs=1e-5)
+    assert found[path].signal > 10 * found[path].noise  # Each compared with its own output, before ReLU.
+
+
+def test_a_layer_that_is_never_called_costs_nothing(train_shard):
+    model = _Twice().eval()
+    model.unused = torch.nn.Conv2d(3, 3, 1)
+    prepared = preparation.prepare(model, scheme("default"), "eval")
+    with torch.inference_mode():
+        prepared(images.to_input(images.open_shard(train_shard)[0]))
+        prepared.unused(torch.ones(1, 3, 4, 4))
+    found = {s.layer: s for s in layers.measure_layers(model, prepared, "eval", train_shard, 0, 36)}
+    assert (found["unused"].num_values, found["unused"].divergence_only) == (0, 0.0)
 
 
 def test_parts_of_the_images_add_up(measured, fused_model, calibrated, train_shard):
@@ -107,6 +169,9 @@ def test_layers_are_compared_with_float_and_not_with_a_model_of_corrected_biases
     plain = {s.layer: s for s in layers.measure_layers(fused_model, calibrated("default"), "eval", train_shard, 0, 36)}
     for path in ("quant", "features.0.0", "features.3.conv.0.0"):
         assert found[path].divergence_only == plain[path].divergence_only, path
+    assert found["quant"].num_correct_int8 < found["quant"].num_correct_float == plain["quant"].num_correct_float
+    # Behind it, all but one layer are those of the model that has the shift.
+    assert found["features.3.conv.0.0"].num_correct_all_but < plain["features.3.conv.0.0"].num_correct_all_but
     assert found["features.2.conv.0.0"].divergence_only > 10 * plain["features.2.conv.0.0"].divergence_only
     assert found["features.2.conv.0.0"].noise > 10 * plain["features.2.conv.0.0"].noise
 

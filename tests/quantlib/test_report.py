@@ -4,7 +4,7 @@ import errno
 import os
 import re
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from rows import START, layer_row, variant_row
 
 from quantlib import report
 from quantlib.errors import MachineError, StoreError
 from quantlib.examples import Example
 from quantlib.predictions import Predictions
-from quantlib.report import ClassRow, EpochRow, LatencyRow, LayerRow, Report, StageRow, VariantRow
-
-STARTED = datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC)
+from quantlib.report import ClassRow, EpochRow, LatencyRow, Report, StageRow
 
 # The contract: columns may be added, and none renamed.
 COLUMNS = {
@@ -51,60 +50,13 @@ NUM_ROWS = {
 }
 
 
-def _variant(name: str, **changes: Any) -> VariantRow:
-    values: dict[str, Any] = {
-        "recipe": "test",
-        "variant": name,
-        "method": "ptq",
-        "qconfig": "fbgemm",
-        "engine": "x86",
-        "top1": 0.5,
-        "top5": 1.0,
-        "loss": 0.7,
-        "num_images": 4,
-        "top1_drop": 0.25,
-        "top1_selection": 0.5,
-        "selected_on": "held_back",
-        "top1_simulated": None,
-        "top1_weights_only": None,
-        "top1_activations_only": None,
-        "best_epoch": None,
-        "size_bytes": 1000,
-        "latency_p50_ms": 1.5,
-        "speedup": 2.0,
-        "accepted": True,
-        "winner": False,
-        "artifact_sha256": "ab" * 32,
-        "artifact_path": f"models/{name}.pt",
-        "torch_version": "2.15.0",
-        "cpu_model": "a CPU",
-        "created_at": STARTED,
-    }
-    return VariantRow(**values | changes)
-
-
 def _answers(num_correct: int) -> Predictions:
     labels = np.array([0, 1, 2, 0])
     top5 = np.stack([(labels + n + (np.arange(4) >= num_correct)) % 3 for n in range(3)], axis=1)
     return Predictions(labels, top5, np.zeros(4, np.float32))
 
 
-LAYER = LayerRow(
-    variant="a",
-    layer="features.0",
-    type="ConvReLU2d",
-    weight_min=-1.0,
-    weight_max=1.0,
-    activation_min=0.0,
-    activation_max=6.0,
-    sqnr_db=30.0,
-    saturation=0.001,
-    top1_only=0.8,
-    top1_all_but=0.7,
-    divergence_only=0.01,
-    num_images=4,
-    measured_on="held_back",
-)
+LAYER = layer_row("features.0")
 PREDICTIONS = {"float": _answers(3), "a": _answers(2), "b": _answers(4)}
 
 
@@ -114,9 +66,11 @@ def found() -> Report:
     return Report(
         run_id="20250102-030405-test-abcd1234",
         variants=(
-            _variant("float", method="float", qconfig=None, engine=None, top1=accuracy["float"], accepted=False),
-            _variant("a", top1=accuracy["a"]),
-            _variant("b", method="qat", top1=accuracy["b"], best_epoch=1, top1_simulated=0.5, winner=True),
+            variant_row("float", method="float", top1=accuracy["float"], accepted=False),
+            variant_row("a", top1=accuracy["a"]),
+            variant_row(
+                "b", method="qat", size_bytes=1000, top1=accuracy["b"], best_epoch=1, top1_simulated=0.5, winner=True
+            ),
         ),
         epochs=(
             EpochRow(
@@ -144,8 +98,8 @@ def found() -> Report:
             ),
         ),
         stages=(
-            StageRow("fuse-eval", "aa", cached=True, seconds=0.1, started_at=STARTED),
-            StageRow("convert-a", "bb", cached=False, seconds=1.5, started_at=STARTED),
+            StageRow("fuse-eval", "aa", cached=True, seconds=0.1, started_at=START),
+            StageRow("convert-a", "bb", cached=False, seconds=1.5, started_at=START),
         ),
         classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(("red", "green", "blue"))),
         examples=(Example(variant="a", image_index=2, label=2, float_top1=2, int8_top1=0, png=b"\x89PNG\0"),),
@@ -157,7 +111,7 @@ def found() -> Report:
 def reports(tmp_path: Path, found: Report) -> Path:
     """The folder of two runs' reports."""
     report.write(tmp_path / "reports", found, PREDICTIONS)
-    later = [replace(row, created_at=STARTED + timedelta(days=1)) for row in found.variants]
+    later = [replace(row, created_at=START + timedelta(days=1)) for row in found.variants]
     report.write(tmp_path / "reports", replace(found, run_id="20250103-test", variants=tuple(later)), PREDICTIONS)
     return tmp_path / "reports"
 
@@ -208,7 +162,7 @@ def test_values_arrive_with_their_types(reports: Path) -> None:
 
     assert b["variant"] == "b"
     assert (b["top1"], b["size_bytes"], b["winner"], b["best_epoch"]) == (1.0, 1000, True, 1)
-    assert pd.Timestamp(b["created_at"]) == pd.Timestamp(STARTED)
+    assert pd.Timestamp(b["created_at"]) == pd.Timestamp(START)
     assert pd.isna(rows.iloc[2]["qconfig"])  # float
     assert pd.isna(rows.iloc[0]["top1_simulated"])
 
@@ -355,8 +309,8 @@ def test_without_a_winner_the_best_is_the_quantized_model_that_chose_best(found:
 
 def test_remarks_name_the_qat_that_kept_its_start_and_the_variant_with_too_few_images(found):
     assert found.remarks == []
-    kept = _variant("q", method="qat", kept_start=True)
-    undecided = _variant("u", gate="undecided", num_images_to_decide=12345)
+    kept = variant_row("q", method="qat", kept_start=True)
+    undecided = variant_row("u", gate="undecided", num_images_to_decide=12345)
     remarks = replace(found, variants=(kept, undecided)).remarks
     assert "q: no epoch of training was better" in remarks[0]
     assert "about 12,345" in remarks[1]

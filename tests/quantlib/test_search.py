@@ -4,6 +4,7 @@ import pytest
 
 from quantlib.errors import RecipeError
 from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe, parse_recipe
+from quantlib.recipe_file import override_recipe
 from quantlib.search import Trial, best_trial, next_trial
 
 FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "percentile"]
@@ -91,17 +92,28 @@ def test_training_asks_for_no_more_images_than_there_are():
 
 
 @pytest.mark.parametrize(
-    ("tables", "gate"),
+    ("tables", "budget"),
     [
         ({"search": {}}, 0.002),
         ({"search": {"max_top1_drop": 0.005}}, 0.005),
         ({"search": {"max_top1_drop": 0.005}, "gate": {"confidence": 0.9}}, 0.005),
         ({"search": {}, "gate": {"max_top1_drop": 0.03}}, 0.03),
-        ({"ptq": [{"name": "p"}]}, 0.01),
+        ({"search": {"max_top1_drop": 0.03}, "gate": {"max_top1_drop": 0.03}}, 0.03),
     ],
 )
-def test_the_budget_is_the_gates_unless_that_is_set(tables, gate):
-    assert parse_recipe(RECIPE | tables).gate.max_top1_drop == gate
+def test_the_search_and_the_gate_have_one_budget(tables, budget):
+    recipe = parse_recipe(RECIPE | tables)
+    assert (recipe.search.max_top1_drop, recipe.gate.max_top1_drop) == (budget, budget)
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_changed_budget_is_the_gates_too():
+    recipe = parse_recipe(RECIPE | {"search": {"max_trials": 3}})
+    changed = override_recipe(recipe, ["search.max_top1_drop=0.05"])
+    assert (changed.search.max_top1_drop, changed.gate.max_top1_drop) == (0.05, 0.05)
+    assert override_recipe(recipe, ["search.max_trials=4"]).gate.max_top1_drop == 0.002
+    added = override_recipe(parse_recipe(RECIPE | {"ptq": [{"name": "p"}]}), ["search.max_trials=4"])
+    assert (added.search.max_top1_drop, added.gate.max_top1_drop) == (0.002, 0.002)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +125,8 @@ def test_the_budget_is_the_gates_unless_that_is_set(tables, gate):
         ({"search": {"max_trials": 0}}, "search.max_trials = 0 is not allowed"),
         ({"search": {"max_minutes": 0}}, "search.max_minutes = 0 is not allowed"),
         ({"search": {"max_top1_drop": 2}}, "search.max_top1_drop = 2 is not allowed"),
+        ({"search": {"max_top1_drop": 0.002}, "gate": {"max_top1_drop": 0.03}}, "are one budget: remove one of them"),
+        ({"search": {}, "gate": {"max_top1_drop": 2}}, "gate.max_top1_drop = 2 is not allowed"),
         ({"search": 3}, "search = 3 is not allowed"),
     ],
 )

@@ -1,51 +1,18 @@
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+from rows import START, variant_row
 
 from quantlib import report, summary
 from quantlib.predictions import Predictions
-from quantlib.report import Report, StageRow, VariantRow
+from quantlib.report import Report, StageRow
 
-START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
 FIRST, SECOND = "20260501-030000-tiny-0000000a", "20260502-030000-tiny-0000000b"
 
 
-def variant(name, method, **values) -> VariantRow:
-    plain = {
-        "recipe": "tiny",
-        "variant": name,
-        "method": method,
-        "qconfig": None,
-        "engine": None,
-        "top1": 0.75,
-        "top5": 1.0,
-        "loss": 0.5,
-        "num_images": 4,
-        "top1_drop": 0.0,
-        "top1_selection": 0.8,
-        "selected_on": "held_back",
-        "top1_simulated": None,
-        "top1_weights_only": None,
-        "top1_activations_only": None,
-        "best_epoch": None,
-        "size_bytes": 4_000_000,
-        "latency_p50_ms": 8.0,
-        "speedup": 1.0,
-        "accepted": True,
-        "winner": False,
-        "artifact_sha256": f"hash of {name}",
-        "artifact_path": f"/models/{name}.pt",
-        "torch_version": "2.15.0",
-        "cpu_model": "A CPU",
-        "created_at": START,
-    }
-    return VariantRow(**plain | values)
-
-
-FLOAT = variant("float", "float")
-PTQ = variant("minmax", "ptq", top1=0.7, top1_drop=0.05, winner=True, speedup=4.0, latency_p50_ms=2.0)
+FLOAT = variant_row("float", method="float")
+PTQ = variant_row("minmax", top1=0.7, top1_drop=0.05, winner=True, speedup=4.0, latency_p50_ms=2.0)
 
 
 def run(run_id=SECOND, variants=(FLOAT, PTQ), cached=(True, False)) -> Report:
@@ -82,9 +49,9 @@ def test_an_unchanged_model_is_no_change_whatever_its_timing(tmp_path):
 
 
 def test_changes_since_the_last_run_are_told_variant_by_variant(tmp_path):
-    gone = variant("old", "ptq", winner=True)
+    gone = variant_row("old", winner=True)
     write(tmp_path, run(FIRST, (FLOAT, replace(PTQ, winner=False, top1=0.6, artifact_sha256="other"), gone)))
-    text = summary.summarize(run(variants=(FLOAT, PTQ, variant("fresh", "qat"))), tmp_path)
+    text = summary.summarize(run(variants=(FLOAT, PTQ, variant_row("fresh", method="qat"))), tmp_path)
     assert "- The winner is `minmax`; it was `old`." in text
     assert "- `minmax` is another model: +10.00 points of top-1, latency 2.00 to 2.00 ms." in text
     assert "- `fresh` is new." in text

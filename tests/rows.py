@@ -1,0 +1,66 @@
+"""Rows of a report, made up: tests say what matters to them, and the rest is here."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from quantlib.report import LayerRow, VariantRow
+
+START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
+
+
+def variant_row(name: str, **changes: Any) -> VariantRow:
+    """A PTQ variant that is accepted and no winner; the float model where `method="float"`."""
+    values: dict[str, Any] = {
+        "recipe": "tiny",
+        "variant": name,
+        "method": "ptq",
+        "qconfig": "accurate",
+        "engine": "x86",
+        "top1": 0.75,
+        "top5": 1.0,
+        "loss": 0.5,
+        "num_images": 4,
+        "top1_drop": 0.0,
+        "top1_selection": 0.8,
+        "selected_on": "held_back",
+        "top1_simulated": None,
+        "top1_weights_only": None,
+        "top1_activations_only": None,
+        "best_epoch": None,
+        "size_bytes": 4_000_000,
+        "latency_p50_ms": 8.0,
+        "speedup": 1.0,
+        "accepted": True,
+        "winner": False,
+        "artifact_sha256": f"hash of {name}",
+        "artifact_path": f"/models/{name}.pt",
+        "torch_version": "2.15.0",
+        "cpu_model": "A CPU",
+        "created_at": START,
+    }
+    if changes.get("method") == "float":
+        values |= {"qconfig": None, "engine": None}
+    return VariantRow(**values | changes)
+
+
+def layer_row(name: str, **changes: Any) -> LayerRow:
+    """A layer of the variant "a"."""
+    values: dict[str, Any] = {
+        "variant": "a",
+        "layer": name,
+        "type": "ConvReLU2d",
+        "weight_min": -1.0,
+        "weight_max": 1.0,
+        "activation_min": 0.0,
+        "activation_max": 6.0,
+        "sqnr_db": 21.5,
+        "saturation": 0.0002,
+        "top1_float": 0.875,
+        "top1_int8": 0.25,
+        "top1_only": 0.75,
+        "top1_all_but": 0.5,
+        "divergence_only": 0.01,
+        "num_images": 256,
+        "measured_on": "held_back",
+    }
+    return LayerRow(**values | changes)
