@@ -61,6 +61,11 @@ def prepare_process() -> None:
     gc.set_threshold(20_000)
 
 
+def has_spare_core() -> bool:
+    """Whether this process may use more cores than torch computes on."""
+    return machine.num_cores() > torch.get_num_threads()
+
+
 def resolve_engine(name: str) -> str:
     """The engine that `name` stands for on this machine.
 
@@ -166,9 +171,9 @@ def _forward_conv_bn_relu(conv_bn_relu: Any, x: torch.Tensor) -> torch.Tensor:
     return y if getattr(conv_bn_relu.activation_post_process, "rectifies", False) else nn.functional.relu(y)
 
 
-def convert(prepared: nn.Module) -> nn.Module:
-    """An int8 copy of a prepared model, for the engine in use (see `use_engine`)."""
-    return tq.convert(prepared.eval(), inplace=False)
+def convert(prepared: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """An int8 model made of a prepared one, or of its copy, for the engine in use (see `use_engine`)."""
+    return tq.convert(prepared.eval(), inplace=inplace)
 
 
 def convert_blank(prepared: nn.Module) -> nn.Module:
@@ -180,7 +185,7 @@ def convert_blank(prepared: nn.Module) -> nn.Module:
         weight_fake_quant = getattr(module, "weight_fake_quant", None)
         if weight_fake_quant is not None:
             weight_fake_quant(module.weight)
-    return tq.convert(prepared.eval(), inplace=True)
+    return convert(prepared, inplace=True)
 
 
 def set_range(fake_quantize: Any, observer: Any) -> None:

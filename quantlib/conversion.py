@@ -28,7 +28,8 @@ def convert_saved(content: bytes, engine: str, crop: int) -> bytes:
         MachineError: If this machine lacks the engine.
     """
     prepared, header = calibration.load_prepared(content)
-    int8 = convert(prepared, engine)
+    with backend.use_engine(engine):
+        int8 = backend.convert(prepared, inplace=True)
     check_int8(int8, engine, crop)
     return models.save(int8, header | {"engine": engine})
 

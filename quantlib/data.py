@@ -5,6 +5,7 @@ Nothing here depends on the number of threads: each random crop is drawn from th
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from quantlib.progress import Progress, silent
 from quantlib.transforms import Transform
 
 if TYPE_CHECKING:
-    from quantlib.inputs import Selection, SplitName
+    from quantlib.inputs import Selection, SplitInput, SplitName
 
 FORMATS = ("digits", "imagefolder", "imagenet", "cifar10")
 
@@ -99,11 +100,17 @@ def select(selection: Selection) -> tuple[Split, np.ndarray]:
         DataError: If the split has changed since it was identified.
     """
     source = selection.split
-    split = open_split(source.format, source.root, source.name)
+    split = _open_identified(source)
     if len(split) != source.num_images or split.classes != source.classes:
         raise DataError(f"The {source.name} split of {source.root} has changed since the run began: run again.")
     order = np.arange(len(split)) if selection.seed is None else shuffled(len(split), selection.seed)
     return split, order[selection.start : selection.stop]
+
+
+@functools.lru_cache(maxsize=2)
+def _open_identified(source: SplitInput) -> Split:
+    """Listed once in a process: a million files take as long as some stages."""
+    return open_split(source.format, source.root, source.name)
 
 
 def shuffled(num_images: int, seed: int) -> np.ndarray:

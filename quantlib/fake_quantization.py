@@ -64,9 +64,8 @@ class WeightFakeQuantize(backend.FusedMovingAvgObsFakeQuantize):
             scale = torch.maximum(observer.min_val / observer.quant_min, observer.max_val / observer.quant_max)
             self.scale.resize_(scale.shape).copy_(scale.clamp_min(_SMALLEST_SCALE))
             self.zero_point.resize_(scale.shape).zero_()
-        return torch.fake_quantize_per_channel_affine(
-            weight, self.scale, self.zero_point, self.ch_axis, observer.quant_min, observer.quant_max
-        )
+        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
+        return _RoundToChannelGrids.apply(weight, scale, observer.quant_min, observer.quant_max)
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -92,6 +91,24 @@ class _RoundToGrid(torch.autograd.Function):
         """The gradient by `x`, and none by the grid."""
         (x,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(gradient, x, ctx.low, ctx.high), None, None, None, None, None
+
+
+class _RoundToChannelGrids(torch.autograd.Function):
+    """Rounds each channel to its symmetric grid; the gradient passes inside of it, and nowhere else."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        """`weight` [C, …] rounded, of the same shape; `scale` is [C, 1, …]."""
+        steps = weight * scale.reciprocal()
+        ctx.save_for_backward(steps)
+        ctx.low, ctx.high = quant_min - 0.5, quant_max + 0.5
+        return steps.round().clamp_(quant_min, quant_max).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The gradient by `weight`, and none by the grid."""
+        (steps,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, steps, ctx.low, ctx.high), None, None, None
 
 
 def _as_stored(x: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ class Helper:
 
 
 def _serve(pipe: "Connection[Any, Any]") -> None:
+    os.nice(10)
     import torch
 
     from quantlib import backend

@@ -1,10 +1,12 @@
-"""Branches side by side, where there is more than one core.
+"""Branches side by side, where there is a core to spare.
 
 A branch is a thread that mostly waits. Stages that compute take turns in the flow's own thread: each of them uses all
 cores, torch's settings belong to the process, and Ctrl-C reaches that thread. What is Python's alone (to convert, to
 script) runs beside them in a process of its own: in a thread it would hold up the others.
 
-On a single core nothing runs side by side.
+Torch likes to compute on every core, and then nothing is gained: on two cores that both computed, runs with a helper
+took as long as without, or longer. With a core that torch leaves (one of a pair of hardware threads, or with
+OMP_NUM_THREADS below the number of cores), stages took a seventh less time.
 """
 
 import atexit
@@ -16,7 +18,6 @@ from contextvars import Context, ContextVar, copy_context
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-from quantlib import machine
 from quantlib.helper import Helper
 
 P = ParamSpec("P")
@@ -116,12 +117,14 @@ _HELPER_IS_FREE = threading.Lock()
 
 
 def side_by_side(branches: Sequence[Callable[[], T]]) -> list[T]:
-    """What each branch gives, in their order; they run side by side where there is more than one core.
+    """What each branch gives, in their order; they run side by side where there is a core to spare.
 
     Raises:
         Exception: Of the branch that fails first; the others are stopped.
     """
-    if machine.num_cores() == 1:
+    from quantlib import backend  # Imports torch.
+
+    if not backend.has_spare_core():
         return one_by_one(branches)
     helper().start()
     host = _Host()

@@ -41,7 +41,7 @@ stages = {v.name: v for m in (data, export, measure, model, quantize) for v in v
 folder = Path(quantlib.__file__).parent
 def code():
     codehash.module_hashes.cache_clear()
-    Stage._code.cache_clear()
+    Stage._hash_code.cache_clear()
     return {name: stage._code() for name, stage in stages.items()}
 found = {"": code()}
 for edit, text in (("code", "edited = 1"), ("comment", "# edited")):

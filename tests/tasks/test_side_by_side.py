@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from quantlib import machine
 from tasks import side_by_side as sut
@@ -13,8 +14,8 @@ from tasks.side_by_side import StoppedError, aside, beside, in_turn, is_stopped,
 
 
 @pytest.fixture(autouse=True)
-def two_cores(monkeypatch):
-    monkeypatch.setattr(machine, "num_cores", lambda: 2)
+def a_core_to_spare(monkeypatch):
+    monkeypatch.setattr(machine, "num_cores", lambda: torch.get_num_threads() + 1)
 
 
 def test_branches_run_in_threads_and_compute_in_turn_in_the_thread_that_waits():
@@ -78,9 +79,10 @@ def test_later_goes_on_beside_its_branch_and_may_compute():
     assert side_by_side([branch]) == ["measured"]
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-def test_without_a_second_core_or_outside_everything_is_done_where_it_is_asked_for(cores, monkeypatch):
-    monkeypatch.setattr(machine, "num_cores", lambda: cores)
+@pytest.mark.parametrize("run_all", [one_by_one, side_by_side])
+def test_one_by_one_or_without_a_core_to_spare_everything_is_done_where_it_is_asked_for(run_all, monkeypatch):
+    if run_all is side_by_side:
+        monkeypatch.setattr(machine, "num_cores", torch.get_num_threads)
     here = (os.getpid(), threading.get_ident())
 
     def branch():
@@ -89,7 +91,7 @@ def test_without_a_second_core_or_outside_everything_is_done_where_it_is_asked_f
         return aside(os.getpid), now.result(), in_turn(threading.get_ident), is_stopped()
 
     expected = [(*here, here[1], False)]
-    assert (side_by_side if cores == 1 else one_by_one)([branch]) == expected
+    assert run_all([branch]) == expected
 
 
 def test_the_first_error_is_raised_and_stops_the_other_branches():
