@@ -10,10 +10,11 @@ from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from flows import processes
 from quantlib.errors import QuantflowError, StoreError
 
 if TYPE_CHECKING:
@@ -304,5 +305,14 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
+def command() -> NoReturn:
+    """`main` as a process of its own."""
+    try:
+        main()
+    except SystemExit as ended:
+        processes.end(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    processes.end(0)
+
+
 if __name__ == "__main__":
-    main()
+    command()

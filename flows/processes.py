@@ -7,9 +7,11 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from quantlib.errors import MachineError
 
@@ -137,6 +139,17 @@ def end_all(pids: Iterable[int], seconds: float) -> None:
         while left and time.monotonic() < deadline:
             time.sleep(0.05)
             left = {pid for pid in left if is_alive(pid)}
+
+
+def end(status: int) -> NoReturn:
+    """End this process as `sys.exit` does, but leave its memory to the kernel.
+
+    To take apart the modules of torch and Prefect, object by object, took longer than a second.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 PyTorch has announced the removal of eager-mode quantization; whatever replaces it is met here.
 """
 
+import functools
 import gc
 import warnings
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def ptq_qconfig(activation: Any, per_channel: bool) -> Any:
         per_channel: Whether weights have one scale an output channel, or one a tensor.
     """
     weight = tq.default_per_channel_weight_observer if per_channel else tq.default_weight_observer
-    return tq.QConfig(activation=activation, weight=weight)
+    return _qconfig(activation, weight)
 
 
 def qat_qconfig(activation: Any, weight: Any | None) -> Any:
@@ -128,7 +129,13 @@ def qat_qconfig(activation: Any, weight: Any | None) -> Any:
         activation: Makes that of each activation.
         weight: Makes that of each weight; None: torch's own, with one scale a tensor.
     """
-    return tq.QConfig(activation=activation, weight=weight or tq.default_fused_wt_fake_quant)
+    return _qconfig(activation, weight or tq.default_fused_wt_fake_quant)
+
+
+def _qconfig(activation: Any, weight: Any) -> Any:
+    # Plain functions: of its own kind of constructor, torch makes a trial object for every module of the model, which
+    # took half the time of preparing one.
+    return tq.QConfig(activation=functools.partial(activation), weight=functools.partial(weight))
 
 
 def prepare_ptq(model: nn.Module, qconfig: Any) -> nn.Module:
