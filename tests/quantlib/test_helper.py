@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantlib import recipe
+from quantlib import recipe_file
 from quantlib.errors import MachineError, RecipeError
 from quantlib.helper import Helper
 
@@ -30,7 +30,7 @@ def test_it_computes_in_a_process_of_its_own(helper):
 
 def test_what_a_function_raises_is_raised_here_and_the_process_goes_on(helper):
     with pytest.raises(RecipeError, match="nowhere"):
-        helper.call(recipe.load_recipe, Path("/nowhere.toml"))
+        helper.call(recipe_file.load_recipe, Path("/nowhere.toml"))
     assert helper.call(abs, -1) == 1
 
 
