@@ -5,8 +5,8 @@ cores, torch's settings belong to the process, and Ctrl-C reaches that thread. W
 script) runs beside them in a process of its own: in a thread it would hold up the others.
 
 Torch likes to compute on every core, and then nothing is gained: on two cores that both computed, runs with a helper
-took as long as without, or longer. With a core that torch leaves (one of a pair of hardware threads, or with
-OMP_NUM_THREADS below the number of cores), stages took a seventh less time.
+took as long as without, or longer. With a core that torch leaves (OMP_NUM_THREADS below the number of cores), the
+stages of a run took a seventh less time.
 """
 
 import atexit
