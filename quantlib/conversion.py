@@ -10,14 +10,14 @@ from quantlib.errors import ModelError
 from quantlib.scheme import Scheme
 
 
-def convert(prepared: nn.Module, engine: str) -> nn.Module:
-    """An int8 copy of a calibrated or quantization-aware trained model.
+def convert(prepared: nn.Module, engine: str, *, inplace: bool = False) -> nn.Module:
+    """An int8 model made of a calibrated or quantization-aware trained one, or of its copy.
 
     Raises:
         MachineError: If this machine lacks the engine.
     """
     with backend.use_engine(engine):
-        return backend.convert(prepared)
+        return backend.convert(prepared, inplace=inplace)
 
 
 def convert_saved(content: bytes, engine: str, crop: int) -> bytes:
@@ -28,8 +28,7 @@ def convert_saved(content: bytes, engine: str, crop: int) -> bytes:
         MachineError: If this machine lacks the engine.
     """
     prepared, header = calibration.load_prepared(content)
-    with backend.use_engine(engine):
-        int8 = backend.convert(prepared, inplace=True)
+    int8 = convert(prepared, engine, inplace=True)
     check_int8(int8, engine, crop)
     return models.save(int8, header | {"engine": engine})
 

@@ -29,6 +29,9 @@ _STOP_SECONDS = 10.0
 class StoppedError(BaseException):
     """Raised where a branch would go on, after another one has failed; for Prefect, its task has crashed."""
 
+    def __init__(self) -> None:
+        super().__init__("Another branch has failed.")
+
 
 class _Host:
     """The flow's thread, which computes for the branches' threads until all of them are done."""
@@ -66,7 +69,7 @@ class _Host:
         future: Future[T] = Future()
         with self._lock:
             if self.stopped:
-                raise StoppedError("Another branch has failed.")
+                raise StoppedError
             self._calls.put((copy_context(), call, future))
         return future.result()
 
@@ -97,7 +100,7 @@ class _Host:
         while not self._calls.empty():
             waiting = self._calls.get()
             if waiting is not None:
-                waiting[2].set_exception(StoppedError("Another branch has failed."))
+                waiting[2].set_exception(StoppedError())
         # They tell Prefect what became of their tasks.
         for thread, _ in self._branches:
             thread.join(_STOP_SECONDS)
@@ -173,11 +176,13 @@ def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     host = _HOST.get()
     if host is None:
         return function(*args, **kwargs)
+    if host.stopped:
+        raise StoppedError  # Else the call would start another helper.
     try:
         return helper().call(function, *args, **kwargs)
     except Exception:
         if host.stopped:
-            raise StoppedError("Another branch has failed.") from None
+            raise StoppedError from None
         raise
 
 

@@ -114,12 +114,16 @@ def test_the_first_error_is_raised_and_stops_the_other_branches():
             aside(time.sleep, 60)
         except StoppedError:
             stopped.append("aside")
+            with pytest.raises(StoppedError):
+                aside(os.getpid)
             raise
 
     before = time.monotonic()
     with pytest.raises(ValueError, match="no scale"):
         side_by_side([goes_on, waits_for_the_helper, fails])
     assert sorted(stopped) == ["aside", "computing"]
+    # What would ask the helper only now starts no other one.
+    assert sut.helper()._process is None
     assert time.monotonic() - before < 30
 
 
