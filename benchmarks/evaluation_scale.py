@@ -20,7 +20,7 @@ import numpy as np
 import pairs
 import torch
 
-from quantlib import conversion, data, evaluation, export, fusion, images, machine, models, preparation, runtimes
+from quantlib import conversion, data, evaluation, export, fusion, images, machine, models, preparation
 from quantlib.scheme import Scheme
 from quantlib.transforms import EvalTransform
 
@@ -32,14 +32,11 @@ def evaluate(root: Path, num_images: int) -> dict[str, float]:
     machine.keep_freed_memory()
     start = time.perf_counter()
     split = data.open_split("imagefolder", str(root), "val")
-    model = runtimes.open_model(root / "int8.pt", "torchscript")
     for first in range(0, num_images, SHARD):
         indices = np.arange(first, min(first + SHARD, num_images))
-        pixels, labels = data.decode(split, indices, EvalTransform(256, 224), seed=0)
         with (root / "shard").open("wb") as file:
-            images.save(pixels, labels, file)
-        del pixels
-        evaluation.evaluate(model, root / "shard", 50)
+            images.save(data.decode(split, indices, EvalTransform(256, 224), seed=0), split.labels[indices], file)
+        evaluation.evaluate_file(root / "int8.pt", "torchscript", root / "shard", 50)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     return {"seconds": time.perf_counter() - start, "megabytes": peak}
 

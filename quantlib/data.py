@@ -124,8 +124,8 @@ def decode(
     transform: Transform,
     seed: int,
     progress: Progress = silent,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels, in the order of `indices`.
+) -> Iterator[np.ndarray]:
+    """Images in the order of `indices`, some at a time: pixels [k, crop, crop, 3] uint8.
 
     Args:
         split: Where they are.
@@ -134,19 +134,14 @@ def decode(
         seed: Of the transform's random choices.
         progress: Called with (images done, n).
 
-    Returns:
-        Pixels [n, crop, crop, 3] uint8 and labels [n] int64.
-
     Raises:
         DataError: If an image cannot be decoded.
     """
-    pixels = np.empty((len(indices), transform.crop, transform.crop, 3), dtype=np.uint8)
     done = 0
-    for batch, _ in batches(split, indices, transform, seed, batch_size=64):
-        pixels[done : done + len(batch)] = batch
-        done += len(batch)
+    for pixels, _ in batches(split, indices, transform, seed, batch_size=64):
+        yield pixels
+        done += len(pixels)
         progress(done, len(indices))
-    return pixels, split.labels[indices]
 
 
 def batches(

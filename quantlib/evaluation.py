@@ -1,14 +1,30 @@
 """Evaluation: a model's predictions for the images of a shard."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from quantlib import images
+from quantlib import images, runtimes
 from quantlib.predictions import Predictions, concatenate
 from quantlib.progress import Progress, silent
+
+# A model is given one shard after the other, from a file that never changes: the store names it by its content.
+_open_model = functools.lru_cache(maxsize=1)(runtimes.open_model)
+
+
+def evaluate_file(
+    artifact: Path, runtime: str, shard: Path, batch_size: int, progress: Progress = silent
+) -> Predictions:
+    """What `evaluate` gives for an exported model in a runtime, as `runtimes.open_model` takes them.
+
+    Raises:
+        ModelError: If the file cannot be read, or is not for that runtime.
+        MachineError: If the runtime is not installed, or this machine lacks its engine.
+    """
+    return evaluate(_open_model(artifact, runtime), shard, batch_size, progress)
 
 
 def evaluate(

@@ -1,11 +1,12 @@
 """Images decoded once: shards of uint8 pixels and labels that every evaluation maps into memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 # ImageNet's channel means and deviations, which every torchvision model is trained with.
@@ -13,21 +14,31 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def save(pixels: np.ndarray, labels: np.ndarray, file: IO[bytes]) -> None:
-    """Write a shard.
+def save(pixels: Iterable[np.ndarray], labels: np.ndarray, file: IO[bytes]) -> None:
+    """Write a shard: two arrays in NumPy's own format, one after the other.
 
     Args:
-        pixels: [N, H, W, 3], uint8, RGB.
+        pixels: uint8, RGB: [N, H, W, 3] as one array, or in parts [n, H, W, 3] that are written as they come.
         labels: [N], int64 class indices.
         file: Open for writing.
     """
-    torch.save({"pixels": torch.from_numpy(pixels), "labels": torch.from_numpy(labels)}, file)
+    npy.write_array(file, labels, allow_pickle=False)
+    for number, part in enumerate(pixels):
+        if number == 0:
+            shape = (len(labels), *part.shape[-3:])
+            npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.write(np.ascontiguousarray(part).data)
 
 
 def open_shard(path: Path) -> tuple[Tensor, Tensor]:
     """A shard's pixels [N, H, W, 3] uint8 and labels [N] int64; pixels are mapped, not read."""
-    shard = torch.load(path, weights_only=True, mmap=True)
-    return shard["pixels"], shard["labels"]
+    with path.open("rb") as file:
+        labels = npy.read_array(file, allow_pickle=False)
+        npy.read_magic(file)
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        # Copied on writing, as torch knows no array that cannot be written to.
+        pixels = np.memmap(file, dtype, mode="c", offset=file.tell(), shape=shape)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def to_input(pixels: Tensor) -> Tensor:
@@ -35,8 +46,11 @@ def to_input(pixels: Tensor) -> Tensor:
 
     The same arithmetic as torchvision's ToTensor and Normalize, so the same bits.
     """
-    x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
-    return x.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
+    number, height, width, _ = pixels.shape
+    # A row of an image at a time: vectors of three channels would be too short for the CPU's.
+    mean, std = (torch.tensor(value).repeat(width) for value in (MEAN, STD))  # (3 W,)
+    rows = pixels.reshape(number * height, width * 3).to(torch.float32)
+    return rows.div_(255).sub_(mean).div_(std).view(number, height, width, 3).permute(0, 3, 1, 2)
 
 
 def batches(path: Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

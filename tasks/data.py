@@ -15,5 +15,5 @@ def decode(images: Selection, transform: Transform, seed: int, *, branch: str) -
 
     run = current_run()
     split, indices = data.select(images)
-    pixels, labels = data.decode(split, indices, transform, seed, run.progress)
-    return run.store.write("images", lambda file: shards.save(pixels, labels, file))
+    batches = data.decode(split, indices, transform, seed, run.progress)
+    return run.store.write("images", lambda file: shards.save(batches, split.labels[indices], file))

@@ -20,22 +20,22 @@ class Contender:
 @stage("evaluate_baseline-{branch}")
 def evaluate_baseline(artifact: Ref, images: Ref, batch_size: int, *, branch: str) -> Ref:
     """The float model's predictions, that every variant is compared with."""
-    from quantlib import evaluation, predictions, runtimes
+    from quantlib import evaluation, predictions
 
     run = current_run()
-    model = runtimes.open_model(run.store.path(artifact), "torchscript")
-    answers = evaluation.evaluate(model, run.store.path(images), batch_size, run.progress)
+    file, shard = run.store.path(artifact), run.store.path(images)
+    answers = evaluation.evaluate_file(file, "torchscript", shard, batch_size, run.progress)
     return run.store.put("predictions", predictions.save(answers))
 
 
 @stage("evaluate-{branch}")
 def evaluate(artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, *, branch: str) -> Ref:
     """An int8 model's predictions, from the file that is shipped."""
-    from quantlib import evaluation, predictions, runtimes
+    from quantlib import evaluation, predictions
 
     run = current_run()
-    model = runtimes.open_model(run.store.path(artifact), runtime.name)
-    answers = evaluation.evaluate(model, run.store.path(images), batch_size, run.progress)
+    file, shard = run.store.path(artifact), run.store.path(images)
+    answers = evaluation.evaluate_file(file, runtime.name, shard, batch_size, run.progress)
     return run.store.put("predictions", predictions.save(answers))
 
 

@@ -123,9 +123,8 @@ def val_split(image_folder: Path) -> Split:
 
 def _decoded(split: Split, path: Path) -> Path:
     order = np.random.default_rng(1).permutation(len(split))
-    pixels, labels = data.decode(split, order, EvalTransform(CROP, CROP), seed=0)
     with path.open("wb") as file:
-        images.save(pixels, labels, file)
+        images.save(data.decode(split, order, EvalTransform(CROP, CROP), seed=0), split.labels[order], file)
     return path
 
 

@@ -17,7 +17,7 @@ def _shard(path: Path, num_images: int) -> tuple[Path, np.ndarray, np.ndarray]:
     pixels = rng.integers(0, 256, (num_images, 9, 9, 3), dtype=np.uint8)
     labels = rng.integers(0, 5, num_images)
     with path.open("wb") as file:
-        images.save(pixels, labels, file)
+        images.save([pixels[:4], pixels[4:]], labels, file)
     return path, pixels, labels
 
 
@@ -56,8 +56,8 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_shard_has_the_same_bytes_each_time() -> None:
     pixels, labels = np.zeros((2, 4, 4, 3), dtype=np.uint8), np.zeros(2, dtype=np.int64)
     first, second = io.BytesIO(), io.BytesIO()
-    images.save(pixels, labels, first)
-    images.save(pixels.copy(), labels.copy(), second)
+    images.save([pixels], labels, first)
+    images.save([pixels[:1], pixels[1:]], labels.copy(), second)
 
     assert first.getvalue() == second.getvalue()
 
