@@ -47,7 +47,9 @@ def evaluate(
             logits = model(x)  # (n, num_classes)
             loss = nn.functional.cross_entropy(logits, labels, reduction="none")
             # int8 logits often tie. Ties go to the lower class, as with argmax; topk gives them to either.
-            top5 = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
+            ranked = logits.sort(dim=1, descending=True, stable=True).indices  # (n, num_classes)
+            # A copy: a view would keep the rank of every class, in the midst of the memory of large tensors.
+            top5 = ranked[:, :5].contiguous()
             parts.append(Predictions(labels.numpy(), top5.numpy(), loss.numpy()))
             done += len(labels)
             progress(done, total)
