@@ -44,8 +44,8 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
     def run_command(*args: Any, **kwargs: Any) -> None:
         try:
             status = command(*args, **kwargs)
-        except click.UsageError:
-            raise
+        except (click.UsageError, BrokenPipeError):
+            raise  # click shows the one, and ends quietly on the other, as with `quantflow recipes | head -1`.
         except StoreError as error:
             status = _complain(str(error), FAILURE)
         except QuantflowError as error:

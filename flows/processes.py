@@ -147,8 +147,9 @@ def end(status: int) -> NoReturn:
     To take apart the modules of torch and Prefect, object by object, took longer than a second.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):  # Nobody reads any further.
+            stream.flush()
     os._exit(status)
 
 

@@ -1,6 +1,9 @@
 """The command line: exit statuses and messages."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -152,6 +155,16 @@ def test_every_recipe_is_listed(quantflow):
     assert status == 0
     for name in parameters.packaged_recipes():
         assert name in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flows.cli", "recipes"]
+    for environment in (os.environ, os.environ | {"PYTHONUNBUFFERED": "1"}):  # It fails at the end, or at once.
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+        assert done.stderr == ""
+    os.close(writer)
 
 
 def test_version(quantflow):

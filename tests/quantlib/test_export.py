@@ -44,7 +44,7 @@ def test_the_int8_file_gives_the_same_logits_with_torch_alone(
     # -I: neither the working folder nor the user's packages are on the path. -W: torch.jit is announced for removal.
     subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", _SERVE, *arguments], check=True, cwd=tmp_path)
 
-    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), expected)
 
 
 def test_a_float_file_gives_the_same_logits(fused_model: nn.Module, val_inputs: torch.Tensor, tmp_path: Path) -> None:
