@@ -64,9 +64,9 @@ def choose_ranges(content: bytes, scheme: Scheme) -> bytes:
 
 def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:
     """A prepared model and its header: as it was stored, or made from a fused model as the scheme says."""
-    header, _ = models.open_saved(content)
+    header, state = models.open_saved(content)
     if "scheme" in header:
-        return load_prepared(content)
+        return _prepared(header, state), header
     fused, header = fusion.load(content)
     return preparation.prepare(fused, scheme, header["fused"]), header | {"scheme": asdict(scheme)}
 
@@ -74,6 +74,10 @@ def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str
 def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
     """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `models.save` made it."""
     header, state = models.open_saved(content)
+    return _prepared(header, state), header
+
+
+def _prepared(header: dict[str, Any], state: dict[str, Any]) -> nn.Module:
     prepared = preparation.rebuild(header, Scheme.from_header(header))
     prepared.load_state_dict(state)
-    return prepared, header
+    return prepared

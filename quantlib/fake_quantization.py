@@ -82,9 +82,11 @@ class _RoundToGrid(torch.autograd.Function):
         # What rounds to the grid's ends is inside; of a ReLU, only what is above 0.
         ctx.low = 0.0 if rectifies else (quant_min - zero_point - 0.5) * scale
         ctx.high = (quant_max - zero_point + 0.5) * scale
+        rounded = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
         if (quant_min, quant_max) != (0, 255):
-            x = x.clamp((quant_min - zero_point) * scale, (quant_max - zero_point) * scale)
-        return torch.quantize_per_tensor(x, scale, zero_point, torch.quint8).dequantize()
+            # Of bytes: a pass over a quarter of the memory.
+            rounded = rounded.clamp((quant_min - zero_point) * scale, (quant_max - zero_point) * scale)
+        return rounded.dequantize()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -130,10 +130,18 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
         model=model,
         train=train,
         val=val,
-        validation=Selection(val, None, 0, min(recipe.evaluation.max_images or val.num_images, val.num_images)),
+        validation=_validation(val, recipe),
         held_back=Selection(train, recipe.seed, 0, num_held_back),
         training=Selection(train, recipe.seed, num_held_back, train.num_images),
     )
+
+
+def _validation(val: SplitInput, recipe: Recipe) -> Selection:
+    wanted = recipe.evaluation.max_images
+    if wanted is None or wanted >= val.num_images:
+        return Selection(val, None, 0, val.num_images)
+    # The first of a folder would be of its first classes.
+    return Selection(val, recipe.seed, 0, wanted)
 
 
 def _num_held_back(recipe: Recipe, num_train: int) -> int:

@@ -1,6 +1,5 @@
 """Quantization-aware training, one resumable epoch at a time."""
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantlib import backend, calibration, data, images, preparation
+from quantlib import backend, calibration, data, images, models, preparation
 from quantlib.data import Split
 from quantlib.progress import Progress, silent
 from quantlib.schedule import Schedule
@@ -44,11 +43,8 @@ class QATState:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
 
     def save(self) -> bytes:
-        """The state as bytes, from which `load` goes on as if nothing had happened."""
-        buffer = io.BytesIO()
-        optimizer = self.optimizer.state_dict()
-        torch.save({"header": self.header, "state": self.model.state_dict(), "optimizer": optimizer}, buffer)
-        return buffer.getvalue()
+        """The state as bytes, from which `load` goes on as if nothing had happened: plain SGD remembers nothing."""
+        return models.save(self.model, self.header)
 
 
 def load(content: bytes, scheme: Scheme, learning_rate: float) -> QATState:
@@ -56,12 +52,7 @@ def load(content: bytes, scheme: Scheme, learning_rate: float) -> QATState:
 
     BatchNorm's freeze is in no state_dict: `train_epoch` sets it again.
     """
-    model, header = calibration.load_or_prepare(content, scheme)
-    state = QATState(model, header, learning_rate)
-    optimizer = torch.load(io.BytesIO(content), weights_only=True).get("optimizer")
-    if optimizer is not None:
-        state.optimizer.load_state_dict(optimizer)
-    return state
+    return QATState(*calibration.load_or_prepare(content, scheme), learning_rate)
 
 
 def start_from(trainable: nn.Module, calibrated: nn.Module, scheme: Scheme) -> nn.Module:

@@ -93,7 +93,7 @@ class EvaluationRecipe(Section):
     batch_size: Count = 50
     """Images a forward pass."""
     max_images: Count | None = None
-    """Evaluate only the first so many validation images; absent: all of them."""
+    """Evaluate only so many validation images, drawn by `seed`; absent: all of them."""
     select_on: Literal["held_back", "validation"] = "held_back"
     """What QAT's best epoch and the winner are chosen by: training images held back from calibration and
     training, or the validation split itself (then its figures are optimistic, and the report says so)."""

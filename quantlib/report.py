@@ -191,6 +191,7 @@ class PredictionRow:
 
     variant: str
     image_index: int
+    """Its place among the images that were evaluated: in the dataset's order, or as `evaluation.max_images` drew it."""
     label: int
     top5: list[int]
 

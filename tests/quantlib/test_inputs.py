@@ -168,14 +168,19 @@ def test_choosing_on_validation_holds_nothing_back(find: Callable[..., Inputs]) 
     assert (found.training.start, found.training.stop) == (0, 36)
 
 
-@pytest.mark.parametrize(("max_images", "expected"), [(None, 18), (5, 5), (100, 18)])
-def test_validation_is_the_first_images_in_the_datasets_order(
-    find: Callable[..., Inputs], max_images: int | None, expected: int
-) -> None:
+@pytest.mark.parametrize("max_images", [None, 18, 100])
+def test_validation_is_every_image_in_the_datasets_order(find: Callable[..., Inputs], max_images: int | None) -> None:
     found = find(evaluation={"max_images": max_images})
 
     assert found.validation.split.name == "val"
-    assert data.select(found.validation)[1].tolist() == list(range(expected))
+    assert data.select(found.validation)[1].tolist() == list(range(18))
+
+
+def test_a_part_of_the_validation_images_is_drawn_and_not_of_the_first_classes(find: Callable[..., Inputs]) -> None:
+    split, numbers = data.select(find(evaluation={"max_images": 9}).validation)
+
+    assert len(set(numbers.tolist())) == 9
+    assert set(split.labels[numbers]) == set(split.labels)
 
 
 def test_parts_are_the_selection_in_order() -> None:

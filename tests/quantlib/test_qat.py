@@ -100,7 +100,7 @@ def test_a_saved_state_is_read_without_running_code(fused_content: bytes, train_
     saved = torch.load(io.BytesIO(state.save()), weights_only=True)
 
     assert saved["header"]["scheme"] == header_of("fbgemm")["scheme"]
-    assert saved["optimizer"] == state.optimizer.state_dict()
+    assert state.optimizer.state_dict()["state"] == {}  # Else it would have to be saved.
     _assert_equal(saved["state"], state.model.state_dict())
 
 
