@@ -24,15 +24,16 @@ def _with_one_byte_changed(content):
 
 
 def check_repair(home, expected, record, path, damage):
+    makers = {maker.key for maker in Store(home / "store").records() if path.name in {r.sha256 for r in maker.outputs}}
     DAMAGES[damage](path)
     repaired = harness.run(home)
     assert repaired.error == ""
     assert repaired.variants == expected.variants
     ran = {label for label, cached in repaired.stages.items() if not cached}
-    labels = {label for label, key in harness.keys_done(home).items() if key == record.key}
+    # Two stages can make the same artifact; side by side, both may find it damaged.
+    labels = {label for label, key in harness.keys_done(home).items() if key in makers}
     assert ran <= labels | {"benchmark"}, f"{record.stage}, {damage}"
-    # An artifact that an earlier stage makes, too, is there again before this one is asked for it.
-    assert len(ran) == 1, f"{record.stage}, {damage}: not noticed"
+    assert ran, f"{record.stage}, {damage}: not noticed"
     assert Store(home / "store").holds(next(ref for ref in record.outputs if ref.sha256 == path.name)) or ran == {
         "benchmark"
     }
