@@ -1,13 +1,12 @@
 """Quantization-aware training, one resumable epoch at a time."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantlib import backend, calibration, data, images, models, preparation
+from quantlib import backend, data, images, preparation
 from quantlib.data import Split
 from quantlib.progress import Progress, silent
 from quantlib.schedule import Schedule
@@ -26,33 +25,6 @@ class EpochMetrics:
     num_images: int
     observers_frozen: bool
     batch_norm_frozen: bool
-
-
-class QATState:
-    """A model in quantization-aware training, and its optimizer.
-
-    Args:
-        model: Prepared in mode "qat".
-        header: How to build it again; see `models.save`.
-        learning_rate: Of plain SGD.
-    """
-
-    def __init__(self, model: nn.Module, header: dict[str, Any], learning_rate: float) -> None:
-        self.model = model
-        self.header = header
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-
-    def save(self) -> bytes:
-        """The state as bytes, from which `load` goes on as if nothing had happened: plain SGD remembers nothing."""
-        return models.save(self.model, self.header)
-
-
-def load(content: bytes, scheme: Scheme, learning_rate: float) -> QATState:
-    """The state that an epoch left, or the one before the first epoch, from a model fused or prepared in mode "qat".
-
-    BatchNorm's freeze is in no state_dict: `train_epoch` sets it again.
-    """
-    return QATState(*calibration.load_or_prepare(content, scheme), learning_rate)
 
 
 def start_from(trainable: nn.Module, calibrated: nn.Module, scheme: Scheme) -> nn.Module:
@@ -81,7 +53,7 @@ def start_from(trainable: nn.Module, calibrated: nn.Module, scheme: Scheme) -> n
 
 
 def train_epoch(
-    state: QATState,
+    model: nn.Module,
     epoch: int,
     schedule: Schedule,
     split: Split,
@@ -90,10 +62,11 @@ def train_epoch(
     teacher: nn.Module | None = None,
     progress: Progress = silent,
 ) -> EpochMetrics:
-    """Train one epoch in place; a function of the state and the epoch's number alone.
+    """Train one epoch in place; a function of the model and the epoch's number alone.
 
     Args:
-        state: As the epoch before left it.
+        model: Prepared in mode "qat"; as the epoch before left it. BatchNorm's freeze is in no state_dict: it is set
+            again here.
         epoch: 0-based.
         schedule: Batches, learning rate and freezes.
         split: The training images.
@@ -108,14 +81,14 @@ def train_epoch(
     seed = schedule.seed + epoch
     torch.manual_seed(seed)
     order = _order(indices, schedule, seed)
-    model = state.model.train().to(memory_format=torch.channels_last)
+    model.train().to(memory_format=torch.channels_last)
     _freeze(model, schedule, epoch - 1)
     num_batches, total_loss, correct = -(-len(order) // schedule.batch_size), 0.0, 0
     for step, (pixels, labels_array) in enumerate(data.batches(split, order, transform, seed, schedule.batch_size)):
         labels = torch.from_numpy(labels_array)
         x = images.to_input(torch.from_numpy(pixels))
         learning_rate = schedule.learning_rate_at(epoch, step / num_batches)
-        loss, num_right = _step(model, state.optimizer, learning_rate, x, labels, teacher)
+        loss, num_right = _step(model, learning_rate, x, labels, teacher)
         total_loss += loss * len(labels)
         correct += num_right
         progress(step + 1, num_batches)
@@ -131,22 +104,28 @@ def train_epoch(
 
 
 def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    learning_rate: float,
-    x: Tensor,
-    labels: Tensor,
-    teacher: nn.Module | None,
+    model: nn.Module, learning_rate: float, x: Tensor, labels: Tensor, teacher: nn.Module | None
 ) -> tuple[float, int]:
     """One step on images x [n, 3, H, W] with labels [n]; its mean loss, and how many images were right."""
     logits = model(x)
     loss = _loss(logits, labels, x, teacher)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
+    _descend(model, learning_rate)
     return float(loss.detach()), int((logits.argmax(1) == labels).sum())
+
+
+@torch.no_grad()
+def _descend(model: nn.Module, learning_rate: float) -> None:
+    """Plain gradient descent, which remembers nothing from step to step.
+
+    torch.optim.SGD does the same, after importing torch's compiler for more than a second.
+    """
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.add_(parameter.grad, alpha=-learning_rate)
+            # Now and not before the next backward pass: between the activations of the next forward pass, gradients
+            # would keep the allocator from using its blocks again, which took 0.4 of 4 GB.
+            parameter.grad = None
 
 
 def _freeze(model: nn.Module, schedule: Schedule, epoch: int) -> None:

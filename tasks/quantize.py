@@ -81,14 +81,14 @@ def qat_epoch(
     branch: str,
 ) -> tuple[Ref, Ref]:
     """Train one epoch from the start, or from the epoch before; the new state, and its metrics."""
-    from quantlib import data, fusion, qat
+    from quantlib import calibration, data, fusion, models, qat
 
     run = current_run()
-    state = qat.load(run.store.read(before), scheme, schedule.learning_rate)
+    model, header = calibration.load_or_prepare(run.store.read(before), scheme)
     split, indices = data.select(images)
     taught_by = fusion.load(run.store.read(teacher))[0] if teacher is not None else None
-    metrics = qat.train_epoch(state, epoch, schedule, split, indices, transform, taught_by, run.progress)
-    return run.store.put("model", state.save()), run.store.put_json("metrics", metrics)
+    metrics = qat.train_epoch(model, epoch, schedule, split, indices, transform, taught_by, run.progress)
+    return run.store.put("model", models.save(model, header)), run.store.put_json("metrics", metrics)
 
 
 def has_stalled(evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:

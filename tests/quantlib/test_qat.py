@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantlib import backend, calibration, conversion, data, evaluation, fusion, images, models, qat
 from quantlib.data import Split
-from quantlib.qat import EpochMetrics, QATState
+from quantlib.qat import EpochMetrics
 from quantlib.schedule import Schedule
 from quantlib.transforms import EvalTransform, TrainTransform
 
@@ -38,12 +38,16 @@ def fused_content(trained_model: nn.Module, tiny_header: dict[str, Any]) -> byte
     return models.save(fusion.fuse_model(trained_model, "qat"), tiny_header | {"fused": "qat"})
 
 
-def _load(content: bytes, qconfig: str = "fbgemm") -> QATState:
-    return qat.load(content, scheme(qconfig), SCHEDULE.learning_rate)
+def _load(content: bytes, qconfig: str = "fbgemm") -> nn.Module:
+    return calibration.load_or_prepare(content, scheme(qconfig))[0]
 
 
-def _train(state: QATState, epoch: int, split: Split, schedule: Schedule = SCHEDULE, **kwargs: Any) -> EpochMetrics:
-    return qat.train_epoch(state, epoch, schedule, split, np.arange(len(split)), TRANSFORM, **kwargs)
+def _save(model: nn.Module, header: dict[str, Any], qconfig: str = "fbgemm") -> bytes:
+    return models.save(model, header | {"fused": "qat"} | header_of(qconfig))
+
+
+def _train(model: nn.Module, epoch: int, split: Split, schedule: Schedule = SCHEDULE, **kwargs: Any) -> EpochMetrics:
+    return qat.train_epoch(model, epoch, schedule, split, np.arange(len(split)), TRANSFORM, **kwargs)
 
 
 def _assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -51,16 +55,16 @@ def _assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     assert [name for name, value in got.items() if not torch.equal(value, expected[name])] == []
 
 
-def _pick(state: QATState, *endings: str) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in state.model.state_dict().items() if name.endswith(endings)}
+def _pick(model: nn.Module, *endings: str) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if name.endswith(endings)}
 
 
-def _batch_norm(state: QATState) -> dict[str, Tensor]:
-    return _pick(state, "running_mean", "running_var")
+def _batch_norm(model: nn.Module) -> dict[str, Tensor]:
+    return _pick(model, "running_mean", "running_var")
 
 
-def _ranges(state: QATState) -> dict[str, Tensor]:
-    return _pick(state, "min_val", "max_val", "scale", "zero_point")
+def _ranges(model: nn.Module) -> dict[str, Tensor]:
+    return _pick(model, "min_val", "max_val", "scale", "zero_point")
 
 
 # Resuming
@@ -68,7 +72,7 @@ def _ranges(state: QATState) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("qconfig", ["fbgemm", "default"])
 def test_epochs_resumed_from_saved_bytes_are_bit_for_bit_those_of_an_uninterrupted_run(
-    fused_content: bytes, train_split: Split, qconfig: str
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split, qconfig: str
 ) -> None:
     straight = _load(fused_content, qconfig)
     content = fused_content
@@ -77,11 +81,11 @@ def test_epochs_resumed_from_saved_bytes_are_bit_for_bit_those_of_an_uninterrupt
         torch.rand(3)  # another process has another random state
         resumed = _load(content, qconfig)
         got = _train(resumed, epoch, train_split)
-        content = resumed.save()
+        content = _save(resumed, tiny_header, qconfig)
 
         assert got == expected
-        _assert_equal(resumed.model.state_dict(), straight.model.state_dict())
-        assert content == straight.save()
+        _assert_equal(resumed.state_dict(), straight.state_dict())
+        assert content == _save(straight, tiny_header, qconfig)
 
 
 def test_an_epoch_depends_on_its_number_and_the_seed(fused_content: bytes, train_split: Split) -> None:
@@ -93,28 +97,25 @@ def test_an_epoch_depends_on_its_number_and_the_seed(fused_content: bytes, train
     assert len(losses) == 3
 
 
-def test_a_saved_state_is_read_without_running_code(fused_content: bytes, train_split: Split) -> None:
-    state = _load(fused_content)
-    _train(state, 0, train_split)
+def test_a_saved_state_is_read_without_running_code(
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split
+) -> None:
+    model = _load(fused_content)
+    _train(model, 0, train_split)
 
-    saved = torch.load(io.BytesIO(state.save()), weights_only=True)
+    saved = torch.load(io.BytesIO(_save(model, tiny_header)), weights_only=True)
 
     assert saved["header"]["scheme"] == header_of("fbgemm")["scheme"]
-    assert state.optimizer.state_dict()["state"] == {}  # Else it would have to be saved.
-    _assert_equal(saved["state"], state.model.state_dict())
-
-
-def test_the_learning_rate_is_the_optimizers(fused_content: bytes) -> None:
-    assert [group["lr"] for group in qat.load(fused_content, scheme("fbgemm"), 0.3).optimizer.param_groups] == [0.3]
+    _assert_equal(saved["state"], model.state_dict())
 
 
 def test_a_saved_epoch_converts_and_is_nearly_as_accurate(
-    fused_content: bytes, train_split: Split, val_shard: Path, engine: str
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split, val_shard: Path, engine: str
 ) -> None:
-    state = _load(fused_content)
-    _train(state, 0, train_split)
+    model = _load(fused_content)
+    _train(model, 0, train_split)
 
-    prepared, header = calibration.load_prepared(state.save())
+    prepared, header = calibration.load_prepared(_save(model, tiny_header))
     int8 = conversion.convert(prepared, engine)
 
     assert header["fused"] == "qat"
@@ -126,19 +127,19 @@ def test_a_saved_epoch_converts_and_is_nearly_as_accurate(
 
 
 def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: bytes, train_split: Split) -> None:
-    state = _load(fused_content)
+    model = _load(fused_content)
     moved: list[tuple[bool, bool]] = []
     for epoch in range(4):
-        batch_norm, ranges = _batch_norm(state), _ranges(state)
-        weight = state.model.features[0][0].weight.clone()
-        metrics = _train(state, epoch, train_split)
+        batch_norm, ranges = _batch_norm(model), _ranges(model)
+        weight = model.features[0][0].weight.clone()
+        metrics = _train(model, epoch, train_split)
         assert metrics.batch_norm_frozen == (epoch >= 1)
         assert metrics.observers_frozen == (epoch >= 2)
-        assert not torch.equal(weight, state.model.features[0][0].weight)  # weights go on learning
+        assert not torch.equal(weight, model.features[0][0].weight)  # weights go on learning
         moved.append(
             tuple(
                 any(not torch.equal(value, after[name]) for name, value in before.items())
-                for before, after in ((batch_norm, _batch_norm(state)), (ranges, _ranges(state)))
+                for before, after in ((batch_norm, _batch_norm(model)), (ranges, _ranges(model)))
             )
         )
 
@@ -147,28 +148,28 @@ def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: byt
 
 
 def test_frozen_batch_norm_normalizes_with_its_statistics_also_after_a_resume(
-    fused_content: bytes, train_split: Split
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split
 ) -> None:
-    state = _load(fused_content)
+    model = _load(fused_content)
     for epoch in range(2):
-        _train(state, epoch, train_split)
-    before = _batch_norm(state)
-    resumed = _load(state.save())
+        _train(model, epoch, train_split)
+    before = _batch_norm(model)
+    resumed = _load(_save(model, tiny_header))
 
     _train(resumed, 2, train_split)
 
     _assert_equal(_batch_norm(resumed), before)
-    assert all(module.freeze_bn for module in resumed.model.modules() if hasattr(module, "freeze_bn"))
+    assert all(module.freeze_bn for module in resumed.modules() if hasattr(module, "freeze_bn"))
 
 
 def test_evaluating_an_epoch_changes_nothing_in_it(fused_content: bytes, train_split: Split, engine: str) -> None:
-    state = _load(fused_content)
-    _train(state, 0, train_split)
-    before = copy.deepcopy(state.model.state_dict())
+    model = _load(fused_content)
+    _train(model, 0, train_split)
+    before = copy.deepcopy(model.state_dict())
 
-    conversion.convert(state.model, engine)
+    conversion.convert(model, engine)
 
-    _assert_equal(state.model.state_dict(), before)
+    _assert_equal(model.state_dict(), before)
 
 
 # What is trained on, and what is reported
@@ -223,7 +224,7 @@ def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_spli
     schedule = replace(SCHEDULE, batches_per_epoch=None, batch_size=5)
     indices = np.concatenate([np.arange(5), np.arange(12, 14)])  # five of class 0, two of class 1: batches of 5 and 2
 
-    metrics = qat.train_epoch(QATState(_Fixed(), {}, 0.1), 3, schedule, train_split, indices, EvalTransform(32, 32))
+    metrics = qat.train_epoch(_Fixed(), 3, schedule, train_split, indices, EvalTransform(32, 32))
 
     # Cross-entropy of softmax([2, 0, 0]), in nats.
     normalizer = np.log(np.exp(2) + 2)
@@ -234,16 +235,16 @@ def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_spli
 
 def test_a_step_is_plain_gradient_descent(fused_content: bytes, train_split: Split) -> None:
     schedule = replace(SCHEDULE, batches_per_epoch=1)
-    state, twin = _load(fused_content), _load(fused_content)
-    _train(state, 0, train_split, schedule)
+    model, twin = _load(fused_content), _load(fused_content)
+    _train(model, 0, train_split, schedule)
 
     torch.manual_seed(schedule.seed)
     order = data.shuffled(len(train_split), schedule.seed)[: schedule.batch_size]
     pixels, labels = next(data.batches(train_split, order, TRANSFORM, schedule.seed, schedule.batch_size))
-    model = twin.model.train().to(memory_format=torch.channels_last)
-    logits = model(images.to_input(torch.from_numpy(pixels)))
+    twin.train().to(memory_format=torch.channels_last)
+    logits = twin(images.to_input(torch.from_numpy(pixels)))
     nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
-    weight = twin.model.classifier[1].weight
+    weight = twin.classifier[1].weight
 
     expected = (weight - schedule.learning_rate * weight.grad).detach()
-    torch.testing.assert_close(state.model.classifier[1].weight.detach(), expected)
+    torch.testing.assert_close(model.classifier[1].weight.detach(), expected)
