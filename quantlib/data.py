@@ -6,6 +6,7 @@ Nothing here depends on the number of threads: each random crop is drawn from th
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from quantlib.inputs import Selection, SplitInput, SplitName
 
 FORMATS = ("digits", "imagefolder", "imagenet", "cifar10")
+
+# Those of torchvision's ImageFolder.
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # One decoding thread a core keeps two cores busy: PIL releases the interpreter's lock while it works.
 _NUM_THREADS = 2
@@ -192,20 +196,28 @@ def _digits(split: SplitName) -> Split:
 
 
 def _image_folder(root: Path, split: SplitName) -> Split:
-    from torchvision.datasets import ImageFolder
-
+    """As torchvision's ImageFolder, whose import takes longer than a second for what it has beside."""
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"No folder {folder}: data.root must hold train/CLASS/IMAGE and val/CLASS/IMAGE.")
-    if not any(entry.is_dir() for entry in folder.iterdir()):
+    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+    if not classes:
         raise DataError(f"Folder {folder} has no classes: it must hold one folder a class, with its images inside.")
-    try:
-        dataset = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"Folder {folder} has a class without images: {error}. Add some, or remove the class from train and val."
-        ) from None
-    return _of_samples(dataset.samples, tuple(dataset.classes))
+    samples = []
+    for label, name in enumerate(classes):
+        paths = [
+            f"{place}/{file}"
+            for place, _, files in sorted(os.walk(folder / name, followlinks=True))
+            for file in sorted(files)
+            if file.lower().endswith(_IMAGE_SUFFIXES)
+        ]
+        if not paths:
+            raise DataError(
+                f"Folder {folder / name} has no image: its class needs one, with a name that ends in one of "
+                f"{', '.join(_IMAGE_SUFFIXES)}. Add some, or remove the class from train and val."
+            )
+        samples += [(path, label) for path in paths]
+    return _of_samples(samples, classes)
 
 
 def _imagenet(root: Path, split: SplitName) -> Split:
@@ -280,12 +292,15 @@ def _pil_image(image: Any, data_format: str) -> Image.Image:
 
 
 def _of_samples(samples: Sequence[tuple[str, int]], classes: tuple[str, ...]) -> Split:
-    from torchvision.datasets.folder import default_loader
-
     paths = [path for path, _ in samples]
     return Split(
         labels=np.array([label for _, label in samples], dtype=np.int64),
         classes=classes,
-        open=lambda index: default_loader(paths[index]),
+        open=lambda index: _read_image(paths[index]),
         name_of=lambda index: paths[index],
     )
+
+
+def _read_image(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")

@@ -21,9 +21,13 @@ class EvalTransform:
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:  # noqa: ARG002 (nothing is random)
         """A PIL image of crop x crop pixels."""
         # Here, because a transform is described long before, and often without, being applied.
-        from torchvision.transforms import functional
+        from PIL.Image import Resampling
 
-        return functional.center_crop(functional.resize(image, self.resize), [self.crop, self.crop])
+        shorter = min(image.size)
+        width, height = (self.resize * side // shorter for side in image.size)
+        left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
+        resized = image.resize((width, height), Resampling.BILINEAR)
+        return resized.crop((left, top, left + self.crop, top + self.crop))
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,12 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         """A PIL image of crop x crop pixels."""
-        from torchvision.transforms import functional
+        from PIL.Image import Resampling, Transpose
 
-        box = self._box(image.width, image.height, rng)
-        part = functional.resized_crop(image, *box, [self.crop, self.crop])
-        return functional.hflip(part) if rng.random() < self.flip else part
+        top, left, height, width = self._box(image.width, image.height, rng)
+        part = image.crop((left, top, left + width, top + height))
+        resized = part.resize((self.crop, self.crop), Resampling.BILINEAR)
+        return resized.transpose(Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else resized
 
     def _box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
         """Top, left, height and width of the part."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, ImageFolder
 
 from quantlib import data
 from quantlib.data import Split
@@ -81,6 +81,21 @@ def test_an_image_folder_has_a_class_a_folder_in_alphabetical_order(image_folder
     assert train.name_of(13) == str(image_folder / "train" / "green" / "01.png")
     with Image.open(train.name_of(13)) as image:
         assert train.open(13).size == image.size
+
+
+def test_an_image_folder_is_listed_as_torchvision_lists_it(own_folder: Path) -> None:
+    deep = own_folder / "train" / "red" / "deep"
+    deep.mkdir()
+    (deep / "last.JPEG").touch()
+    (own_folder / "train" / "red" / "notes.txt").touch()
+    (own_folder / "train" / "zebra").symlink_to(own_folder / "train" / "green")
+    (own_folder / "train" / "blue" / "linked").symlink_to(deep)
+    theirs = ImageFolder(str(own_folder / "train"))
+
+    got = data.open_split("imagefolder", str(own_folder), "train")
+
+    assert got.classes == tuple(theirs.classes)
+    assert [(got.name_of(index), label) for index, label in enumerate(got.labels)] == theirs.samples
 
 
 def test_a_grey_image_with_a_palette_or_transparency_becomes_rgb(tmp_path: Path) -> None:

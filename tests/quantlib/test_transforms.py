@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import functional
 
 from quantlib.transforms import EvalTransform, TrainTransform
 
@@ -25,6 +26,22 @@ def test_evaluation_is_torchvisions_pixel_for_pixel(width: int, height: int, res
 
     assert got.size == (crop, crop)
     assert np.array_equal(np.asarray(got), np.asarray(theirs(image)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 60), (31, 97), (20, 13)])
+def test_training_is_torchvisions_pixel_for_pixel_once_the_box_is_drawn(
+    rng: random.Random, width: int, height: int
+) -> None:
+    image = _image(width, height)
+    transform = TrainTransform(32, (0.08, 1.0), 0.5)
+    for _ in range(10):
+        state = rng.getstate()
+        got = transform(image, rng)
+        rng.setstate(state)
+        theirs = functional.resized_crop(image, *transform._box(width, height, rng), [32, 32])
+        theirs = functional.hflip(theirs) if rng.random() < 0.5 else theirs
+
+        assert np.array_equal(np.asarray(got), np.asarray(theirs))
 
 
 def test_evaluation_draws_nothing(rng: random.Random) -> None:
