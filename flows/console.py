@@ -1,7 +1,10 @@
 """What `quantflow` shows in a terminal: the stages of a run as they pass, and the tables of a report."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -15,10 +18,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from quantlib.diagnosis import Diagnosis
-from quantlib.journal import RunStatus
-from quantlib.report import Report, VariantRow
-from quantlib.retention import Entry
+if TYPE_CHECKING:
+    from quantlib.diagnosis import Diagnosis
+    from quantlib.journal import RunStatus
+    from quantlib.report import Report, VariantRow
+    from quantlib.retention import Entry
 
 
 class StageDisplay:
@@ -41,7 +45,7 @@ class StageDisplay:
         )
         self._bars: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "StageDisplay":
+    def __enter__(self) -> StageDisplay:
         if self._console.is_terminal:
             self._progress.start()
         return self

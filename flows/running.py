@@ -1,16 +1,20 @@
 """Running a flow in this process, for the command line."""
 
+from __future__ import annotations
+
 import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.processes import imports_uncollected
 from flows.server import prefect_server
-from quantlib import machine
-from quantlib.inputs import find_inputs
-from quantlib.recipe import Recipe
-from quantlib.report import Report
-from tasks.run import LISTENER, RUN_ID, Listener
+
+# All else is imported while the server starts.
+if TYPE_CHECKING:
+    from quantlib.recipe import Recipe
+    from quantlib.report import Report
+    from tasks.run import Listener
 
 
 def run_here(
@@ -30,6 +34,10 @@ def run_here(
     os.environ["QUANTFLOW_HOME"] = str(home)
     with prefect_server(home, verbose=verbose) as wait_for_server:
         with imports_uncollected():
+            from quantlib import machine
+            from quantlib.inputs import find_inputs
+            from tasks.run import LISTENER, RUN_ID
+
             # What can be wrong is found while the server starts; the flow finds the same again, in no time.
             find_inputs(recipe, home / "splits")
             machine.find_engine(recipe.engine)
