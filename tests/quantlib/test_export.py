@@ -1,5 +1,6 @@
 """The TorchScript file that is shipped."""
 
+import copy
 import hashlib
 import os
 import subprocess
@@ -10,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from schemes import header_of
+from schemes import header_of, scheme
 from torch import nn
 
-from quantlib import backend, conversion, export, models
+from quantlib import backend, calibration, conversion, export, fusion, models, preparation
 from quantlib.errors import ModelError
 
 Calibrated = Callable[[str], nn.Module]
@@ -90,6 +91,37 @@ def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
     )
 
     assert other.stdout.strip() == hashlib.sha256(export.script(int8, engine)).hexdigest()
+
+
+@pytest.mark.parametrize("mode", ["eval", "qat"])
+def test_a_model_just_made_and_the_same_read_back_give_the_same_bytes(
+    tiny_model: nn.Module, tiny_header: dict[str, Any], train_shard: Path, engine: str, mode: backend.FuseMode
+) -> None:
+    prepared = preparation.prepare(fusion.fuse_model(tiny_model, mode), scheme("fbgemm"), mode)
+    calibration.calibrate(prepared, train_shard, batch_size=36)
+    header = tiny_header | header_of("fbgemm") | {"fused": mode}
+
+    content = conversion.convert_saved(models.save(prepared, header), engine, 32)
+    just_made = conversion._latest[0][1]
+
+    assert conversion.load_deployable(content) == (just_made, engine)
+    assert conversion.load_deployable(content)[0] is not just_made
+    assert export.script(just_made, engine) == export.script_saved(content)
+
+
+def test_a_model_just_made_is_not_taken_for_another(
+    calibrated: Calibrated, tiny_header: dict[str, Any], engine: str
+) -> None:
+    header = tiny_header | header_of("fbgemm") | {"fused": "eval"}
+    first, second = calibrated("fbgemm"), copy.deepcopy(calibrated("fbgemm"))
+    with torch.no_grad():
+        second.classifier[1].bias.add_(1)
+    other = conversion.convert_saved(models.save(first, header), engine, 32)
+    conversion.convert_saved(models.save(second, header), engine, 32)
+
+    loaded, its_engine = conversion.load_deployable(other)
+
+    assert models.save(loaded, header | {"engine": its_engine}) == other
 
 
 def test_the_engine_in_use_is_put_back(calibrated: Calibrated, engine: str) -> None:
