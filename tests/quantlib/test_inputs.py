@@ -384,14 +384,6 @@ def test_users_code_that_is_not_there_is_named(find: Callable[..., Inputs]) -> N
         find(data={"format": "no_such_module:data"})
 
 
-def test_finding_inputs_imports_no_torch(pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    source = "import sys, quantlib.inputs; assert not {'torch', 'torchvision'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", source], check=True, cwd=pytestconfig.rootpath)
-
-
 def test_architecture_arguments_are_identified_in_any_order(find: Callable[..., Inputs]) -> None:
     first, second = (
         find(model={"arguments": arguments}).model.arguments

@@ -1,0 +1,56 @@
+"""What is imported, and when: each of these libraries takes from a tenth of a second to some seconds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_READ_IMAGES = """
+import random, sys
+from quantlib import data
+from quantlib.transforms import EvalTransform, TrainTransform
+split = data.open_split("imagefolder", sys.argv[1], "train")
+for transform in (EvalTransform(32, 32), TrainTransform(32, (0.5, 1.0), 0.5)):
+    split.pixels(0, transform, random.Random(0))
+"""
+_TRAIN = """
+import sys
+import numpy as np
+from torch import nn
+from quantlib import data, qat
+from quantlib.schedule import Schedule
+from quantlib.transforms import EvalTransform
+split = data.open_split("imagefolder", sys.argv[1], "train")
+schedule = Schedule(1, 6, None, 0.1, "constant", 0, 0, seed=0)
+model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
+qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(8, 8))
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "unwanted"),
+    [
+        pytest.param("import flows.cli", "pydantic pyarrow prefect torch", id="help"),
+        pytest.param(
+            "import flows.parameters, flows.console, flows.running",
+            "pyarrow prefect torch",
+            id="before the server starts",
+        ),
+        pytest.param("import quantlib.inputs", "pyarrow prefect torch", id="finding inputs"),
+        pytest.param(_READ_IMAGES, "torch torchvision", id="reading images"),
+        # torchvision's import and torch.optim's optimizers bring torch's compiler along.
+        pytest.param("import flows.quantize, quantlib.export", "torchvision torch._dynamo", id="before the stages"),
+        pytest.param(_TRAIN, "torchvision torch._dynamo", id="training"),
+    ],
+)
+def test_nothing_is_imported_that_is_not_needed(source: str, unwanted: str, image_folder: Path) -> None:
+    check = f"\nimport sys\nprint(*{set(unwanted.split())} & sys.modules.keys())"
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", source + check, str(image_folder)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    assert ended.stdout.split() == []
