@@ -213,7 +213,7 @@ def _image_folder(root: Path, split: SplitName) -> Split:
         ]
         if not paths:
             raise DataError(
-                f"Folder {folder / name} has no image: its class needs one, with a name that ends in one of "
+                f"Folder {folder} has a class without images: {name} needs files whose names end in one of "
                 f"{', '.join(_IMAGE_SUFFIXES)}. Add some, or remove the class from train and val."
             )
         samples += [(path, label) for path in paths]
