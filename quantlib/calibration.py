@@ -59,7 +59,7 @@ def choose_ranges(content: bytes, scheme: Scheme) -> bytes:
     weights = {name: value for name, value in observed.state_dict().items() if ".activation_post_process." not in name}
     prepared.load_state_dict(weights, strict=False)
     del header["observed"]
-    return models.save(prepared, header | {"scheme": asdict(scheme)})
+    return models.hand_over(prepared, header | {"scheme": asdict(scheme)})
 
 
 def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str, Any]]:
@@ -73,6 +73,8 @@ def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str
 
 def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
     """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `models.save` made it."""
+    if taken := models.take(content):
+        return taken
     header, state = models.open_saved(content)
     return _prepared(header, state), header
 

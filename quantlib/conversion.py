@@ -1,6 +1,5 @@
 """Conversion: a prepared model becomes an int8 model."""
 
-from collections import deque
 from dataclasses import replace
 
 import torch
@@ -9,10 +8,6 @@ from torch import nn
 from quantlib import backend, calibration, fusion, models, preparation
 from quantlib.errors import ModelError
 from quantlib.scheme import Scheme
-
-# What `convert_saved` made last, with its bytes: mostly it is exported next, and to build it again takes as long as
-# half of scripting it.
-_latest: deque[tuple[bytes, nn.Module, str]] = deque(maxlen=1)
 
 
 def convert(prepared: nn.Module, engine: str, *, inplace: bool = False) -> nn.Module:
@@ -35,9 +30,7 @@ def convert_saved(content: bytes, engine: str, crop: int) -> bytes:
     prepared, header = calibration.load_prepared(content)
     int8 = convert(prepared, engine, inplace=True)
     check_int8(int8, engine, crop)
-    made = models.save(int8, header | {"engine": engine})
-    _latest.append((made, int8, engine))
-    return made
+    return models.hand_over(int8, header | {"engine": engine})
 
 
 def check_int8(model: nn.Module, engine: str, crop: int) -> None:
@@ -62,10 +55,9 @@ def load_deployable(content: bytes) -> tuple[nn.Module, str | None]:
     Raises:
         MachineError: If this machine lacks the engine.
     """
-    if _latest:
-        made, int8, engine = _latest.pop()  # Handed over once: whoever gets it may change it.
-        if made == content:
-            return int8, engine
+    if taken := models.take(content):
+        model, header = taken
+        return model, header["engine"]
     header, state = models.open_saved(content)
     if "engine" not in header:
         return fusion.load(content)[0], None

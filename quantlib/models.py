@@ -11,6 +11,7 @@ import io
 import json
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from quantlib.inputs import ModelInput
 
 Setting = Sequence[int]
+
+# The model of the last `hand_over`, with its bytes and its header.
+_handed_over: deque[tuple[bytes, nn.Module, dict[str, Any]]] = deque(maxlen=1)
 
 # Expansion, output channels, repeats, first stride: Sandler et al. 2018 (arXiv:1801.04381), table 2.
 MOBILENET_V2_SETTINGS: tuple[Setting, ...] = (
@@ -270,6 +274,25 @@ def save(model: nn.Module, header: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save({"header": dict(header), "state": model.state_dict()}, buffer)
     return buffer.getvalue()
+
+
+def hand_over(model: nn.Module, header: Mapping[str, Any]) -> bytes:
+    """As `save`, of a model that the caller is done with: whoever loads these bytes next may `take` the model itself.
+
+    Mostly the next stage does, and to build the model anew takes as long as half of scripting it.
+    """
+    content = save(model, header)
+    _handed_over.append((content, model, dict(header)))
+    return content
+
+
+def take(content: bytes) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The model and the header that `hand_over` made these bytes of, if that was its last call; only once."""
+    try:
+        made, model, header = _handed_over.pop()  # Gone in either case: whoever gets it may change it.
+    except IndexError:
+        return None
+    return (model, header) if made == content else None
 
 
 def open_saved(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -43,7 +43,7 @@ def correct_bias(prepared: Ref, images: tuple[Ref, ...], *, branch: str) -> Ref:
     store = current_run().store
     module, header = calibration.load_prepared(store.read(prepared))
     corrected = bias_correction.correct_bias(module, [store.path(ref) for ref in images])
-    return store.put("model", models.save(corrected, header))
+    return store.put("model", models.hand_over(corrected, header))
 
 
 @stage("convert-{branch}", aside=True)
@@ -88,7 +88,7 @@ def qat_epoch(
     split, indices = data.select(images)
     taught_by = fusion.load(run.store.read(teacher))[0] if teacher is not None else None
     metrics = qat.train_epoch(model, epoch, schedule, split, indices, transform, taught_by, run.progress)
-    return run.store.put("model", models.save(model, header)), run.store.put_json("metrics", metrics)
+    return run.store.put("model", models.hand_over(model, header)), run.store.put_json("metrics", metrics)
 
 
 def has_stalled(evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:

@@ -384,6 +384,23 @@ def test_a_saved_model_has_the_same_bytes_each_time(tiny_model: nn.Module, tiny_
     assert models.save(*models.load(content)) == content
 
 
+def test_a_model_handed_over_is_saved_and_can_be_taken_once(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
+    content = models.hand_over(tiny_model, tiny_header)
+
+    assert content == models.save(tiny_model, tiny_header)
+    assert models.take(content) == (tiny_model, tiny_header)
+    assert models.take(content) is None
+
+
+def test_no_model_is_taken_for_another(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
+    first = models.hand_over(tiny_model, tiny_header)
+    second = models.hand_over(tiny_model, tiny_header | {"fused": "eval"})
+
+    assert first != second
+    assert models.take(first) is None
+    assert models.take(second) is None  # Whoever took another thing came between.
+
+
 def test_what_is_saved_is_read_without_running_code(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
     content = models.save(tiny_model, tiny_header)
 

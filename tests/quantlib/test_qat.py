@@ -123,6 +123,20 @@ def test_a_saved_epoch_converts_and_is_nearly_as_accurate(
         assert evaluation.evaluate(int8, val_shard, batch_size=18).top1 > 0.9
 
 
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_an_epoch_handed_over_converts_to_the_bytes_of_one_read_back(
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split, engine: str, epochs: int
+) -> None:
+    model = _load(fused_content)
+    for epoch in range(epochs):  # BatchNorm and observers are frozen in the last of four.
+        _train(model, epoch, train_split)
+
+    content = models.hand_over(model, tiny_header | {"fused": "qat"} | header_of("fbgemm"))
+    handed_over, read_back = (conversion.convert_saved(content, engine, 32) for _ in range(2))
+
+    assert handed_over == read_back
+
+
 # Freezing
 
 

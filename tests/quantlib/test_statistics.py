@@ -71,7 +71,10 @@ def test_one_pass_feeds_every_scheme(
     collected = models.save(observed, header)
     for name in OBSERVERS:
         wanted = Scheme(observer=name, weights="per_channel", activation_bits=8, float_layers=float_layers)
-        prepared, _ = calibration.load_prepared(calibration.choose_ranges(collected, wanted))
+        content_of_ranges = calibration.choose_ranges(collected, wanted)
+        handed_over, prepared = (calibration.load_prepared(content_of_ranges)[0] for _ in range(2))
+        assert handed_over is not prepared
+        assert str(handed_over.state_dict()) == str(prepared.state_dict())
         alone = preparation.prepare(fusion.load(content)[0], wanted, "eval")
         calibration.calibrate(alone, train_shard, batch_size=12)
         for path, module in alone.named_modules():
