@@ -76,6 +76,24 @@ def test_it_rectifies_as_a_relu_before_it() -> None:
     assert torch.equal(gradient, expected_gradient)
 
 
+@pytest.mark.filterwarnings("ignore:Please use quant_min")
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradient_takes_the_place_of_what_was_rectified_if_that_keeps_its_layout(
+    layout: torch.memory_format,
+) -> None:
+    """In another layout, the layers before would add it up in another order."""
+    module = _activation(ActivationFakeQuantize, True)
+    module.rectifies = True
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    inside = (x > 0).detach()
+
+    gradient = torch.autograd.grad(module(x), x, torch.ones_like(x, memory_format=layout))[0]
+
+    assert torch.equal(gradient, inside.float())
+    assert gradient.is_contiguous(memory_format=layout)
+    assert (gradient.data_ptr() == x.data_ptr()) == (layout == torch.channels_last)
+
+
 def test_relu_is_left_to_the_quantization_that_follows() -> None:
     model = preparation.prepare(
         fusion.fuse_model(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), "qat"),
