@@ -96,12 +96,14 @@ class _RoundToGrid(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """The gradient by `x`, and none by the grid."""
         (x,) = ctx.saved_tensors
+        hardtanh_backward = torch.ops.aten.hardtanh_backward
         if ctx.rectifies and gradient.stride() == x.stride():
-            # Nobody else has it (see `rectifies`), and to write where one has just read takes two thirds of the time.
-            torch.ops.aten.hardtanh_backward.grad_input(gradient, x, ctx.low, ctx.high, grad_input=x)
+            # Nobody else has `x` (see `rectifies`), and to write where one has just read takes two thirds of the time.
+            # Not into another layout: the layers before would add the gradient up in another order.
+            by_x = hardtanh_backward.grad_input(gradient, x, ctx.low, ctx.high, grad_input=x)
         else:
-            x = torch.ops.aten.hardtanh_backward(gradient, x, ctx.low, ctx.high)
-        return x, None, None, None, None, None
+            by_x = hardtanh_backward(gradient, x, ctx.low, ctx.high)
+        return by_x, None, None, None, None, None
 
 
 class _RoundToChannelGrids(torch.autograd.Function):

@@ -1,10 +1,11 @@
 import copy
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
-from quantlib import bias_correction, fusion, images, models, preparation, simulation
+from quantlib import bias_correction, conversion, fusion, images, models, preparation, simulation
 from quantlib.scheme import Scheme
 
 SETTING = [[1, 8, 1, 1], [3, 8, 2, 2]]
@@ -47,6 +48,14 @@ def test_corrected_biases_bring_the_mean_logits_back(calibrated, shard):
     after = mean_logits(simulation.simulate(corrected, "eval", "both"), shard)
     # What is left is the rounding of the logits themselves.
     assert (after - wanted).abs().max() < 0.25 * (before - wanted).abs().max()
+
+
+def test_a_corrected_model_handed_over_converts_to_the_bytes_of_one_read_back(calibrated, shard, engine):
+    arguments = {"num_classes": 4, "width_mult": 0.25, "inverted_residual_setting": SETTING}
+    header = {"architecture": "mobilenet_v2", "arguments": arguments, "fused": "eval", "scheme": asdict(SCHEME)}
+    content = models.hand_over(bias_correction.correct_bias(calibrated, [shard]), header)
+    handed_over, read_back = (conversion.convert_saved(content, engine, 16) for _ in range(2))
+    assert handed_over == read_back
 
 
 def test_the_mean_behind_relu_is_what_is_corrected(calibrated, shard):
