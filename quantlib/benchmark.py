@@ -1,5 +1,10 @@
-"""Benchmark: models timed in turn, call by call, so that a change of the machine's speed meets each alike."""
+"""Benchmark: models timed in rounds, a call of each, so that a change of the machine's speed meets each alike.
 
+The order within a round is drawn anew. What ran before leaves its mark: in a fixed order, the same file opened twice
+differed by up to a quarter, always with the same sign, where it followed another runtime.
+"""
+
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +30,7 @@ class Timing:
     batch_size: int
     num_threads: int
     samples_ms: tuple[float, ...]
-    """Each call's wall-clock time in milliseconds, in the order of the calls."""
+    """Each call's wall-clock time in milliseconds, by round: those of one place were taken one after the other."""
 
 
 def time_models(
@@ -66,15 +71,18 @@ def time_models(
 
 
 def _time_in_turn(models: Sequence[Classifier], batch: Tensor, num_samples: int) -> list[list[float]]:
-    """Milliseconds of each call of each model."""
+    """Milliseconds of each model's call in each round."""
     samples: list[list[float]] = [[] for _ in models]
     batches = [batch.contiguous(memory_format=model.layout) for model in models]
     for model, own in zip(models, batches, strict=True):
         for _ in range(_NUM_WARM_UP):
             model(own)
     deadline = time.perf_counter() + _MAX_SECONDS * len(models)
+    order = random.Random(0)  # The same in every run: what differs between runs is the machine.
     while len(samples[0]) < num_samples and (len(samples[0]) < 10 or time.perf_counter() < deadline):
-        for model, own, times in zip(models, batches, samples, strict=True):
+        turns = list(zip(models, batches, samples, strict=True))
+        order.shuffle(turns)
+        for model, own, times in turns:
             # Untimed: it brings weights into the caches, as a server has them, and outlasts the threads of the
             # runtime before, which spin for a while.
             model(own)

@@ -1,6 +1,7 @@
-"""Is the difference real? Two models judged on the same images, compared image by image."""
+"""Is the difference real? Two models compared image by image on the same images, or call by call in the same rounds."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
@@ -46,7 +47,50 @@ def paired_drop(correct: np.ndarray, other_correct: np.ndarray, confidence: floa
     center = (lost - won) / (total + 2)
     variance = ((lost + won + 1) / (total + 2) - center**2) / (total + 2)
     half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
-    return PairedDrop((lost - won) / total, center - half, center + half, _mcnemar(lost, won))
+    return PairedDrop((lost - won) / total, center - half, center + half, _sign_test(lost, won))
+
+
+def is_slower(samples: Sequence[float], others: Sequence[float], level: float = 0.05) -> bool:
+    """Whether a model is slower than another by more than the noise of timing.
+
+    Decided round by round, as both were timed in the same rounds: a machine that slows down meets both alike. The test
+    is the sign test, which asks nothing of how timings are distributed.
+
+    Args:
+        samples: Times of the model, a round each.
+        others: Times of the other, in the same rounds.
+        level: Of the two-sided test: how often two models of equal speed are taken for different.
+    """
+    slower = sum(own > other for own, other in zip(samples, others, strict=True))
+    faster = sum(own < other for own, other in zip(samples, others, strict=True))
+    return slower > faster and _sign_test(slower, faster) < level
+
+
+def is_less_accurate(correct: np.ndarray, other_correct: np.ndarray, level: float = 0.05) -> bool:
+    """Whether a model is less accurate than another by more than chance, by McNemar's test.
+
+    Args:
+        correct: [N], bool: whether the model is right.
+        other_correct: [N], bool: whether the other is, on the same images in the same order.
+        level: How often models of equal accuracy are taken for different.
+    """
+    paired = paired_drop(other_correct, correct)
+    return paired.drop > 0 and paired.p_value < level
+
+
+def proportion_interval(num_right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The ends of Wilson's interval of a proportion (Wilson 1927, JASA 22:209-212).
+
+    Args:
+        num_right: Successes.
+        total: Of so many, one at least.
+        confidence: Two-sided, in (0, 1).
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = num_right / total
+    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return center - half, center + half
 
 
 def images_to_tell(found: PairedDrop, num_images: int, limit: float) -> int | None:
@@ -62,8 +106,8 @@ def images_to_tell(found: PairedDrop, num_images: int, limit: float) -> int | No
     return math.ceil(num_images * ((found.high - found.low) / 2 / distance) ** 2)
 
 
-def _mcnemar(lost: int, won: int) -> float:
-    """Two-sided p-value of `lost` against `won`, each image being either with probability 1/2."""
+def _sign_test(lost: int, won: int) -> float:
+    """Two-sided p-value of `lost` against `won`, each being either with probability 1/2; of images, McNemar's test."""
     differing = lost + won
     tail, term = 0, 1
     for k in range(min(lost, won) + 1):

@@ -1,5 +1,8 @@
 """Timing. No test here asserts a time: the machine is busy with others."""
 
+from collections import Counter
+from itertools import permutations
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,13 +43,33 @@ def inputs() -> Tensor:
     return torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
 
 
-def test_models_are_timed_in_turn_call_by_call(calls: list[tuple[str, int, int]], inputs: Tensor) -> None:
+def test_every_round_times_each_model_once_after_an_untimed_call(
+    calls: list[tuple[str, int, int]], inputs: Tensor
+) -> None:
     models = [_Recorder(name, calls) for name in "abc"]
 
     benchmark.time_models(lambda _: models, inputs, [1], [1], num_samples=12)
 
     order = "".join(name for name, _, _ in calls)
-    assert order == "a" * NUM_WARM_UP + "b" * NUM_WARM_UP + "c" * NUM_WARM_UP + "aabbcc" * 12
+    warm_up = "a" * NUM_WARM_UP + "b" * NUM_WARM_UP + "c" * NUM_WARM_UP
+    assert order.startswith(warm_up)
+    rounds = [order[start : start + 6] for start in range(len(warm_up), len(order), 6)]
+    assert len(rounds) == 12
+    assert {"".join(sorted(turns)) for turns in rounds} == {"aabbcc"}
+    assert all(turns[0::2] == turns[1::2] for turns in rounds)
+
+
+def test_every_model_follows_every_other_about_as_often(calls: list[tuple[str, int, int]], inputs: Tensor) -> None:
+    # In a fixed order a model that follows another runtime is slower in each round: bias, that passes for a difference.
+    models = [_Recorder(name, calls) for name in "abc"]
+
+    benchmark.time_models(lambda _: models, inputs, [1], [1], num_samples=50)
+
+    turns = [name for name, _, _ in calls][3 * NUM_WARM_UP :: 2]
+    firsts = Counter(turns[::3])
+    assert min(firsts[name] for name in "abc") >= 10
+    follows = Counter(zip(turns, turns[1:], strict=False))
+    assert min(follows[pair] for pair in permutations("abc", 2)) >= 15
 
 
 def test_every_model_has_every_setting_and_the_asked_number_of_samples(

@@ -51,3 +51,31 @@ def test_more_images_narrow_the_interval_as_images_to_tell_says():
 def test_answers_about_different_images_are_refused():
     with pytest.raises(ValueError, match="the same images"):
         significance.paired_drop(np.array([True]), np.array([True, False]))
+
+
+def test_slower_is_what_most_rounds_say_and_not_the_medians():
+    machine = np.random.default_rng(0).uniform(1, 3, 50)  # That slows down and recovers.
+    assert significance.is_slower(machine * 1.02, machine)
+    assert not significance.is_slower(machine, machine * 1.02)
+    other_rounds = np.random.default_rng(1).permutation(machine)
+    assert np.median(other_rounds * 1.02) > np.median(machine)
+    assert not significance.is_slower(other_rounds * 1.02, machine)
+
+
+def test_equal_speed_is_taken_for_different_no_more_often_than_the_level():
+    random = np.random.default_rng(2)
+    found = [significance.is_slower(random.gamma(4, size=50), random.gamma(4, size=50)) for _ in range(1000)]
+    assert 0 < sum(found) < 50  # One side of a two-sided test at 5%.
+    assert not significance.is_slower([1.0] * 10, [1.0] * 10)
+
+
+def test_less_accurate_is_what_chance_does_not_explain():
+    assert significance.is_less_accurate(*answers(60, 2, 20, 10))
+    assert not significance.is_less_accurate(*answers(60, 20, 2, 10))
+    assert not significance.is_less_accurate(*answers(60, 2, 5, 10))
+
+
+def test_wilsons_interval():
+    # Newcombe 1998, Statistics in Medicine 17:857-872, table I, method 3: 81 of 263, and 0 of 20.
+    assert significance.proportion_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert significance.proportion_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
