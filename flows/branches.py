@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from quantlib import machine
 from quantlib.inputs import Inputs, Selection
@@ -16,9 +16,11 @@ from quantlib.scheme import Scheme
 from quantlib.store import Ref
 from quantlib.transforms import EvalTransform, TrainTransform, Transform
 from tasks.data import decode
-from tasks.export import is_refusal, save_onnx, script_and_save
-from tasks.measure import evaluate, evaluate_baseline, measure_layers, simulate
+from tasks.export import save_onnx, script_and_save
+from tasks.findings import NotYetKnownError, fastest_runtime
+from tasks.measure import Contender, evaluate, evaluate_baseline, measure_layers, simulate
 from tasks.model import Training, equalize, fuse, load_float
+from tasks.planning import Pending
 from tasks.quantize import (
     calibrate,
     choose_epoch,
@@ -29,7 +31,7 @@ from tasks.quantize import (
     qat_epoch,
     start_qat,
 )
-from tasks.report import CandidateRefs, EpochRefs, OnnxRefs, VariantRefs
+from tasks.report import CandidateRefs, EpochRefs, FileRefs, VariantRefs, onnx_file
 from tasks.side_by_side import later
 
 T = TypeVar("T")
@@ -120,13 +122,14 @@ def grow_trunk(recipe: Recipe, inputs: Inputs, engine: str) -> Trunk:
     )
     validation = _decode(recipe, inputs.validation, _eval_transform(recipe), "validation")
     held_back = _decode(recipe, inputs.held_back, _eval_transform(recipe), "held_back")
-    onnx_runtimes = machine.find_onnx_runtimes(recipe.benchmark.runtimes)
+    onnx_runtimes = machine.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
     return Trunk(recipe, inputs, engine, onnx_runtimes, float_model, validation, held_back)
 
 
 def float_branch(trunk: Trunk) -> VariantRefs:
     """The baseline: fused, scripted, evaluated."""
     artifact = script_and_save(trunk.fused_eval, branch="float")
+    onnx = _save_onnx(trunk, artifact, None, "float")
     batch_size = trunk.recipe.evaluation.batch_size
     validation, selection = _on_shards(
         trunk, "float", lambda shard, name: evaluate_baseline(artifact, shard, batch_size, branch=name)
@@ -140,6 +143,7 @@ def float_branch(trunk: Trunk) -> VariantRefs:
         equalized=False,
         bias_corrected=False,
         artifact=artifact,
+        onnx=onnx,
         validation=validation,
         selection=selection,
         simulated={},
@@ -169,7 +173,7 @@ def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
     calibrated = _calibrate(trunk, branch)
     prepared = _correct(trunk, branch, calibrated)
     artifact = _export(trunk, prepared, branch.name)
-    validation, selection = _evaluate(trunk, artifact, branch.name)
+    validation, selection = _evaluate(trunk, artifact, machine.torch_runtime(trunk.engine), branch.name)
     return VariantRefs(
         name=branch.name,
         method="ptq",
@@ -182,7 +186,7 @@ def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
         prepared=prepared,
         validation=validation,
         selection=selection,
-        onnx=_save_onnx(trunk, artifact, branch.name),
+        onnx=_save_onnx(trunk, artifact, trunk.engine, branch.name),
         simulated=_simulate(trunk, prepared, branch.name, in_float=calibrated),
         layers=_layers(trunk, prepared, branch),
     )
@@ -238,7 +242,7 @@ def qat_branch(trunk: Trunk, branch: QATRecipe) -> VariantRefs:
         artifact=best_artifact,
         prepared=best_state,
         start=start,
-        onnx=_save_onnx(trunk, best_artifact, branch.name),
+        onnx=_save_onnx(trunk, best_artifact, trunk.engine, branch.name),
         simulated=_simulate(trunk, best_state, branch.name, in_float=best_state),
         layers=_layers(trunk, best_state, branch),
         epochs=tuple(
@@ -252,7 +256,7 @@ def _candidate(trunk: Trunk, state: Ref, name: str) -> Future[CandidateRefs]:
 
     def measure() -> CandidateRefs:
         artifact = _export(trunk, state, name)
-        validation, selection = _evaluate(trunk, artifact, name)
+        validation, selection = _evaluate(trunk, artifact, machine.torch_runtime(trunk.engine), name)
         return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
 
     return later(measure)
@@ -286,25 +290,52 @@ def _shard_size(recipe: Recipe) -> int:
     return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2)))
 
 
-def _evaluate(trunk: Trunk, artifact: Ref, name: str) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
-    batch_size, runtime = trunk.recipe.evaluation.batch_size, machine.torch_runtime(trunk.engine)
+def _evaluate(trunk: Trunk, artifact: Ref, runtime: Runtime, name: str) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+    batch_size = trunk.recipe.evaluation.batch_size
     return _on_shards(trunk, name, lambda shard, label: evaluate(artifact, shard, batch_size, runtime, branch=label))
 
 
-def _save_onnx(trunk: Trunk, artifact: Ref, name: str) -> OnnxRefs | None:
-    """The ONNX file of a variant, and its own accuracy; None where no runtime for it is installed."""
+def _save_onnx(trunk: Trunk, artifact: Ref, engine: str | None, name: str) -> Ref | None:
+    """The ONNX file of a variant, or why there is none; None where no runtime for it is installed."""
     if not trunk.onnx_runtimes:
         return None
-    runtime = trunk.onnx_runtimes[0]
-    recipe = trunk.recipe
-    file = save_onnx(artifact, trunk.validation[0], trunk.engine, runtime, recipe.data.crop, branch=name)
-    if is_refusal(file):
-        return OnnxRefs(file=file)
-    validation = tuple(
-        evaluate(file, shard, recipe.evaluation.batch_size, runtime, branch=label)
-        for shard, label in _labelled(trunk.validation, f"{name}-onnx")
-    )
-    return OnnxRefs(file=file, runtime=runtime, validation=validation)
+    crop = trunk.recipe.data.crop
+    return save_onnx(artifact, trunk.validation[0], engine, trunk.onnx_runtimes[0], crop, branch=name)
+
+
+def contenders_of(trunk: Trunk, variant: VariantRefs) -> list[Contender]:
+    """A variant's files in every runtime that this machine has for them; its own engine comes first."""
+    engines = (None,) if variant.engine is None else dict.fromkeys((variant.engine, *machine.engines()))
+    found = [Contender(variant.artifact, machine.torch_runtime(engine)) for engine in engines]
+    onnx = onnx_file(variant)
+    if onnx is not None:
+        found += [Contender(onnx, runtime) for runtime in trunk.onnx_runtimes]
+    return found
+
+
+def evaluate_files(trunk: Trunk, variant: VariantRefs, contenders: tuple[Contender, ...], timings: Ref) -> VariantRefs:
+    """The variant with what may be shipped of it: each file in the runtime that it is fastest in, evaluated there."""
+    gate = trunk.recipe.gate.runtimes
+    files = []
+    for file, label in ((variant.artifact, "pt"), (variant.onnx, "onnx")):
+        own = [contender.runtime for contender in contenders_of(trunk, variant) if contender.artifact == file]
+        allowed = [runtime.name for runtime in own if gate is None or runtime.kind in gate]
+        if file is not None and allowed:
+            try:
+                runtime = fastest_runtime(contenders, timings, file, allowed)
+            except NotYetKnownError:
+                runtime = cast("Runtime", Pending("benchmark"))
+            files.append(_evaluate_in(trunk, variant, file, runtime, f"{variant.name}-{label}"))
+    return replace(variant, files=tuple(files))
+
+
+def _evaluate_in(trunk: Trunk, variant: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
+    chosen = variant.chosen
+    # Float's accuracy is that of TorchScript, which all else is compared with.
+    if variant.engine is None or runtime == machine.torch_runtime(variant.engine):
+        return FileRefs(file=file, runtime=runtime, validation=chosen.validation, selection=chosen.selection)
+    validation, selection = _evaluate(trunk, file, runtime, name)
+    return FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
 
 
 def _simulate(trunk: Trunk, prepared: Ref, name: str, *, in_float: Ref) -> dict[str, tuple[Ref, ...]]:

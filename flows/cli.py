@@ -217,9 +217,12 @@ def cache_free(unused_for: float | None, max_size: float | None, keep_runs: int 
     help="Write one run's page to this file instead: tables and plots, for any browser, without network.",
 )
 @click.option("--run", "run_id", help="The run for --html; by default the newest.")
+@click.option(
+    "--intervals", is_flag=True, help="Also show how sure each drop is: its 95% interval and McNemar's p-value."
+)
 @home_option
 @reports_errors
-def report(html: Path | None, run_id: str | None, home: Path) -> int:
+def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -> int:
     """Show the results of all runs, the newest first; or write one run's page with --html."""
     if html is not None:
         from quantlib.html_report import write_html
@@ -232,7 +235,7 @@ def report(html: Path | None, run_id: str | None, home: Path) -> int:
 
     from rich.console import Console
 
-    from flows.console import result_table, why
+    from flows.console import interval_table, result_table, why
     from quantlib.diagnosis import diagnose
     from quantlib.report import Report, read_layers, read_variants
 
@@ -248,6 +251,8 @@ def report(html: Path | None, run_id: str | None, home: Path) -> int:
             highlight=False,
         )
         console.print(result_table(variants))
+        if intervals:
+            console.print(interval_table(variants))
         layers = read_layers(home / "reports", name)
         found = Report(run_id=name, variants=tuple(variants), epochs=(), latency=(), stages=(), layers=layers)
         for part in why(diagnose(found)):

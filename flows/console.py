@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -76,24 +77,50 @@ class StageDisplay:
 
 
 def result_table(variants: Sequence[VariantRow]) -> Table:
-    """The variants of a run: accuracy, size, speed, verdict."""
-    table = Table(header_style="bold")
+    """The variants of a run: the file of each that the verdict is about, its runtime, accuracy, size and speed."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("variant", overflow="fold")  # A name is never cut short.
-    for name in ("top-1", "drop", "size", "latency", "speed-up"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    table.add_column("runtime")
+    for name in ("top-1", "change", "MB", "ms", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for row in variants:
         table.add_row(
             row.title,
+            _short(row.runtime),
             f"{row.top1:.2%}",
-            "" if row.method == "float" else f"{100 * row.top1_drop:+.2f} pt",
-            f"{row.size_bytes / 1e6:.2f} MB",
-            f"{row.latency_p50_ms:.2f} ms",
+            "" if row.method == "float" else row.change,
+            f"{row.size_bytes / 1e6:.2f}",
+            f"{row.latency_p50_ms:.2f}",
             f"{row.speedup:.2f}x",
-            _verdict(row),
+            row.verdict,
             style="bold green" if row.winner else None,
         )
     return table
+
+
+def interval_table(variants: Sequence[VariantRow]) -> Table:
+    """How sure the change of each variant of a run is, in points of top-1."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("variant", overflow="fold")
+    for name in ("change", "95% interval", "McNemar p", "images"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in variants:
+        if row.method == "float":
+            continue
+        table.add_row(
+            row.title,
+            row.change,
+            row.interval,
+            "" if row.p_value is None else f"{row.p_value:.2g}",
+            f"{row.num_images:,}",
+        )
+    return table
+
+
+def _short(runtime: str | None) -> str:
+    """A runtime's name, so that a table fits into a terminal."""
+    return (runtime or "torchscript").replace("torchscript", "torch").replace("-", " ")
 
 
 def why(found: Sequence[Diagnosis]) -> list[Table | str]:
@@ -178,32 +205,24 @@ def _age(since: datetime) -> str:
 
 
 def conclusion(report: Report, max_top1_drop: float) -> str:
-    """What to ship and how to load it, or that nothing is inside the gate."""
-    best = report.best
-    lines = [
-        f"Winner: {best.variant}, {-100 * best.top1_drop:+.2f} points of top-1 against float, "
+    """What to ship, why, and how to load it; or that nothing is inside the gate."""
+    best, lines = report.best, []
+    figures = (
+        f"{best.variant} in {best.runtime}, {best.change} points of top-1 against float ({best.evidence}), "
         f"{best.speedup:.2f}x as fast."
-        if report.winner
-        else f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far is {best.variant}, "
-        f"{-100 * best.top1_drop:+.2f} points."
-    ]
+    )
+    if report.winner:
+        lines += [f"Winner: {figures}", f"Why: {best.reason}."]
+    else:
+        lines.append(f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far: {figures}")
     if best.selected_on == "validation":
         lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
+    lines += [f"Warning: {warning}" for warning in report.warnings]
     lines += report.remarks
-    lines += [f"  file    {best.artifact_path}", f'  load    torch.jit.load("{best.artifact_path}")']
-    if best.fastest_runtime is not None:
-        measured = best.fastest_path == best.onnx_path and best.onnx_top1 is not None
-        top1 = f", top-1 {best.onnx_top1:.2%}" if measured else ""
-        lines += [
-            f"  fastest quantlib.export.load({best.fastest_path!r}, {best.fastest_runtime!r})",
-            f"          {best.fastest_p50_ms:.2f} ms an image on one thread{top1}",
-        ]
+    lines += [
+        f"  file    {best.artifact_path}",
+        f"  load    {best.load}",
+        f"          {best.top1:.2%} of top-1, {best.latency_p50_ms:.2f} ms an image on one thread, "
+        f"{best.size_bytes / 1e6:.2f} MB",
+    ]
     return "\n".join(lines)
-
-
-def _verdict(row: VariantRow) -> str:
-    if row.method == "float":
-        return "baseline"
-    if row.winner:
-        return "winner"
-    return "accepted" if row.accepted else row.gate or "outside"

@@ -1,23 +1,26 @@
 """The main flow: the float baseline, every PTQ and QAT branch, the report."""
 
 from functools import partial
+from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.branches import float_branch, grow_trunk, ptq_branch, qat_branch
+from flows.branches import Trunk, contenders_of, evaluate_files, float_branch, grow_trunk, ptq_branch, qat_branch
 from flows.parameters import Changes, RecipeParameter
 from flows.search import search_branches
 from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
-from quantlib.machine import Runtime
 from quantlib.recipe import Recipe
 from quantlib.recipe_file import override_recipe
-from quantlib.report import Report
+from quantlib.report import NoteRow, Report
+from quantlib.store import Ref
 from tasks.caching import PLANNER
+from tasks.findings import NotYetKnownError
 from tasks.measure import Contender, benchmark, pick_examples
-from tasks.report import Measurements, VariantRefs, write_report
+from tasks.planning import Pending
+from tasks.report import Measurements, VariantRefs, find_reported, write_report
 from tasks.run import start_run
 from tasks.side_by_side import one_by_one, side_by_side
 
@@ -54,9 +57,9 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
             *(partial(qat_branch, trunk, branch) for branch in recipe.qat),
         ]
     )
-    found, notes = search_branches(trunk, baseline)
+    found, search_best, conclusion = search_branches(trunk, baseline)
     variants = (baseline, *named, *found)
-    contenders = tuple(contender for variant in variants for contender in _contenders(variant, trunk.onnx_runtimes))
+    contenders = tuple(dict.fromkeys(each for variant in variants for each in contenders_of(trunk, variant)))
     timings = benchmark(
         contenders,
         trunk.validation[0],
@@ -65,24 +68,32 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
     )
-    pictures = None
-    if recipe.evaluation.num_examples > 0:
-        answered = tuple((variant.name, variant.artifact, variant.candidates) for variant in variants[1:])
-        pictures = pick_examples(trunk.validation, baseline.validation, answered, recipe.evaluation.num_examples)
+    variants = tuple(evaluate_files(trunk, variant, contenders, timings) for variant in variants)
     return Measurements(
-        variants=variants, contenders=contenders, timings=timings, pictures=pictures, notes=tuple(notes)
+        variants=variants,
+        contenders=contenders,
+        timings=timings,
+        pictures=_pick_examples(trunk, variants, contenders, timings),
+        notes=(NoteRow(kind="note", text=conclusion),) if conclusion else (),
+        search_best=search_best,
     )
 
 
-def _contenders(variant: VariantRefs, onnx_runtimes: tuple[Runtime, ...]) -> list[Contender]:
-    """A variant's files in every runtime that this machine has for them."""
-    if variant.engine is None:
-        return [Contender(variant.artifact, machine.torch_runtime(None))]
-    engines = dict.fromkeys((variant.engine, *machine.engines()))
-    found = [Contender(variant.artifact, machine.torch_runtime(engine)) for engine in engines]
-    if variant.onnx is not None and variant.onnx.runtime is not None:
-        found += [Contender(variant.onnx.file, runtime) for runtime in onnx_runtimes]
-    return found
+def _pick_examples(
+    trunk: Trunk, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref
+) -> Ref | None:
+    num_examples = trunk.recipe.evaluation.num_examples
+    if num_examples == 0:
+        return None
+    answered: Any
+    try:
+        reported = find_reported(trunk.recipe, variants, contenders, timings)
+        answered = tuple(
+            (variant.name, file.validation) for variant, file in zip(variants[1:], reported[1:], strict=True)
+        )
+    except NotYetKnownError:
+        answered = Pending("benchmark")
+    return pick_examples(trunk.validation, variants[0].validation, answered, num_examples)
 
 
 def only(recipe: Recipe, method: str) -> Recipe:

@@ -41,7 +41,7 @@ def run_here(
             # What can be wrong is found while the server starts; the flow finds the same again, in no time.
             find_inputs(recipe, home / "splits")
             machine.find_engine(recipe.engine)
-            machine.find_onnx_runtimes(recipe.benchmark.runtimes)
+            machine.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
 
             from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 

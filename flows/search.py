@@ -7,25 +7,27 @@ from flows.branches import Trunk, layers_of, ptq_branch, qat_branch
 from quantlib import search
 from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe
 from quantlib.search import Trial
+from tasks.findings import NotYetKnownError
 from tasks.report import VariantRefs
-from tasks.search import NotYetKnownError, judge, rank_layers, save_best, seconds_of, stages_met
+from tasks.search import judge, rank_layers, save_best, seconds_of, stages_met
 
 
-def search_branches(trunk: Trunk, baseline: VariantRefs) -> tuple[list[VariantRefs], list[str]]:
-    """The variants that the recipe's search tries, and what is to be said of its end.
+def search_branches(trunk: Trunk, baseline: VariantRefs) -> tuple[list[VariantRefs], str | None, str]:
+    """The variants that the recipe's search tries, the best of them, and what is to be said of its end.
 
     A run that is only planned ends with the first trial that is new: what comes next depends on what it would find.
     """
     settings = trunk.recipe.search
     if settings is None:
-        return [], []
+        return [], None, ""
     variants: dict[str, VariantRefs] = {}
     trials: list[Trial] = []
 
     limit = ""
     with suppress(NotYetKnownError):
         limit = _try_in_turn(trunk, baseline, settings, variants, trials)
-    return list(variants.values()), [_conclusion(settings, trials, limit)]
+    best = search.best_trial(settings, trials).branch.name if trials else None
+    return list(variants.values()), best, _conclusion(settings, trials, limit)
 
 
 def _try_in_turn(

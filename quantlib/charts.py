@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,15 @@ class Section:
     height: int
 
 
-def pareto_front(variants: Iterable[VariantRow]) -> list[VariantRow]:
-    """The variants that no other beats in both latency and top-1, the fastest first."""
+def pareto_front(variants: Sequence[VariantRow]) -> list[VariantRow]:
+    """The variants that nothing beats in latency and top-1, the fastest first.
+
+    Of those inside the gate, beyond noise, as the verdict compared them; of an old report, or where none is inside, by
+    the plain figures.
+    """
+    compared = [row for row in variants if row.pareto]
+    if compared:
+        return sorted(compared, key=lambda row: row.latency_p50_ms)
     front: list[VariantRow] = []
     for row in sorted(variants, key=lambda row: (row.latency_p50_ms, -row.top1)):
         if not front or row.top1 > front[-1].top1:
@@ -60,12 +67,18 @@ def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Sec
         run: What they show.
         history: (run_id, variant) of all runs of its recipe, this one among them.
     """
-    up_left = "Up and left is better; the line is the Pareto front."
+    up_left = "Up and left is better; the line joins what nothing inside the gate beats beyond noise."
     whisker = "Median of a call, an image; the whisker ends at the 95th percentile."
+    own = _in_own_runtime(run.latency, run.variants)
     found = [
         _section("tradeoff", "Accuracy against latency", up_left, _tradeoff(run.variants)),
-        _section("sizes", "Size", "Of the TorchScript file.", _sizes(run.variants)),
-        _section("latency", "Latency", whisker, _latencies(_in_own_runtime(run.latency), lambda row: row.variant)),
+        _section("sizes", "Size", "Of the file to ship.", _sizes(run.variants)),
+        _section(
+            "latency",
+            "Latency",
+            whisker,
+            _latencies(own, lambda row: row.variant),
+        ),
     ]
     runtimes = [row for row in run.latency if row.variant == run.best.variant]
     if len({row.runtime for row in runtimes}) > 1:
@@ -186,9 +199,10 @@ def _sizes(variants: Sequence[VariantRow]) -> go.Figure:
     return _figure([bars], {"title": {"text": "MB"}}, {"autorange": "reversed"}, height=_height(len(variants)))
 
 
-def _in_own_runtime(latency: Sequence[LatencyRow]) -> list[LatencyRow]:
-    """Of each variant the rows of the runtime that it was evaluated in, which comes first."""
+def _in_own_runtime(latency: Sequence[LatencyRow], variants: Sequence[VariantRow]) -> list[LatencyRow]:
+    """Of each variant the rows of the runtime that its verdict is about; in old reports, of the one that is first."""
     own = {row.variant: row.runtime for row in reversed(latency)}
+    own |= {row.variant: row.runtime for row in variants if row.runtime}
     return [row for row in latency if row.runtime == own[row.variant]]
 
 

@@ -20,11 +20,14 @@ from quantlib.examples import Example
 from quantlib.report import (
     ClassRow,
     EpochRow,
+    FileRow,
     LatencyRow,
     LayerRow,
+    NoteRow,
     Report,
     StageRow,
     VariantRow,
+    points,
     read_table,
     read_variants,
 )
@@ -60,7 +63,7 @@ def render(reports: Path, run_id: str | None = None) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     names = {row.class_index: row.name for row in run.classes}
     environment.filters |= {
-        "points": _points,
+        "points": lambda drop: points(-drop),
         "megabytes": lambda size: f"{size / 1e6:.2f} MB",
         "class_name": lambda index: names.get(index, str(index)),
         "data_url": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
@@ -96,6 +99,8 @@ def _read_run(reports: Path, history: list[tuple[str, VariantRow]], run_id: str 
         classes=_rows(reports, "classes", ClassRow, chosen),
         examples=_rows(reports, "examples", Example, chosen),
         layers=_rows(reports, "layers", LayerRow, chosen),
+        files=_rows(reports, "files", FileRow, chosen),
+        notes=_rows(reports, "notes", NoteRow, chosen),
     )
 
 
@@ -121,8 +126,3 @@ def _runs(history: list[tuple[str, VariantRow]]) -> list[tuple[str, VariantRow]]
         Report(run_id=name, variants=tuple(rows), epochs=(), latency=(), stages=()) for name, rows in groups.items()
     ]
     return [(report.run_id, report.best) for report in reports]
-
-
-def _points(drop: float) -> str:
-    """A drop in accuracy as a signed change in points."""
-    return f"{round(-100 * drop, 2) + 0.0:+.2f}"

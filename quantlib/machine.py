@@ -69,14 +69,22 @@ class Runtime:
     """torchscript, torchscript-ENGINE, onnxruntime or openvino."""
     version: str
 
+    @property
+    def kind(self) -> str:
+        """torchscript, onnxruntime or openvino."""
+        return self.name.partition("-")[0]
 
-def find_onnx_runtimes(wanted: Collection[str] | None = None) -> tuple[Runtime, ...]:
+
+def find_onnx_runtimes(
+    wanted: Collection[str] | None = None, shipped_for: Collection[str] | None = None
+) -> tuple[Runtime, ...]:
     """The runtimes for ONNX files that are installed, the one that is mostly faster first.
 
     None without the package `onnx`, which writes the files.
 
     Args:
-        wanted: Names of those that must be there, torchscript apart; None: any will do.
+        wanted: `benchmark.runtimes`: names of those that must be there, torchscript apart; None: any will do.
+        shipped_for: `gate.runtimes`: of those, too.
 
     Raises:
         MachineError: If one of them is not.
@@ -84,12 +92,13 @@ def find_onnx_runtimes(wanted: Collection[str] | None = None) -> tuple[Runtime, 
     installed = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name) is not None]
     if importlib.util.find_spec("onnx") is None:
         installed = []
-    missing = sorted(set(wanted or ()) - {"torchscript", *installed})
-    if missing:
-        raise MachineError(
-            f"benchmark.runtimes names {missing[0]}, which is not installed: pip install 'quantflow[{missing[0]}]', or "
-            "leave it out."
-        )
+    for key, names in (("benchmark.runtimes", wanted), ("gate.runtimes", shipped_for)):
+        missing = sorted(set(names or ()) - {"torchscript", *installed})
+        if missing:
+            raise MachineError(
+                f"{key} names {missing[0]}, which is not installed: pip install 'quantflow[{missing[0]}]', or leave it "
+                "out."
+            )
     return tuple(
         Runtime(name, importlib.metadata.version(name)) for name in installed if wanted is None or name in wanted
     )

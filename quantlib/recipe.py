@@ -11,6 +11,7 @@ from quantlib.schedule import LearningRateDecay
 from quantlib.scheme import BUNDLES, ActivationBits, ObserverName, QConfigName, Scheme, WeightGrid
 
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
+RuntimeName = Literal["torchscript", "onnxruntime", "openvino"]
 BranchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 # Strict, so that a value is taken as it is or refused: "3" is no 3, 1 no true, and 2.0 no 2.
 Count = Annotated[int, Field(gt=0, strict=True)]
@@ -228,8 +229,8 @@ class BenchmarkRecipe(Section):
     """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
     num_threads: tuple[Count, ...] = (1,)
     """Threads of torch; 1 is always timed."""
-    runtimes: tuple[Literal["torchscript", "onnxruntime", "openvino"], ...] | None = None
-    """What int8 models are exported for and timed in: torchscript, on each of torch's engines, is always among them;
+    runtimes: tuple[RuntimeName, ...] | None = None
+    """What models are exported for and timed in: torchscript, on each of torch's engines, is always among them;
     absent: and every runtime for ONNX that is installed."""
     num_samples: Annotated[int, Field(ge=10, strict=True)] = 50
     """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
@@ -257,6 +258,16 @@ class GateRecipe(Section):
     confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
     """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
     its drop is inside; absent: the drop itself is what counts."""
+    runtimes: tuple[RuntimeName, ...] | None = None
+    """What the model may be shipped for: a file is judged, and recommended, in one of these; absent: in any that
+    `benchmark.runtimes` times."""
+
+    @field_validator("runtimes")
+    @classmethod
+    def _one_at_least(cls, runtimes: tuple[RuntimeName, ...] | None) -> tuple[RuntimeName, ...] | None:
+        if runtimes == ():
+            raise ValueError("name one runtime at least, or leave it out")
+        return runtimes
 
 
 class Recipe(Section):
@@ -308,6 +319,19 @@ class Recipe(Section):
             raise ValueError(
                 f"search.max_top1_drop = {self.search.max_top1_drop} and gate.max_top1_drop = "
                 f"{self.gate.max_top1_drop} are one budget: remove one of them, or give both the same value"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_is_timed(self) -> Self:
+        timed = self.benchmark.runtimes
+        untimed = [
+            name for name in self.gate.runtimes or () if timed is not None and name not in {"torchscript", *timed}
+        ]
+        if untimed:
+            raise ValueError(
+                f"gate.runtimes names {untimed[0]}, which benchmark.runtimes leaves out: add it there, or remove it "
+                "here"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The report: eight Parquet tables, partitioned by run.
+"""The report: ten Parquet tables, partitioned by run.
 
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
@@ -24,7 +24,11 @@ from quantlib.store import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class VariantRow:
-    """The float model, or one quantized model.
+    """The float model, or one quantized model: a file of it, in the runtime that the file is meant for.
+
+    Accuracy, size, latency and verdict are all of that file (`artifact_path`) in that runtime (`runtime`); the table
+    `files` has the others. Of float, accuracy is that of TorchScript, which every drop is measured from; its latency is
+    that of its fastest file.
 
     A column with a default was added to the table after others: it is null in runs reported before.
     """
@@ -74,27 +78,37 @@ class VariantRow:
     """Whether no epoch of QAT was better than its start, on the images that choices are made by: then this is the
     start."""
     size_bytes: int
-    """Of the TorchScript file."""
+    runtime: str | None = None
+    """What `quantlib.export.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime or openvino.
+    Null in runs reported before: TorchScript on `engine`."""
     latency_p50_ms: float
-    """A batch of one image, one thread; TorchScript on `engine`."""
+    """A batch of one image, one thread."""
     speedup: float
     """Float's latency_p50_ms over this one's."""
     fastest_runtime: str | None = None
-    """Of those that this machine has, for one image on one thread: what `quantlib.export.load` takes as `runtime`."""
+    """Of those that this machine has, whatever its accuracy there, for one image on one thread."""
     fastest_p50_ms: float | None = None
     accepted: bool
     """Inside the gate."""
     gate: str | None = None
-    """inside, outside, or undecided: too few images to say with the confidence that the recipe asks for."""
+    """inside, outside, undecided (too few images to say with the confidence that the recipe asks for), or unavailable
+    (no file for a runtime that the recipe allows)."""
     num_images_to_decide: int | None = None
     """Of an undecided variant: about how many images would tell."""
     winner: bool
+    reason: str | None = None
+    """Of the winner: why it was chosen."""
+    pareto: bool | None = None
+    """Whether nothing that is inside the gate beats it beyond noise: is faster and as accurate, or as fast and more
+    accurate, on the images that choices are made by. Null where it is not inside."""
     artifact_sha256: str
     artifact_path: str
+    torchscript_path: str | None = None
+    """Of the model as TorchScript."""
     onnx_path: str | None = None
-    """Of the same model as ONNX; null for float, and where no runtime for ONNX is installed."""
+    """Of the same model as ONNX; null where no runtime for ONNX is installed."""
     onnx_top1: float | None = None
-    """Measured on that file."""
+    """Of that file in the runtime that is fastest for it; the table `files` says which."""
     onnx_refusal: str | None = None
     """Why there is no such file, where there could be one."""
     torch_version: str
@@ -102,11 +116,35 @@ class VariantRow:
     created_at: datetime
 
     @property
-    def fastest_path(self) -> str:
-        """The file that `fastest_runtime` runs."""
-        if self.onnx_path is None or (self.fastest_runtime or "torchscript").startswith("torchscript"):
-            return self.artifact_path
-        return self.onnx_path
+    def verdict(self) -> str:
+        """baseline, winner, accepted, or why it is not accepted."""
+        if self.method == "float":
+            return "baseline"
+        return "winner" if self.winner else "accepted" if self.accepted else self.gate or "outside"
+
+    @property
+    def change(self) -> str:
+        """Of top-1 against float, in points, as "-0.50"."""
+        return points(-self.top1_drop)
+
+    @property
+    def interval(self) -> str:
+        """Of the change with 95% confidence, as "-1.10 to +0.10"; empty in old reports."""
+        if self.top1_drop_low is None or self.top1_drop_high is None:
+            return ""
+        return f"{points(-self.top1_drop_high)} to {points(-self.top1_drop_low)}"
+
+    @property
+    def evidence(self) -> str:
+        """How sure the change is, as "95% interval -1.10 to +0.10, p = 0.25"; empty in old reports."""
+        return f"95% interval {self.interval}, p = {self.p_value:.2g}" if self.p_value is not None else ""
+
+    @property
+    def load(self) -> str:
+        """How Python opens the file in its runtime."""
+        if self.runtime is None:
+            return f'torch.jit.load("{self.artifact_path}")'
+        return f'quantlib.export.load("{self.artifact_path}", "{self.runtime}")'
 
     @property
     def title(self) -> str:
@@ -114,6 +152,47 @@ class VariantRow:
         if self.kept_start:
             return f"{self.variant} (start)"
         return self.variant if self.best_epoch is None else f"{self.variant} (epoch {self.best_epoch})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRow:
+    """A file of a variant in the runtime that it is fastest in: what may be shipped, and what the gate judges."""
+
+    variant: str
+    path: str
+    sha256: str
+    size_bytes: int
+    runtime: str
+    """torchscript-ENGINE, onnxruntime or openvino."""
+    top1: float
+    top1_drop: float
+    """Float's top1 less this one's."""
+    top1_drop_low: float
+    """Ends of the 95% interval of the drop, image by image on the same images."""
+    top1_drop_high: float
+    p_value: float
+    """Exact McNemar test against float."""
+    top1_selection: float
+    """On the images that choices are made by."""
+    latency_p50_ms: float
+    """A batch of one image, one thread."""
+    speedup: float
+    """Against the fastest that float is in any runtime that the recipe allows."""
+    gate: str
+    """inside, outside or undecided."""
+    num_images_to_decide: int | None
+    """Of an undecided file: about how many images would tell."""
+    reported: bool
+    """Whether the variant's row is about this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoteRow:
+    """What is to be known of the run, a sentence."""
+
+    kind: str
+    """warning: the figures may mislead; note: the rest."""
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +311,10 @@ class Report:
     examples: tuple[Example, ...] = ()
     layers: tuple[LayerRow, ...] = ()
     """Empty where the recipe does not ask for them."""
-    notes: tuple[str, ...] = ()
-    """What is to be said of the run that is in no table."""
+    files: tuple[FileRow, ...] = ()
+    """Of quantized variants."""
+    notes: tuple[NoteRow, ...] = ()
+    """What is to be said of the run that no other table says."""
 
     @property
     def winner(self) -> VariantRow | None:
@@ -241,8 +322,13 @@ class Report:
         return next((row for row in self.variants if row.winner), None)
 
     @property
+    def warnings(self) -> list[str]:
+        """Why the figures may mislead, a sentence each."""
+        return [note.text for note in self.notes if note.kind == "warning"]
+
+    @property
     def remarks(self) -> list[str]:
-        """What is to be known of single variants, a sentence each."""
+        """What else is to be known, of the run and of single variants, a sentence each."""
         kept = [
             f"{row.variant}: no epoch of training was better than the model it started from, "
             f"so that is what was kept ({row.top1:.2%})."
@@ -255,13 +341,18 @@ class Report:
             for row in self.variants
             if row.gate == "undecided"
         ]
-        return [*self.notes, *kept, *undecided]
+        return [*(note.text for note in self.notes if note.kind == "note"), *kept, *undecided]
 
     @property
     def best(self) -> VariantRow:
         """The winner, or where there is none the quantized model that loses least."""
         quantized = [row for row in self.variants if row.method != "float"]
         return self.winner or max(quantized, key=lambda row: row.top1_selection)
+
+
+def points(change: float) -> str:
+    """A signed change of a fraction, in points; never minus zero."""
+    return f"{round(100 * change, 2) + 0.0:+.2f}"
 
 
 _COLUMN_TYPES: dict[Any, pa.DataType] = {
@@ -285,6 +376,8 @@ def _schema_of(row: type) -> pa.Schema:
 
 SCHEMAS: dict[str, pa.Schema] = {
     "variants": _schema_of(VariantRow),
+    "files": _schema_of(FileRow),
+    "notes": _schema_of(NoteRow),
     "epochs": _schema_of(EpochRow),
     "latency": _schema_of(LatencyRow),
     "layers": _schema_of(LayerRow),
@@ -313,6 +406,8 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
         "classes": _table("classes", report.classes),
         "examples": _table("examples", report.examples),
         "stages": _table("stages", report.stages),
+        "files": _table("files", report.files),
+        "notes": _table("notes", report.notes),
         "variants": _table("variants", report.variants),
     }
     for name, table in tables.items():

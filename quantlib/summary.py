@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantlib.report import Report, VariantRow, read_table
+from quantlib.report import Report, VariantRow, points, read_table
 from quantlib.sketch import Axis, as_markdown, plot
 
 _MAX_COMPUTED = 12
@@ -22,7 +22,8 @@ def summarize(report: Report, reports: Path) -> str:
     previous = find_previous(reports, recipe, report.run_id)
     before = read_table(reports, "variants", previous).to_pylist() if previous else []
     parts = [
-        _headline(report),
+        _verdict(report),
+        *(f"**Warning:** {warning}" for warning in report.warnings),
         _table(report.variants),
         *report.remarks,
         *_plots(report),
@@ -43,29 +44,50 @@ def find_previous(reports: Path, recipe: str, run_id: str) -> str | None:
     return max((match[1] for match in found if match and match[1] < run_id), default=None)
 
 
-def _headline(report: Report) -> str:
+def headline(report: Report) -> str:
+    """The verdict in a line, as "Ship minmax in onnxruntime: -0.50 points of top-1, 3.1x as fast"."""
     best = report.best
-    figures = f"{_points(-best.top1_drop)} points of top-1 against float, {best.speedup:.2f}x as fast"
+    where = f" in {best.runtime}" if best.runtime else ""
+    figures = f"{best.change} points of top-1, {best.speedup:.2f}x as fast"
     if report.winner:
-        return f"# Ship `{best.variant}`\n\n{figures}, {best.size_bytes / 1e6:.2f} MB."
-    return f"# Nothing to ship\n\nNo variant is inside the gate. The best so far is `{best.variant}`: {figures}."
+        return f"Ship {best.variant}{where}: {figures}"
+    return f"Nothing to ship: no variant is inside the gate. The best so far is {best.variant}{where}: {figures}"
+
+
+def _verdict(report: Report) -> str:
+    best = report.best
+    lines = [f"# {'Ship' if report.winner else 'Nothing to ship'}{f' `{best.variant}`' if report.winner else ''}"]
+    figures = (
+        f"{best.change} points of top-1 against float{f' ({best.evidence})' if best.evidence else ''}, "
+        f"{best.speedup:.2f}x as fast{f' in {best.runtime}' if best.runtime else ''}"
+    )
+    if report.winner is None:
+        lines.append(f"No variant is inside the gate. The best so far is `{best.variant}`: {figures}.")
+    else:
+        lines.append(f"{figures}, {best.size_bytes / 1e6:.2f} MB.")
+    if best.reason:
+        lines.append(f"Why this one: {best.reason}.")
+    return "\n\n".join(lines)
 
 
 def _table(variants: Sequence[VariantRow]) -> str:
     lines = [
-        "| variant | top-1 | change, points | size | latency p50 | speed-up | verdict |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        "| variant | runtime | top-1 | change, points | 95% interval | p | size | latency p50 | speed-up | verdict |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in variants:
-        verdict = "winner" if row.winner else "accepted" if row.accepted else row.gate or "outside"
+        is_float = row.method == "float"
         cells = [
             row.title.replace(row.variant, f"`{row.variant}`", 1),
+            row.runtime or "torchscript",
             f"{row.top1:.2%}",
-            "" if row.method == "float" else _points(-row.top1_drop),
+            "" if is_float else row.change,
+            "" if is_float else row.interval,
+            "" if is_float or row.p_value is None else f"{row.p_value:.2g}",
             f"{row.size_bytes / 1e6:.2f} MB",
             f"{row.latency_p50_ms:.2f} ms",
             f"{row.speedup:.2f}x",
-            "baseline" if row.method == "float" else f"**{verdict}**" if row.winner else verdict,
+            f"**{row.verdict}**" if row.winner else row.verdict,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -99,11 +121,11 @@ def _changes(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]
             lines.append(f"`{row.variant}` is new.")
         elif row.artifact_sha256 != old[row.variant]["artifact_sha256"]:
             lines.append(
-                f"`{row.variant}` is another model: {_points(row.top1 - old[row.variant]['top1'])} points of top-1, "
+                f"`{row.variant}` is another model: {points(row.top1 - old[row.variant]['top1'])} points of top-1, "
                 f"latency {old[row.variant]['latency_p50_ms']:.2f} to {row.latency_p50_ms:.2f} ms."
             )
         elif row.top1 != old[row.variant]["top1"]:
-            change = _points(row.top1 - old[row.variant]["top1"])
+            change = points(row.top1 - old[row.variant]["top1"])
             lines.append(f"`{row.variant}` is the same model, measured otherwise: {change} points of top-1.")
     lines += [f"`{name}` is gone." for name in old if name not in {row.variant for row in variants}]
     return "\n".join(f"- {line}" for line in lines) or "Every model is the same, and as accurate."
@@ -131,23 +153,9 @@ def _files(report: Report, reports: Path) -> str:
     best = report.best
     return "\n".join(
         [
-            f"- the model: `{best.artifact_path}`, for `torch.jit.load`",
-            *_fastest(best),
+            f"- the model: `{best.artifact_path}`",
+            f"- to load it: `{best.load}`",
             f"- the tables: `{reports}`, run `{report.run_id}`",
             f"- plots: `quantflow report --html report.html --run {report.run_id}`",
         ]
     )
-
-
-def _fastest(best: VariantRow) -> list[str]:
-    if best.fastest_runtime is None:
-        return []
-    return [
-        f"- fastest on this machine: {best.fastest_p50_ms:.2f} ms in {best.fastest_runtime}, "
-        f'`quantlib.export.load("{best.fastest_path}", "{best.fastest_runtime}")`'
-    ]
-
-
-def _points(change: float) -> str:
-    """A signed change of a fraction, in points; never minus zero."""
-    return f"{round(100 * change, 2) + 0.0:+.2f}"

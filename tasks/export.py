@@ -19,8 +19,8 @@ def script_and_save(model: Ref, *, branch: str) -> Ref:
 
 
 @stage("save_onnx-{branch}", aside=True)
-def save_onnx(artifact: Ref, images: Ref, engine: str, runtime: Runtime, crop: int, *, branch: str) -> Ref:
-    """The ONNX file of an int8 TorchScript file, once it answers as that does; or why there is none.
+def save_onnx(artifact: Ref, images: Ref, engine: str | None, runtime: Runtime, crop: int, *, branch: str) -> Ref:
+    """The ONNX file of a TorchScript file, once it answers as that does; or why there is none.
 
     A model that ONNX cannot express, or that answers otherwise in an ONNX runtime, still has its TorchScript file.
     """

@@ -102,12 +102,12 @@ def benchmark(
 def pick_examples(
     images: tuple[Ref, ...],
     baseline: tuple[Ref, ...],
-    variants: tuple[tuple[str, Ref, tuple[tuple[Ref, tuple[Ref, ...]], ...]], ...],
+    variants: tuple[tuple[str, tuple[Ref, ...]], ...],
     num_examples: int,
 ) -> Ref:
     """Images that variants answer otherwise than float, as small pictures.
 
-    A variant is its name, its artifact, and (artifact, answers) of whatever that was chosen from.
+    A variant is its name and its answers.
     """
     from quantlib import examples, predictions
     from quantlib import images as shards
@@ -119,6 +119,6 @@ def pick_examples(
         return predictions.concatenate([predictions.load(run.store.read(ref)) for ref in refs])
 
     before, found = answers(baseline), []
-    for name, artifact, candidates in variants:
-        found += examples.pick(name, before, answers(dict(candidates)[artifact]), pixels, num_examples)
+    for name, refs in variants:
+        found += examples.pick(name, before, answers(refs), pixels, num_examples)
     return run.store.put("examples", examples.save(found))

@@ -8,14 +8,16 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import diagnosis, examples, machine, predictions, report, verdict
+from quantlib import caveats, diagnosis, examples, machine, predictions, report, verdict
 from quantlib.machine import Runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
-from quantlib.report import ClassRow, Report
+from quantlib.report import ClassRow, NoteRow, Report
 from quantlib.scheme import Scheme
 from quantlib.store import Ref, Store
 from tasks import tracking
+from tasks.export import is_refusal
+from tasks.findings import store_with
 from tasks.measure import Contender
 from tasks.run import current_run
 
@@ -37,14 +39,13 @@ class EpochRefs(CandidateRefs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxRefs:
-    """A variant as ONNX."""
+class FileRefs:
+    """A file in the runtime that it is fastest in, with its answers there."""
 
     file: Ref
-    """Or why there is none."""
-    runtime: Runtime | None = None
-    """That its accuracy was measured in; None: there is no file."""
-    validation: tuple[Ref, ...] = ()
+    runtime: Runtime
+    validation: tuple[Ref, ...]
+    selection: tuple[Ref, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,10 @@ class VariantRefs:
     equalized: bool
     bias_corrected: bool
     artifact: Ref
-    onnx: OnnxRefs | None = None
-    """None for float, and where no runtime for ONNX is installed."""
+    onnx: Ref | None = None
+    """The ONNX file, or why there is none; None where no runtime for it is installed."""
+    files: tuple[FileRefs, ...] = ()
+    """What may be shipped of it, once that is known; empty where no file of it is for a runtime that is allowed."""
     validation: tuple[Ref, ...] = ()
     """Empty for QAT: those of the epoch that was chosen are meant, or of the start."""
     selection: tuple[Ref, ...] = ()
@@ -79,12 +82,6 @@ class VariantRefs:
         candidates = (*((self.start,) if self.start else ()), *self.epochs)
         return next((candidate for candidate in candidates if candidate.artifact == self.artifact), self)
 
-    @property
-    def candidates(self) -> tuple[tuple[Ref, tuple[Ref, ...]], ...]:
-        """(artifact, its answers on validation) of whatever `artifact` is one of."""
-        found = (*((self.start,) if self.start else ()), *self.epochs) or (self,)
-        return tuple((candidate.artifact, candidate.validation) for candidate in found)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
@@ -96,21 +93,22 @@ class Measurements:
     timings: Ref
     pictures: Ref | None
     """Example images, where any are asked for."""
-    notes: tuple[str, ...]
+    notes: tuple[NoteRow, ...]
     """What is to be said of the run."""
+    search_best: str | None = None
+    """The variant that the search ended with."""
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
 def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measurements) -> Report:
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
     run = current_run()
-    by_file: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
-    for timing in run.store.read_json(measurements.timings):
-        contender = measurements.contenders[timing["model"]]
-        setting = contender.runtime.name, timing["batch_size"], timing["num_threads"]
-        by_file.setdefault(contender.artifact, {})[setting] = timing["samples_ms"]
     folder = run.home / "models" / run.run_id
-    measured = [_measured(run.store, refs, by_file, folder) for refs in measurements.variants]
+    for variant in measurements.variants:
+        for file in (variant.artifact, onnx_file(variant)):
+            if file is not None:
+                run.store.lay_out(file, _place(folder, variant, file))
+    measured = _measured(run.store, measurements.variants, measurements.contenders, measurements.timings, folder)
     circumstances = verdict.Circumstances(
         recipe=recipe.name,
         selected_on=recipe.evaluation.select_on,
@@ -118,27 +116,78 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         cpu_model=machine.cpu_model(),
         created_at=datetime.now(UTC),
     )
+    judged = verdict.judge(measured, recipe.gate, circumstances)
+    doubts = caveats.find_caveats(judged.variants, recipe.gate, len(classes), measurements.search_best)
     found = Report(
         run_id=run.run_id,
-        variants=verdict.variant_rows(measured, recipe.gate, circumstances),
+        variants=judged.variants,
+        files=judged.files,
         epochs=verdict.epoch_rows(measured),
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
         classes=tuple(ClassRow(class_index=index, name=name) for index, name in enumerate(classes)),
         examples=examples.load(run.store.read(measurements.pictures)) if measurements.pictures is not None else (),
-        notes=measurements.notes,
+        notes=(*(NoteRow(kind="warning", text=text) for text in doubts), *measurements.notes),
         layers=tuple(
             row
             for variant in measured
             for row in diagnosis.layer_rows(variant.name, circumstances.selected_on, variant.layers)
         ),
     )
-    report.write(run.home / "reports", found, {variant.name: variant.validation for variant in measured})
+    answers = {row.variant: file.validation for row, file in zip(judged.variants, judged.reported, strict=True)}
+    report.write(run.home / "reports", found, answers)
     tracking.publish(found, run.home / "reports")
     return found
 
 
+def find_reported(
+    recipe: Recipe, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref
+) -> tuple[FileRefs, ...]:
+    """The file of each variant that the report will be about.
+
+    Raises:
+        NotYetKnownError: Where the run is only planned, and something was not measured before.
+    """
+    store = store_with((timings, *(ref for variant in variants for ref in _answers(variant))))
+    nowhere = verdict.Circumstances(
+        recipe="", selected_on="", torch_version="", cpu_model="", created_at=datetime.now(UTC)
+    )
+    measured = _measured(store, variants, contenders, timings, Path())
+    reported = verdict.judge(measured, recipe.gate, nowhere).reported
+    return tuple(
+        next(refs for refs in _files(variant) if refs.file.sha256 == file.sha256 and refs.runtime.name == file.runtime)
+        for variant, file in zip(variants, reported, strict=True)
+    )
+
+
+def _answers(variant: VariantRefs) -> list[Ref]:
+    return [ref for file in _files(variant) for ref in (*file.validation, *file.selection)]
+
+
+def _files(variant: VariantRefs) -> tuple[FileRefs, ...]:
+    """What the variant is judged by."""
+    if variant.files:
+        return variant.files
+    chosen, runtime = variant.chosen, machine.torch_runtime(variant.engine)
+    return (FileRefs(file=variant.artifact, runtime=runtime, validation=chosen.validation, selection=chosen.selection),)
+
+
+def _place(folder: Path, variant: VariantRefs, file: Ref) -> Path:
+    return folder / f"{variant.name}{'.pt' if file == variant.artifact else '.onnx'}"
+
+
 def _measured(
+    store: Store, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref, folder: Path
+) -> list[verdict.Measured]:
+    samples: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
+    for timing in store.read_json(timings):
+        contender = contenders[timing["model"]]
+        setting = contender.runtime.name, timing["batch_size"], timing["num_threads"]
+        samples.setdefault(contender.artifact, {})[setting] = timing["samples_ms"]
+    return [_measured_variant(store, refs, samples, folder) for refs in variants]
+
+
+def _measured_variant(
     store: Store, refs: VariantRefs, samples: dict[Ref, dict[tuple[str, int, int], list[float]]], folder: Path
 ) -> verdict.Measured:
     chosen = refs.chosen
@@ -151,7 +200,18 @@ def _measured(
         )
         for epoch in refs.epochs
     )
-    place = store.lay_out(refs.artifact, folder / f"{refs.name}.pt")
+    files = tuple(
+        verdict.File(
+            path=str(_place(folder, refs, file.file)),
+            sha256=file.file.sha256,
+            size_bytes=file.file.size,
+            runtime=file.runtime.name,
+            validation=read_predictions(store, file.validation),
+            selection=read_predictions(store, file.selection),
+        )
+        for file in _files(refs)
+    )
+    onnx = onnx_file(refs)
     return verdict.Measured(
         name=refs.name,
         method=refs.method,
@@ -160,25 +220,23 @@ def _measured(
         scheme=refs.scheme,
         equalized=refs.equalized,
         bias_corrected=refs.bias_corrected,
-        validation=read_predictions(store, chosen.validation),
-        selection=read_predictions(store, chosen.selection),
+        files=files,
+        available=bool(refs.files),
         simulated={parts: read_predictions(store, shards) for parts, shards in refs.simulated.items()},
         layers=[store.read_json(part) for part in refs.layers],
         epochs=epochs,
         start_validation=read_predictions(store, refs.start.validation) if refs.start else None,
         kept_start=chosen is refs.start if refs.start else None,
-        samples_ms=samples[refs.artifact] | (samples.get(refs.onnx.file, {}) if refs.onnx else {}),
-        onnx=_measured_onnx(store, refs.onnx, folder / f"{refs.name}.onnx") if refs.onnx else None,
-        artifact_sha256=refs.artifact.sha256,
-        artifact_path=str(place),
-        size_bytes=refs.artifact.size,
+        samples_ms=samples[refs.artifact] | (samples.get(refs.onnx, {}) if refs.onnx else {}),
+        torchscript_path=str(_place(folder, refs, refs.artifact)),
+        onnx_path=str(_place(folder, refs, onnx)) if onnx else None,
+        onnx_refusal=store.read_json(refs.onnx)["reason"] if refs.onnx and not onnx else None,
     )
 
 
-def _measured_onnx(store: Store, refs: OnnxRefs, place: Path) -> verdict.Onnx:
-    if refs.runtime is None:
-        return verdict.Onnx(refusal=store.read_json(refs.file)["reason"])
-    return verdict.Onnx(path=str(store.lay_out(refs.file, place)), validation=read_predictions(store, refs.validation))
+def onnx_file(variant: VariantRefs) -> Ref | None:
+    """The ONNX file, where there is one; of a run that is only planned, where there may be."""
+    return None if variant.onnx is None or is_refusal(variant.onnx) else variant.onnx
 
 
 def read_predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:

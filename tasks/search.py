@@ -5,14 +5,11 @@ from collections.abc import Iterable
 from quantlib import diagnosis, significance
 from quantlib.recipe import BranchRecipe
 from quantlib.search import Trial
-from quantlib.store import Ref, Store
+from quantlib.store import Ref
 from tasks.caching import PLANNER
+from tasks.findings import store_with
 from tasks.report import VariantRefs, read_predictions
 from tasks.run import current_run
-
-
-class NotYetKnownError(Exception):
-    """A run that is only planned cannot say what a stage would find."""
 
 
 def judge(branch: BranchRecipe, baseline: VariantRefs, variant: VariantRefs) -> Trial:
@@ -21,7 +18,7 @@ def judge(branch: BranchRecipe, baseline: VariantRefs, variant: VariantRefs) -> 
     Raises:
         NotYetKnownError: Where the run is only planned, and the trial was not made before.
     """
-    store = _store_with((*baseline.selection, variant.artifact, *variant.chosen.selection))
+    store = store_with((*baseline.selection, variant.artifact, *variant.chosen.selection))
     before = read_predictions(store, baseline.selection).top1_correct
     after = read_predictions(store, variant.chosen.selection).top1_correct
     paired = significance.paired_drop(before, after)
@@ -34,7 +31,7 @@ def rank_layers(parts: tuple[Ref, ...]) -> list[str]:
     Raises:
         NotYetKnownError: Where the run is only planned, and they were not measured before.
     """
-    store = _store_with(parts)
+    store = store_with(parts)
     rows = diagnosis.layer_rows("", "", [store.read_json(part) for part in parts])
     return [row.layer for row in diagnosis.costliest(rows) if row.weight_min is not None]
 
@@ -58,12 +55,3 @@ def save_best(artifact: Ref) -> None:
     if PLANNER.get() is None:
         run = current_run()
         run.store.lay_out(artifact, run.home / "models" / run.run_id / "search-best.pt")
-
-
-def _store_with(refs: tuple[Ref, ...]) -> Store:
-    planner = PLANNER.get()
-    if planner is None:
-        return current_run().store
-    if not all(isinstance(ref, Ref) for ref in refs):
-        raise NotYetKnownError
-    return planner.store

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from quantlib.report import LayerRow, VariantRow
+from quantlib.report import FileRow, LayerRow, VariantRow
 
 START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
 
@@ -32,6 +32,7 @@ def variant_row(name: str, **changes: Any) -> VariantRow:
         "speedup": 1.0,
         "accepted": True,
         "winner": False,
+        "runtime": "torchscript-x86",
         "artifact_sha256": f"hash of {name}",
         "artifact_path": f"/models/{name}.pt",
         "torch_version": "2.15.0",
@@ -39,7 +40,7 @@ def variant_row(name: str, **changes: Any) -> VariantRow:
         "created_at": START,
     }
     if changes.get("method") == "float":
-        values |= {"qconfig": None, "engine": None}
+        values |= {"qconfig": None, "engine": None, "runtime": "torchscript"}
     return VariantRow(**values | changes)
 
 
@@ -64,3 +65,26 @@ def layer_row(name: str, **changes: Any) -> LayerRow:
         "measured_on": "held_back",
     }
     return LayerRow(**values | changes)
+
+
+def file_row(name: str, **changes: Any) -> FileRow:
+    """The ONNX file of a variant, inside the gate."""
+    values: dict[str, Any] = {
+        "variant": name,
+        "path": f"/models/{name}.onnx",
+        "sha256": f"hash of {name}.onnx",
+        "size_bytes": 4_000_000,
+        "runtime": "openvino",
+        "top1": 0.75,
+        "top1_drop": 0.0,
+        "top1_drop_low": -0.01,
+        "top1_drop_high": 0.01,
+        "p_value": 1.0,
+        "top1_selection": 0.8,
+        "latency_p50_ms": 8.0,
+        "speedup": 1.0,
+        "gate": "inside",
+        "num_images_to_decide": None,
+        "reported": True,
+    }
+    return FileRow(**values | changes)

@@ -1,19 +1,20 @@
 """What a terminal of 80 columns shows."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 from rows import layer_row, variant_row
 
-from flows.console import conclusion, result_table, why
+from flows.console import conclusion, interval_table, result_table, why
 from quantlib.diagnosis import diagnose
-from quantlib.report import LayerRow, Report, VariantRow
+from quantlib.report import LayerRow, NoteRow, Report, VariantRow
 
 
 def _wide_row(name: str, **changes: Any) -> VariantRow:
     """With figures as long as real ones get."""
-    wide = {"top1_drop": 0.5184, "size_bytes": 8_918_000, "latency_p50_ms": 12.34}
+    wide = {"top1_drop": 0.5184, "size_bytes": 8_918_000, "latency_p50_ms": 12.34, "runtime": "torchscript-onednn"}
     return variant_row(name, **wide | changes)
 
 
@@ -45,9 +46,44 @@ def test_a_row_takes_one_line() -> None:
 
 def test_the_best_of_a_run_without_winner_has_lost_points_as_a_winner_has() -> None:
     rows = (variant_row("float", method="float"), variant_row("a", top1_drop=0.04, accepted=False))
-    assert "The best so far is a, -4.00 points." in conclusion(_report(*rows), 0.01)
-    won = (rows[0], variant_row("a", top1_drop=0.04, winner=True))
-    assert "Winner: a, -4.00 points" in conclusion(_report(*won), 0.05)
+    assert "The best so far: a in torchscript-x86, -4.00 points" in conclusion(_report(*rows), 0.01)
+    won = (rows[0], variant_row("a", top1_drop=0.04, winner=True, reason="the fastest inside the gate"))
+    assert "Winner: a in torchscript-x86, -4.00 points" in conclusion(_report(*won), 0.05)
+
+
+def test_the_conclusion_says_why_how_sure_it_is_what_is_doubtful_and_how_to_load_the_file() -> None:
+    best = variant_row(
+        "a",
+        winner=True,
+        runtime="openvino",
+        artifact_path="/models/a.onnx",
+        top1_drop=0.004,
+        top1_drop_low=-0.002,
+        top1_drop_high=0.01,
+        p_value=0.25,
+        reason="as fast as b (within noise), as accurate, smallest",
+        latency_p50_ms=2.5,
+        speedup=3.0,
+    )
+    doubt = NoteRow(kind="warning", text="Few images.")
+    lines = conclusion(replace(_report(variant_row("float", method="float"), best), notes=(doubt,)), 0.01).splitlines()
+    assert lines == [
+        "Winner: a in openvino, -0.40 points of top-1 against float (95% interval -1.00 to +0.20, p = 0.25), 3.00x as "
+        "fast.",
+        "Why: as fast as b (within noise), as accurate, smallest.",
+        "Warning: Few images.",
+        "  file    /models/a.onnx",
+        '  load    quantlib.export.load("/models/a.onnx", "openvino")',
+        "          75.00% of top-1, 2.50 ms an image on one thread, 4.00 MB",
+    ]
+
+
+def test_how_sure_each_change_is_is_shown_on_request() -> None:
+    row = variant_row("a", top1_drop=0.004, top1_drop_low=-0.002, top1_drop_high=0.01, p_value=0.25, num_images=5000)
+    lines = _shown(interval_table([variant_row("float", method="float"), row]))
+    assert [line.split() for line in lines if " a " in line] == [
+        ["a", "-0.40", "-1.00", "to", "+0.20", "0.25", "5,000"]
+    ]
 
 
 def test_nothing_is_said_of_causes_that_were_not_measured() -> None:

@@ -6,7 +6,7 @@ from flows.planning import plan_run
 from quantlib.recipe import parse_recipe
 
 
-def test_a_finished_recipe_would_reuse_every_stage(home_copy, undisturbed):
+def test_a_finished_recipe_would_reuse_every_stage(home_copy, undisturbed, equally_fast):
     planned = plan_run(parse_recipe(harness.RECIPE), home_copy)
     assert {stage.label for stage in planned} == set(undisturbed[1].stages)
     assert [stage for stage in planned if not stage.reused] == []

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import duckdb
 import harness
@@ -13,8 +14,9 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 
-from quantlib import report
+from quantlib import evaluation, report
 from quantlib.journal import read_runs
+from quantlib.machine import default_engine, torchscript_on
 from quantlib.store import Store
 
 
@@ -110,7 +112,8 @@ def test_qat_reports_its_best_epoch_with_that_epochs_accuracy(undisturbed):
 
 def test_the_laid_out_file_gives_the_reported_top1_with_torch_alone(undisturbed, tmp_path):
     home, _ = undisturbed
-    variant = pd.read_parquet(home / "reports" / "variants").set_index("variant").loc["per_channel"]
+    files = pd.read_parquet(home / "reports" / "files").set_index(["variant", "runtime"])
+    file = files.loc["per_channel", torchscript_on(default_engine())]
     store = Store(home / "store")
     shard = store.path(store.find_record(harness.keys_done(home)["decode-validation-0"]).outputs[0])
     code = f"""
@@ -120,12 +123,44 @@ with open({str(shard)!r}, "rb") as file:
     labels, pixels = (torch.from_numpy(numpy.load(file)) for _ in range(2))
 x = pixels.permute(0, 3, 1, 2).float().div(255)
 x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-model = torch.jit.load({variant.artifact_path!r})
+model = torch.jit.load({file.path!r})
 with torch.inference_mode():
     print(float((model(x).argmax(1) == labels).float().mean()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert float(done.stdout) == pytest.approx(variant.top1, abs=1e-6)
+    assert float(done.stdout) == pytest.approx(file.top1, abs=1e-6)
+
+
+def test_every_file_gives_the_reported_top1_in_the_runtime_that_it_is_reported_for(undisturbed):
+    home, _ = undisturbed
+    store = Store(home / "store")
+    shard = store.path(store.find_record(harness.keys_done(home)["decode-validation-0"]).outputs[0])
+    files = pd.read_parquet(home / "reports" / "files")
+    variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
+    assert {Path(path).suffix for path in files.path} == {".pt", ".onnx"}
+    for file in files.itertuples():
+        assert evaluation.evaluate_file(Path(file.path), file.runtime, shard, 16).top1 == file.top1
+        if file.reported:
+            row = variants.loc[file.variant]
+            assert (row.artifact_path, row.runtime, row.top1) == (file.path, file.runtime, file.top1)
+            assert (row.size_bytes, row.latency_p50_ms) == (Path(file.path).stat().st_size, file.latency_p50_ms)
+    assert list(files[files.reported].variant) == ["per_channel", "qat"]
+
+
+def test_nothing_is_recommended_for_a_runtime_that_the_gate_leaves_out(home_copy):
+    recipe = harness.RECIPE | {"gate": harness.RECIPE["gate"] | {"runtimes": ["onnxruntime"]}}
+    assert harness.run(home_copy, recipe=recipe).error == ""
+    newest = read_runs(home_copy / "runs")[0].file.run_id
+    variants = pd.read_parquet(home_copy / "reports" / "variants" / f"run_id={newest}")
+    assert set(variants.runtime) == {"onnxruntime"}
+    assert variants.winner.sum() == 1
+    latency = pd.read_parquet(home_copy / "reports" / "latency" / f"run_id={newest}").set_index(
+        ["variant", "runtime", "batch_size", "num_threads"]
+    )
+    in_float = latency.p50_ms["float", "onnxruntime", 1, 1]
+    for row in variants.itertuples():
+        assert row.latency_p50_ms == latency.p50_ms[row.variant, "onnxruntime", 1, 1]
+        assert row.speedup == pytest.approx(in_float / row.latency_p50_ms)
 
 
 def test_every_stage_is_named_after_its_branch_and_reported_with_its_key(undisturbed):

@@ -1,7 +1,7 @@
 """Timing. No test here asserts a time: the machine is busy with others."""
 
 from collections import Counter
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_every_model_follows_every_other_about_as_often(calls: list[tuple[str, i
     turns = [name for name, _, _ in calls][3 * NUM_WARM_UP :: 2]
     firsts = Counter(turns[::3])
     assert min(firsts[name] for name in "abc") >= 10
-    follows = Counter(zip(turns, turns[1:], strict=False))
+    follows = Counter(pairwise(turns))
     assert min(follows[pair] for pair in permutations("abc", 2)) >= 15
 
 

@@ -25,8 +25,12 @@ QAT = replace(
     method="qat",
     qconfig="fbgemm",
     engine="x86",
+    runtime="torchscript-x86",
     top1=0.5,
     top1_drop=0.25,
+    top1_drop_low=0.1,
+    top1_drop_high=0.4,
+    p_value=0.002,
     best_epoch=1,
     size_bytes=1_000_000,
     latency_p50_ms=2.0,
@@ -65,7 +69,7 @@ def epoch(number: int) -> EpochRow:
 def latency(variant: str) -> LatencyRow:
     return LatencyRow(
         variant=variant,
-        runtime="torch",
+        runtime="torchscript-x86",
         batch_size=4,
         num_threads=1,
         p50_ms=8.0,
@@ -125,7 +129,8 @@ def test_the_verdict_comes_before_every_table_and_chart(tmp_path):
     body = page[page.index("<body>") :]
     assert "<h1>Ship trained</h1>" in body
     assert body.index("Ship trained") < min(body.index("<table"), body.index('class="chart"'))
-    assert "-25.00 points of top-1 against float, 4.00 times as fast, 4.0 times smaller" in body
+    figures = "-25.00 points of top-1 against float (95% interval -40.00 to -10.00, p = 0.002), 4.00 times as fast"
+    assert f"{figures} in torchscript-x86, 4.0 times smaller" in body
 
 
 def test_a_run_without_a_winner_says_so_and_names_the_best(tmp_path):

@@ -14,13 +14,13 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from rows import START, layer_row, variant_row
+from rows import START, file_row, layer_row, variant_row
 
 from quantlib import report
 from quantlib.errors import MachineError, StoreError
 from quantlib.examples import Example
 from quantlib.predictions import Predictions
-from quantlib.report import ClassRow, EpochRow, LatencyRow, Report, StageRow
+from quantlib.report import ClassRow, EpochRow, LatencyRow, NoteRow, Report, StageRow
 
 # The contract: columns may be added, and none renamed.
 COLUMNS = {
@@ -37,16 +37,22 @@ COLUMNS = {
 MORE_COLUMNS = {
     "classes": "run_id, class_index, name",
     "examples": "run_id, variant, image_index, label, float_top1, int8_top1, png",
+    "files": "run_id, variant, path, sha256, size_bytes, runtime, top1, top1_drop, top1_drop_low, top1_drop_high, "
+    "p_value, top1_selection, latency_p50_ms, speedup, gate, num_images_to_decide, reported",
+    "notes": "run_id, kind, text",
 }
+# In the order in which they are written.
 NUM_ROWS = {
-    "variants": 3,
     "epochs": 1,
     "latency": 1,
+    "layers": 1,
     "predictions": 12,
-    "stages": 2,
     "classes": 3,
     "examples": 1,
-    "layers": 1,
+    "stages": 2,
+    "files": 1,
+    "notes": 1,
+    "variants": 3,
 }
 
 
@@ -104,6 +110,8 @@ def found() -> Report:
         classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(("red", "green", "blue"))),
         examples=(Example(variant="a", image_index=2, label=2, float_top1=2, int8_top1=0, png=b"\x89PNG\0"),),
         layers=(LAYER,),
+        files=(file_row("b"),),
+        notes=(NoteRow(kind="warning", text="Few images."),),
     )
 
 
@@ -220,9 +228,9 @@ def test_a_reader_sees_nothing_of_a_run_that_is_being_written(
     report.write(reports, replace(found, run_id="third"), PREDICTIONS)
 
     # At the moment when the n-th file is complete, the tables before it are there, and its own is not.
-    order = ["epochs", "latency", "layers", "predictions", "classes", "examples", "stages", "variants"]
+    order = list(NUM_ROWS)
     assert counts == [
-        {name: NUM_ROWS[name] * (3 if order.index(name) < step else 2) for name in order} for step in range(8)
+        {name: NUM_ROWS[name] * (3 if order.index(name) < step else 2) for name in order} for step in range(len(order))
     ]
 
 

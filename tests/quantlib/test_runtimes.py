@@ -75,8 +75,18 @@ def test_an_onnx_file_that_answers_otherwise_is_refused(
     right, wrong = (export.to_onnx(path, engine, 32) for path in (files / "int8.pt", tmp_path / "other.pt"))
 
     export.check_onnx(right, files / "int8.pt", engine, runtime, val_shard)
-    with pytest.raises(ModelError, match=rf"In {runtime} the logits are \d+% of their power away"):
+    with pytest.raises(ModelError, match=rf"In {runtime} the logits are [\d.]+% of their power away"):
         export.check_onnx(wrong, files / "int8.pt", engine, runtime, val_shard)
+
+
+@pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
+def test_float_as_onnx_answers_as_its_torchscript_file_to_a_hundredth_of_the_logits(
+    files: Path, runtime: str, val_shard: Path, val_inputs: torch.Tensor, tmp_path: Path
+) -> None:
+    content = export.to_onnx(files / "float.pt", None, 32)
+    export.check_onnx(content, files / "float.pt", None, runtime, val_shard)
+    with pytest.raises(ModelError, match=r"at most 0.01% are allowed\.$"):
+        export.check_onnx((files / "int8.onnx").read_bytes(), files / "float.pt", None, runtime, val_shard)
 
 
 def test_what_onnx_cannot_express_is_refused(tmp_path: Path, engine: str) -> None:

@@ -6,13 +6,23 @@ from rows import START, variant_row
 
 from quantlib import report, summary
 from quantlib.predictions import Predictions
-from quantlib.report import Report, StageRow
+from quantlib.report import NoteRow, Report, StageRow
 
 FIRST, SECOND = "20260501-030000-tiny-0000000a", "20260502-030000-tiny-0000000b"
 
 
 FLOAT = variant_row("float", method="float")
-PTQ = variant_row("minmax", top1=0.7, top1_drop=0.05, winner=True, speedup=4.0, latency_p50_ms=2.0)
+PTQ = variant_row(
+    "minmax",
+    top1=0.7,
+    top1_drop=0.05,
+    top1_drop_low=0.02,
+    top1_drop_high=0.08,
+    p_value=0.0031,
+    winner=True,
+    speedup=4.0,
+    latency_p50_ms=2.0,
+)
 
 
 def run(run_id=SECOND, variants=(FLOAT, PTQ), cached=(True, False)) -> Report:
@@ -27,7 +37,9 @@ def write(folder, found: Report) -> None:
 
 def test_the_winner_comes_first(tmp_path):
     text = summary.summarize(run(), tmp_path)
-    assert text.startswith("# Ship `minmax`\n\n-5.00 points of top-1 against float, 4.00x as fast")
+    assert text.startswith(
+        "# Ship `minmax`\n\n-5.00 points of top-1 against float (95% interval -8.00 to -2.00, p = 0.0031)"
+    )
     assert "first run of recipe `tiny`" in text
 
 
@@ -38,8 +50,21 @@ def test_without_a_winner_the_page_says_so(tmp_path):
 
 def test_the_table_has_a_line_a_variant(tmp_path):
     text = summary.summarize(run(), tmp_path)
-    assert "| `float` | 75.00% |  | 4.00 MB | 8.00 ms | 1.00x | baseline |" in text
-    assert "| `minmax` | 70.00% | -5.00 | 4.00 MB | 2.00 ms | 4.00x | **winner** |" in text
+    assert "| `float` | torchscript | 75.00% |  |  |  | 4.00 MB | 8.00 ms | 1.00x | baseline |" in text
+    assert (
+        "| `minmax` | torchscript-x86 | 70.00% | -5.00 | -8.00 to -2.00 | 0.0031 | 4.00 MB | 2.00 ms | 4.00x | "
+        "**winner** |" in text
+    )
+
+
+def test_the_verdict_says_how_sure_it_is_why_and_what_is_doubtful(tmp_path):
+    doubt = NoteRow(kind="warning", text="Few images.")
+    found = replace(run(variants=(FLOAT, replace(PTQ, reason="the fastest inside the gate"))), notes=(doubt,))
+    text = summary.summarize(found, tmp_path)
+    assert "-5.00 points of top-1 against float (95% interval -8.00 to -2.00, p = 0.0031), 4.00x as fast" in text
+    assert "Why this one: the fastest inside the gate." in text
+    assert "**Warning:** Few images." in text
+    assert summary.headline(found) == "Ship minmax in torchscript-x86: -5.00 points of top-1, 4.00x as fast"
 
 
 def test_an_unchanged_model_is_no_change_whatever_its_timing(tmp_path):

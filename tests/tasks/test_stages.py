@@ -9,10 +9,12 @@ from prefect.states import State
 from quantlib import data, images, predictions
 from quantlib.errors import ModelError, QuantflowError
 from quantlib.inputs import ModelInput, find_inputs
+from quantlib.machine import torch_runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import parse_recipe
 from quantlib.transforms import EvalTransform
 from tasks.data import decode
+from tasks.measure import Contender
 from tasks.model import fuse, load_float
 from tasks.quantize import calibrate, choose_epoch, has_stalled
 from tasks.report import CandidateRefs, EpochRefs, VariantRefs, _measured
@@ -121,9 +123,11 @@ def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run):
         metrics=run.store.put_json("metrics", metrics),
     )
     refs |= {"equalized": False, "bias_corrected": False, "start": candidate, "epochs": (trained,)}
-    kept, moved = (
-        _measured(run.store, VariantRefs(name="q", artifact=artifact, **refs), {artifact: {}}, run.home / "models")
-        for artifact in (start, epoch)
+    variants = tuple(VariantRefs(name="q", artifact=artifact, **refs) for artifact in (start, epoch))
+    contenders = tuple(Contender(artifact, torch_runtime("x86")) for artifact in (start, epoch))
+    timings = run.store.put_json(
+        "timings", [{"model": n, "batch_size": 1, "num_threads": 1, "samples_ms": [1.0]} for n in (0, 1)]
     )
-    assert (kept.kept_start, kept.validation.top1, [e.chosen for e in kept.epochs]) == (True, 0.9, [False])
-    assert (moved.kept_start, moved.validation.top1, [e.chosen for e in moved.epochs]) == (False, 0.8, [True])
+    kept, moved = _measured(run.store, variants, contenders, timings, run.home / "models")
+    assert (kept.kept_start, kept.files[0].validation.top1, [e.chosen for e in kept.epochs]) == (True, 0.9, [False])
+    assert (moved.kept_start, moved.files[0].validation.top1, [e.chosen for e in moved.epochs]) == (False, 0.8, [True])
