@@ -28,6 +28,7 @@ def test_the_tutorials_recipe_gives_the_tutorials_figures(weights, shared, tmp_p
     home = tmp_path / "home"
     command = [sys.executable, "-m", "flows.cli", "run", "cifar10", "--home", home, "--set", "qat.0.epochs=2"]
     settings = [f"data.root={shared('data/cifar10')}", f"model.weights={shared(f'weights/{weights}.pth')}"]
+    settings.append('gate.runtimes=["torchscript"]')
     done = subprocess.run([*command, *(part for s in settings for part in ("--set", s))], check=False)
     assert done.returncode in {0, NO_WINNER}
     variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
@@ -36,7 +37,8 @@ def test_the_tutorials_recipe_gives_the_tutorials_figures(weights, shared, tmp_p
         assert variants.num_images[name] == 5000
         assert variants.size_bytes[name] == pytest.approx(SIZES_MB[name] * 1e6, rel=0.02), name
     epochs = pd.read_parquet(home / "reports" / "epochs")
-    assert variants.top1["qat"] == epochs.top1.max()
+    # Epochs are evaluated on torch's own engine, the file to ship on the one that is fastest for it.
+    assert variants.top1["qat"] == pytest.approx(epochs.top1.max(), abs=0.003)
     # What the tutorial's training transform costs on these weights.
     assert variants.top1["qat"] == pytest.approx(0.79 if weights.endswith("64px") else 0.7736, abs=0.03)
     _check_plain_load(variants.loc["per_channel"], shared("data/cifar10"))
@@ -52,10 +54,11 @@ normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 transform = T.Compose([T.Resize(64), T.CenterCrop(64), T.ToTensor(), normalize])
 images = torchvision.datasets.ImageFolder(sys.argv[2], transform)
 model = torch.jit.load(sys.argv[1])
+torch.backends.quantized.engine = sys.argv[3].partition("-")[2]
 with torch.inference_mode():
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in torch.utils.data.DataLoader(images, 50))
 print(json.dumps(right / len(images)))
 """
-    arguments = [sys.executable, "-c", code, variant.artifact_path, data / "val"]
+    arguments = [sys.executable, "-c", code, variant.artifact_path, data / "val", variant.runtime]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == pytest.approx(variant.top1, abs=1e-9)
