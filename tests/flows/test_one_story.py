@@ -1,0 +1,93 @@
+"""The terminal, the page, the dashboard and the tables say the same of a run."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rows import file_row, variant_row
+
+from flows.console import conclusion
+from quantlib import html_report, report, summary
+from quantlib.predictions import Predictions
+from quantlib.report import NoteRow, Report
+
+WINNER = variant_row(
+    "small",
+    runtime="openvino",
+    artifact_path="/models/small.onnx",
+    winner=True,
+    pareto=True,
+    reason="as fast as large (within noise), as accurate, smallest",
+    top1_drop=0.0042,
+    top1_drop_low=-0.0021,
+    top1_drop_high=0.0105,
+    p_value=0.25,
+    speedup=3.14,
+    latency_p50_ms=1.02,
+    top1=0.7458,
+    top1_selection=0.79,
+    size_bytes=1_000_000,
+)
+# In the table it beats the winner in accuracy and in speed: within noise.
+RIVAL = variant_row("large", runtime="openvino", pareto=True, latency_p50_ms=1.0, top1=0.7479, size_bytes=2_000_000)
+FOUND = Report(
+    run_id="20260501-030000-tiny-0000000a",
+    variants=(variant_row("float", method="float"), WINNER, RIVAL),
+    epochs=(),
+    latency=(),
+    stages=(),
+    files=(file_row("small"), file_row("large")),
+    notes=(
+        NoteRow(kind="warning", text="40 validation images are few."),
+        NoteRow(kind="note", text="The search ended."),
+    ),
+)
+SAID = (
+    "-0.42 points of top-1 against float (95% interval -1.05 to +0.21, p = 0.25)",
+    "3.14",
+    "as fast as large (within noise), as accurate, smallest",
+    'quantlib.export.load("/models/small.onnx", "openvino")',
+    "40 validation images are few.",
+    "The search ended.",
+)
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> Path:
+    answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
+    report.write(tmp_path, FOUND, {row.variant: answers for row in FOUND.variants})
+    return tmp_path
+
+
+def test_terminal_page_and_dashboard_say_the_same(reports: Path) -> None:
+    page = html.unescape(html_report.render(reports))
+    for text in (conclusion(FOUND, 0.01), page, summary.summarize(FOUND, reports)):
+        assert [said for said in SAID if said not in text] == []
+
+
+def test_the_tables_hold_all_of_it(reports: Path) -> None:
+    row = pd.read_parquet(reports / "variants").set_index("variant").loc["small"]
+    shown = (row.top1_drop, row.top1_drop_low, row.top1_drop_high, row.p_value, row.speedup, row.reason, row.runtime)
+    assert shown == (0.0042, -0.0021, 0.0105, 0.25, 3.14, WINNER.reason, "openvino")
+    assert list(pd.read_parquet(reports / "notes").text) == ["40 validation images are few.", "The search ended."]
+
+
+def test_the_star_lies_on_the_line_of_what_was_compared(reports: Path) -> None:
+    page = html_report.render(reports)
+    figure = re.search(r'data-chart="chart-tradeoff">(.*?)</script>', page, re.DOTALL)
+    assert figure is not None
+    traces = json.loads(figure[1])["data"]
+    front = next(trace for trace in traces if trace["name"] == "Pareto front")
+    assert (WINNER.latency_p50_ms, WINNER.top1) in set(zip(front["x"], front["y"], strict=True))
+    starred = [
+        (x, y)
+        for trace in traces
+        if trace is not front
+        for x, y, text in zip(trace["x"], trace["y"], trace["text"], strict=True)
+        if "★" in text
+    ]
+    assert starred == [(WINNER.latency_p50_ms, WINNER.top1)]
