@@ -199,7 +199,9 @@ def _serve(port: int) -> None:
         import uvicorn
         from prefect.server.api.server import create_app
 
-        app = create_app()
+        from flows.origins import answer_own_pages_only
+
+        app = answer_own_pages_only(create_app(), port)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 

@@ -22,8 +22,6 @@ _OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-dev-shm-usage",
-    # Whatever asks for another host fails, and is seen as an error on the console.
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--disable-background-networking",
 ]
 
@@ -102,8 +100,14 @@ class Browser:
 
 
 @contextmanager
-def browse() -> Iterator[Browser]:
-    """A browser inside the block."""
+def browse(*own_hosts: str) -> Iterator[Browser]:
+    """A browser inside the block.
+
+    Args:
+        own_hosts: Names that lead to 127.0.0.1. Whatever asks for another host fails, and is seen as an error on the
+            console.
+    """
+    rules = [*(f"MAP {host} 127.0.0.1" for host in own_hosts), "MAP * ~NOTFOUND", "EXCLUDE 127.0.0.1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -116,7 +120,10 @@ def browse() -> Iterator[Browser]:
                 break
             time.sleep(0.1)
         wanted = {
-            "goog:chromeOptions": {"args": _OPTIONS, "binary": CHROMIUM},
+            "goog:chromeOptions": {
+                "args": [*_OPTIONS, f"--host-resolver-rules={', '.join(rules)}"],
+                "binary": CHROMIUM,
+            },
             "goog:loggingPrefs": {"browser": "ALL"},
         }
         session = _request(f"{address}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]

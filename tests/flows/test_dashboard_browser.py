@@ -1,7 +1,11 @@
 """The pages that people look at, in a browser; the screenshots in docs/ are taken here."""
 
+import json
 import os
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import browser
 import pytest
@@ -114,6 +118,76 @@ def test_the_result_is_an_artifact_with_a_table(dashboard, runs, window, shoot):
     assert "stages were reused" in window.text()
     shoot("artifact")
     assert errors(window) == []
+
+
+# Tries what a page can: requests that a browser sends without asking first, those that it asks for, and sockets.
+ATTACK = """
+const api = %s, flow = name => JSON.stringify({name: %s + name}), json = {"Content-Type": "application/json"};
+const socket = path => new Promise((opened, failed) => {
+    const found = new WebSocket(api.replace("http", "ws") + path, "prefect");
+    found.onopen = opened;
+    found.onerror = failed;
+});
+const image = new Image();
+const tried = {
+    read: fetch(api + "/health"),
+    preflighted: fetch(api + "/flows/", {method: "POST", headers: json, body: flow("preflighted")}),
+    simple: fetch(api + "/flows/", {method: "POST", body: flow("simple")}),
+    unasked: fetch(api + "/flows/", {method: "POST", mode: "no-cors", body: new Blob([flow("unasked")])}),
+    beacon: Promise.resolve(navigator.sendBeacon(api + "/flows/", flow("beacon"))),
+    events_in: socket("/events/in"),
+    events_out: socket("/events/out"),
+    worker: socket("/work_pools/quantflow/workers/connect"),
+};
+const done = Object.entries(tried).map(([name, promise]) => promise.then(() => name, () => null));
+return Promise.all(done).then(names => names.filter(name => name !== null));
+"""
+
+
+@contextmanager
+def somebody_elses_page():
+    """The port of a web server whose one page is empty."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>elsewhere</title><p>elsewhere</p>")
+
+        def log_message(self, *_):
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def flows_named(dashboard, start: str) -> list[str]:
+    names = [flow["name"] for flow in dashboard.call("/flows/filter")]
+    return [name for name in names if name.startswith(f"{start} ")]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "evil.example"])
+def test_somebody_elses_page_reaches_nothing(dashboard, host):
+    attack, allowed = (
+        ATTACK % (json.dumps(f"{dashboard.url}/api"), json.dumps(f"{by} ")) for by in (host, f"own {host}")
+    )
+    with somebody_elses_page() as port, browser.browse("evil.example") as window:
+        window.open(f"http://{host}:{port}")
+        # A browser cannot tell a page whether these two were refused: the flows tell.
+        assert set(window.script(attack)) <= {"unasked", "beacon"}
+        assert flows_named(dashboard, host) == []
+        # Under a name of its own that was made to point here, it would be the server's own page.
+        window.open(f"http://evil.example:{dashboard.url.rpartition(':')[2]}")
+        assert window.text().startswith("Refused: ")
+        # It is followed where it links to the dashboard, and what is then shown is the dashboard's own.
+        window.open(f"http://{host}:{port}")
+        window.script(f"location.href = {json.dumps(dashboard.url)}")
+        window.wait_for("Work Queues")
+        assert len(window.script(allowed)) == 8
+        assert f"own {host} preflighted" in flows_named(dashboard, f"own {host}")
 
 
 @pytest.mark.parametrize(

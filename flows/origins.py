@@ -1,0 +1,65 @@
+"""Whom a server on loopback answers: clients that ask for its own address, and no web page but its own.
+
+Whoever can call Prefect's API can run programs as its user, and Prefect answers every page that a browser has open. A
+page cannot choose what the browser says of it: where it was loaded from (Origin, Sec-Fetch-Site), and which host it
+asks (Host), which tells a foreign name that was made to point to loopback (DNS rebinding).
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.datastructures import Headers
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+def answer_own_pages_only(app: "ASGIApp", port: int) -> "ASGIApp":
+    """An ASGI application that refuses what was sent to another host, or by another page.
+
+    HTTP is refused with status 403, a WebSocket before it is opened.
+
+    Args:
+        app: Gets everything else.
+        port: Where it listens on 127.0.0.1.
+    """
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
+
+    hosts = _own_hosts(port)
+
+    async def guarded(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] == "lifespan" or _is_own(Headers(scope=scope), scope.get("method"), hosts):
+            await app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            refusal = PlainTextResponse(
+                "Refused: this server answers requests for its own address alone, and from no page but its own. "
+                f"Open http://127.0.0.1:{port} itself.",
+                status_code=403,
+            )
+            await refusal(scope, receive, send)
+
+    return guarded
+
+
+def _own_hosts(port: int) -> frozenset[str]:
+    """What a client on this machine calls the server."""
+    # Browsers leave out the port where it is HTTP's own.
+    suffixes = [f":{port}", ""] if port == 80 else [f":{port}"]
+    return frozenset(f"{name}{suffix}" for name in ("127.0.0.1", "localhost") for suffix in suffixes)
+
+
+def _is_own(headers: "Headers", method: str | None, hosts: frozenset[str]) -> bool:
+    asked = headers.getlist("host")
+    if len(asked) != 1 or asked[0].lower() not in hosts:
+        return False
+    origins = headers.getlist("origin")
+    if origins:
+        return len(origins) == 1 and origins[0] in {f"http://{host}" for host in hosts}
+    # Prefect's clients send none of these headers.
+    if headers.get("sec-fetch-site", "none") in {"none", "same-origin"}:
+        return True
+    # Another page may link to the dashboard, but neither load parts of it nor put it in a frame.
+    is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    return is_link and method in {"GET", "HEAD"}
