@@ -73,6 +73,7 @@ class Dashboard:
         paths = [self.environment.get("PYTHONPATH"), str(PROJECT)]
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.url = ""
+        self.headers = {"Content-Type": "application/json"}
         self.process: subprocess.Popen[str] | None = None
 
     def command(self, *arguments: str) -> subprocess.Popen[str]:
@@ -132,8 +133,7 @@ class Dashboard:
 
     def call(self, path: str, body: object = None, method: str = "POST") -> Any:
         content = None if method == "GET" else json.dumps(body or {}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/api{path}", content, headers, method=method)
+        request = urllib.request.Request(f"{self.url}/api{path}", content, self.headers, method=method)
         for _ in range(20):
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
