@@ -1,7 +1,7 @@
 """int8 MobileNetV2 at 224 px, in milliseconds an image: the tutorial's, quantflow's, ONNX Runtime's own, NNCF's own.
 
     pip install nncf
-    python benchmarks/int8_latency.py
+    ORT_DISABLE_TELEMETRY=1 python benchmarks/int8_latency.py
 
 The same float model, quantized by each. Batch sizes 1 and 50, one and two threads; all in one process, in turn, each
 call timed after an untimed one. All of them profit from the allocator setting, the tutorial's too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
@@ -62,6 +63,8 @@ class ONNXRuntimeClassifier:
     layout = torch.contiguous_format
 
     def __init__(self, path: Path, num_threads: int) -> None:
+        # Its import makes up an id of the device in the user's cache, and some seconds later reports itself to Microsoft.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

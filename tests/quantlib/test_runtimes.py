@@ -1,6 +1,7 @@
 """Exported models in every runtime, the ONNX file, and the loader."""
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import traces
 from torch import nn
 
 from quantlib import conversion, export, images, machine, runtimes
@@ -154,18 +156,40 @@ def test_logits_of_real_images_in_shards(files: Path, val_shard: Path, engine: s
 
 
 _OPENED = """
-import sys, warnings
+import sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
 from quantlib import export
-for runtime in sys.argv[2:]:
-    export.load(sys.argv[1], runtime)(torch.zeros(1, 3, 32, 32))
+for runtime in sys.argv[3:]:
+    export.load(sys.argv[2], runtime)(torch.zeros(1, 3, 32, 32))
+time.sleep(float(sys.argv[1]))
 print([name for name, module in sys.modules.items() if "telemetry" in name and hasattr(module, "Telemetry")])
 """
 
 
-def test_no_runtime_loads_what_reports_to_its_maker(files: Path) -> None:
-    command = [sys.executable, "-c", _OPENED, files / "int8.onnx", *ONNX_RUNTIMES]
-    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def _opened(files: Path, home: Path, seconds: int) -> tuple[list[str], dict[str, str]]:
+    """A command that loads a file in every runtime, and waits; its environment, with an empty home."""
+    home.mkdir()
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    command = [sys.executable, "-c", _OPENED, str(seconds), str(files / "int8.onnx"), *ONNX_RUNTIMES]
+    return command, own | {"HOME": str(home)}
+
+
+def test_no_runtime_loads_what_reports_to_its_maker_nor_writes_to_the_users_home(files: Path, tmp_path: Path) -> None:
+    command, environment = _opened(files, tmp_path / "home", 0)
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     # OpenVINO has a stand-in of its own for where telemetry is not installed.
-    assert loaded in {"[]", "['openvino.tools.ovc.telemetry_stub']"}
+    assert done.stdout.strip() in {"[]", "['openvino.tools.ovc.telemetry_stub']"}
+    assert list((tmp_path / "home").rglob("*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(traces.MISSING is not None, reason=str(traces.MISSING))
+def test_no_runtime_reports_to_its_maker_later_either(files: Path, tmp_path: Path) -> None:
+    # ONNX Runtime waits some seconds before it does.
+    command, environment = _opened(files, tmp_path / "home", 30)
+    seen = traces.trace(command, tmp_path / "trace", env=environment)
+    assert seen.returncode == 0, seen.said
+    assert seen.foreign() == []
+    assert list((tmp_path / "home").rglob("*")) == []
+    assert any("int8.onnx" in line for line in seen.calls), "nothing was traced"
