@@ -99,6 +99,9 @@ def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
     from flows.parameters import find_recipe
 
     loaded = find_recipe(recipe, overrides)
+    from flows.server import set_defaults
+
+    set_defaults(home.resolve() / "prefect", verbose=False)
     from flows.planning import plan_run
 
     stages = plan_run(loaded, home.resolve())

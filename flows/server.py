@@ -69,7 +69,7 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None] 
 
 
 def set_defaults(folder: Path, *, verbose: bool) -> None:
-    """Put settings of Prefect into the environment; those that the user has set stay."""
+    """Put settings of Prefect into the environment, before anything imports it; those that the user has set stay."""
     settings = {
         "PREFECT_HOME": str(folder),
         # Nothing is sent anywhere.

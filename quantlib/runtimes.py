@@ -63,7 +63,7 @@ class ONNXRuntimeClassifier:
     layout = torch.contiguous_format
 
     def __init__(self, path: Path, num_threads: int) -> None:
-        # Its import makes up an id of the device in the user's cache, and some seconds later reports itself to Microsoft.
+        # Its import puts an id of the device into the user's cache, and some seconds later reports to Microsoft.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
