@@ -3,7 +3,8 @@
     blobs/ab/abcdef…     an artifact, named by the SHA-256 of its bytes, read-only
     records/KEY.json     what the stage with this key made, and out of what
 
-Everything is written to a temporary file, flushed to the disk, then renamed: a reader sees a whole file or none.
+Everything is written to a temporary file, flushed to the disk, then renamed: a reader sees a whole file or none. The
+umask decides who may read it.
 """
 
 import errno
@@ -11,13 +12,15 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
+from quantlib import temporary
 from quantlib.errors import MachineError, StoreError
 
 
@@ -90,7 +93,7 @@ class Store:
             if self.holds(ref):
                 Path(file.name).unlink()
             else:
-                _publish(file, self._blob(sha256))
+                _publish(file, self._blob(sha256), read_only=True)
         return ref
 
     def path(self, ref: Ref) -> Path:
@@ -111,10 +114,7 @@ class Store:
                     )
                 self._verified[ref.sha256] = seen
         except OSError as error:
-            raise StoreError(
-                f"Artifact {blob} cannot be read ({error.strerror}). "
-                "Run the recipe again: the stage that made it is computed anew."
-            ) from None
+            raise _unreadable(blob, error) from None
         return blob
 
     def read(self, ref: Ref) -> bytes:
@@ -123,7 +123,10 @@ class Store:
         Raises:
             StoreError: If it is missing or damaged.
         """
-        return self.path(ref).read_bytes()
+        try:
+            return read_file(self.path(ref))
+        except OSError as error:
+            raise _unreadable(self._blob(ref.sha256), error) from None
 
     def lay_out(self, ref: Ref, place: Path) -> Path:
         """Give an artifact a file of its own at `place`, which outlives it in the store.
@@ -148,7 +151,7 @@ class Store:
         with _new_file(self.folder / "records") as file:
             file.write(content)
             file.flush()
-            _publish(file, self._record(record.key))
+            _publish(file, self._record(record.key), read_only=True)
 
     def find_record(self, key: str) -> Record | None:
         """The record under `key`, or None where it or one of its artifacts is missing or damaged."""
@@ -160,7 +163,7 @@ class Store:
     def read_record(self, key: str) -> Record | None:
         """The record under `key`, or None where it is missing or damaged; its artifacts are not looked at."""
         try:
-            fields = json.loads(self._record(key).read_bytes())
+            fields = json.loads(read_file(self._record(key)))
             outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
             record = Record(outputs=outputs, **fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -188,8 +191,9 @@ class Store:
         """
         sizes = []
         for path in [*(self.folder / "blobs").rglob("*"), *(self.folder / "records").glob(".writing-*")]:
-            if path.is_file() and path.name not in kept:
-                sizes.append(path.stat().st_size)
+            status = path.lstat()
+            if path.name not in kept and not stat.S_ISDIR(status.st_mode):
+                sizes.append(status.st_size if stat.S_ISREG(status.st_mode) else 0)
                 path.unlink()
         return sizes
 
@@ -218,15 +222,23 @@ class Store:
     def _lock_uses(self, operation: int) -> Iterator[None]:
         """Hold a flock(2), which the kernel frees when the process ends in whatever way."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "in-use").open("w") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.open(lockable(self.folder / "in-use"), flags, 0o666)
+        try:
             fcntl.flock(file, operation)
             yield
+        finally:
+            os.close(file)
 
     def lock_file(self, key: str) -> Path:
-        """The file to lock while the stage with this key is computed."""
+        """The file to lock while the stage with this key is computed.
+
+        Raises:
+            MachineError: If something else is in its place.
+        """
         folder = self.folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / key
+        return lockable(folder / key)
 
     def _blob(self, sha256: str) -> Path:
         return self.folder / "blobs" / sha256[:2] / sha256
@@ -239,12 +251,37 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, and never a part.
 
     Raises:
-        MachineError: If the disk is full.
+        MachineError: If the disk is full, or a folder is in its place.
     """
     with _new_file(path.parent) as file:
         file.write(content)
         file.flush()
-        _publish(file, path, mode=0o644)
+        _publish(file, path)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file; of nothing else, as a named pipe would have nothing and a device no end.
+
+    Raises:
+        OSError: If it cannot be read, or is no file.
+    """
+    with _open_file(path) as file:
+        return file.read()
+
+
+def lockable(path: Path) -> Path:
+    """A path that can be opened to be locked: of a file, or of nothing yet.
+
+    Raises:
+        MachineError: If something else is there, as a link to another file.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISREG(mode):
+        raise MachineError(f"{path} is {_kind(mode)}, where a file to lock belongs. Remove it, then run again.")
+    return path
 
 
 @contextmanager
@@ -268,20 +305,19 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
 @contextmanager
 def _new_file(folder: Path) -> Iterator[IO[bytes]]:
     """A temporary file in `folder` that is gone afterwards, unless it was published."""
-    with naming_full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as file:
-            try:
-                yield file
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+    with naming_full_disk(folder), temporary.new_file(folder) as file:
+        yield file
 
 
-def _publish(file: IO[bytes], place: Path, mode: int = 0o444) -> None:
+def _publish(file: IO[bytes], place: Path, *, read_only: bool = False) -> None:
     os.fsync(file.fileno())
     place.parent.mkdir(parents=True, exist_ok=True)
-    Path(file.name).chmod(mode)
-    Path(file.name).replace(place)
+    if read_only:
+        os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o444)
+    try:
+        Path(file.name).replace(place)
+    except IsADirectoryError:
+        raise MachineError(f"{place} is a folder, where a file belongs. Remove it, then run again.") from None
     # The rename itself must reach the disk, too.
     folder = os.open(place.parent, os.O_RDONLY)
     try:
@@ -290,6 +326,29 @@ def _publish(file: IO[bytes], place: Path, mode: int = 0o444) -> None:
         os.close(folder)
 
 
+def _open_file(path: Path) -> BufferedReader:
+    # A named pipe is opened at once, too, where it would wait for a writer.
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(file).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, f"it is {_kind(mode)}", str(path))
+    return os.fdopen(file, "rb")
+
+
 def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with _open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unreadable(blob: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"Artifact {blob} cannot be read ({error.strerror}). "
+        "Run the recipe again: the stage that made it is computed anew."
+    )
+
+
+def _kind(mode: int) -> str:
+    """What is not a file, for messages."""
+    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
+    return kinds.get(stat.S_IFMT(mode), "a device or a socket")

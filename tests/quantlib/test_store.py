@@ -1,8 +1,10 @@
 import hashlib
 import os
+import stat
 import threading
 
 import pytest
+from filelock import FileLock
 
 from quantlib.errors import MachineError, StoreError
 from quantlib.store import Record, Ref, write_atomically
@@ -109,6 +111,99 @@ def test_nothing_is_freed_while_the_store_is_in_use(store):
         pass
     with store.freeing():
         pass
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o022, 0o002])
+def test_the_umask_decides_who_may_read_and_an_artifact_is_changed_by_nobody(store, tmp_path, umask, mask):
+    umask(mask)
+    ref = store.put("model", b"weights")
+    store.add_record(record("key", ref))
+    with store.in_use():
+        pass
+    kept = [store.path(ref), store.folder / "records" / "key.json"]
+    own = [store.lay_out(ref, tmp_path / "models" / "int8.pt"), store.folder / "in-use"]
+    for paths, mode in ((kept, 0o444), (own, 0o666)):
+        assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {mode & ~mask}
+
+
+@pytest.mark.parametrize("name", ["in-use", "locks/key"])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_is_left_alone(store, tmp_path, name):
+    (tmp_path / "thesis").write_text("years of work")
+    (store.folder / "locks").mkdir(parents=True)
+    for target in ("thesis", "nothing"):
+        (store.folder / name).symlink_to(tmp_path / target)
+        use_lock = store.in_use if name == "in-use" else lambda: FileLock(store.lock_file("key"))
+        with pytest.raises(MachineError, match=f"{name} is a symbolic link.* Remove it"), use_lock():
+            pass
+        (store.folder / name).unlink()
+    assert (tmp_path / "thesis").read_text() == "years of work"
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a named pipe"), (os.mkdir, "a folder")])
+def test_a_lock_that_is_no_file_is_refused(store, make, kind):
+    (store.folder / "locks").mkdir(parents=True)
+    make(store.folder / "in-use")
+    make(store.folder / "locks" / "key")
+    with pytest.raises(MachineError, match=f"in-use is {kind}"), store.freeing():
+        pass
+    with pytest.raises(MachineError, match=f"key is {kind}"):
+        store.lock_file("key")
+
+
+def endless(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, endless])
+def test_what_is_no_file_among_artifacts_and_records_counts_as_damage(store, make):
+    refs = store.put("model", b"weights"), store.put("empty", b"")
+    store.add_record(record("whole", *refs))
+    store.add_record(record("key", *refs))
+    for path in (*map(store.path, refs), store.folder / "records" / "key.json"):
+        path.unlink()
+        make(path)
+    make(store.folder / "records" / "other.json")
+    for ref in refs:
+        assert not store.holds(ref)
+        with pytest.raises(StoreError):
+            store.read(ref)
+    assert store.read_record("key") is None
+    assert [found.key for found in store.records()] == ["whole"]
+    assert store.find_record("whole") is None
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("make", [os.mkfifo, endless])
+def test_what_is_no_file_among_artifacts_and_records_is_replaced_and_freed(store, make):
+    ref = Ref("model", hashlib.sha256(b"weights").hexdigest(), 7)
+    place = store.folder / "blobs" / ref.sha256[:2]
+    place.mkdir(parents=True)
+    make(place / ref.sha256)
+    assert store.put("model", b"weights") == ref
+    assert store.read(ref) == b"weights"
+    make(place / ("0" * 64))
+    with store.freeing():
+        assert store.remove_blobs_except({ref.sha256}) == [0]
+    assert [path.name for path in place.iterdir()] == [ref.sha256]
+
+
+def test_a_folder_in_the_place_of_an_artifact_is_named(store):
+    (store.folder / "blobs" / hashlib.sha256(b"weights").hexdigest()[:2]).mkdir(parents=True)
+    (
+        store.folder / "blobs" / hashlib.sha256(b"weights").hexdigest()[:2] / hashlib.sha256(b"weights").hexdigest()
+    ).mkdir()
+    with pytest.raises(MachineError, match="is a folder.* Remove it"):
+        store.put("model", b"weights")
 
 
 def test_a_reader_sees_the_old_file_or_the_new_and_never_a_part(tmp_path):
