@@ -25,7 +25,7 @@ from flows import presence, processes
 from flows.database import check_database
 from flows.server import free_port, set_defaults, wait_until_healthy
 from quantlib.errors import MachineError
-from quantlib.store import write_atomically
+from quantlib.store import lockable, read_file, write_atomically
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -189,7 +189,7 @@ def find_deployments() -> Path:
 
 def _read_json(file: Path) -> object:
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(read_file(file))
     except (OSError, ValueError):
         return None
 
@@ -235,7 +235,7 @@ def _check_port(port: int) -> int:
 def _alone(folder: Path) -> Iterator[None]:
     """Be the only server on the database."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "server.lock", is_singleton=False)
+    lock = FileLock(lockable(folder / "server.lock"), is_singleton=False)
     try:
         lock.acquire(timeout=1)
     except Timeout:

@@ -12,11 +12,11 @@ import gzip
 import os
 import sqlite3
 import sys
-import tempfile
 import zlib
 from contextlib import closing, suppress
 from pathlib import Path
 
+from quantlib import temporary
 from quantlib.errors import MachineError
 from quantlib.store import write_atomically
 
@@ -86,8 +86,8 @@ def _copy(template: Path, file: Path) -> bool:
     if not content:  # What an empty file decompresses to.
         return False
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as place:
-        new = Path(place) / file.name
+    with temporary.new_folder(file.parent) as place:
+        new = place / file.name
         write_atomically(new, content)
         try:
             # A link, where a file that another server has begun would be replaced by a rename.
@@ -101,8 +101,8 @@ def _copy(template: Path, file: Path) -> bool:
 
 def _content(file: Path) -> bytes:
     """A database as one file: what is in its write-ahead log, too."""
-    with tempfile.TemporaryDirectory() as place:
-        whole = Path(place) / "whole.db"
+    with temporary.new_folder() as place:
+        whole = place / "whole.db"
         with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(whole)) as copy:
             source.backup(copy)
         return whole.read_bytes()

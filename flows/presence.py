@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from quantlib.errors import MachineError
-from quantlib.store import write_atomically
+from quantlib.store import lockable, read_file, write_atomically
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def _where(home: Path) -> str:
 
 def _read(home: Path) -> dict[str, str]:
     try:
-        found = json.loads(_file(home).read_bytes())
+        found = json.loads(read_file(_file(home)))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -73,4 +73,4 @@ def _lock(home: Path) -> FileLock:
     folder = home / "prefect"
     folder.mkdir(parents=True, exist_ok=True)
     # Not shared between the locks of one process: a dashboard must be seen from inside it, too.
-    return FileLock(folder / "dashboard.lock", is_singleton=False)
+    return FileLock(lockable(folder / "dashboard.lock"), is_singleton=False)

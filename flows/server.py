@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -22,7 +21,9 @@ from filelock import FileLock, Timeout
 from flows.database import prepare_database
 from flows.presence import find_dashboard
 from flows.processes import imports_uncollected
+from quantlib import temporary
 from quantlib.errors import MachineError
+from quantlib.store import lockable
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
@@ -44,16 +45,17 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None] 
         A function that waits until the server answers; None where there is nothing to wait for.
 
     Raises:
-        MachineError: From that function, if the server does not start.
+        MachineError: If there is something else in the place of the file to lock; and from that function, if the server
+            does not start.
     """
     folder = home / "prefect"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "server.lock")
-    with tempfile.TemporaryDirectory(prefix="quantflow-", ignore_cleanup_errors=True) as alone:
+    lock = FileLock(lockable(folder / "server.lock"))
+    with temporary.new_folder() as alone:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            folder = Path(alone)
+            folder = alone
         set_defaults(folder, verbose=verbose)
         try:
             if "PREFECT_API_URL" in os.environ:

@@ -1,14 +1,13 @@
 """Export: the TorchScript and ONNX files that are shipped and measured, and the loader for both."""
 
 import io
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from quantlib import backend, conversion, images, machine, runtimes, torchscript
+from quantlib import backend, conversion, images, machine, runtimes, temporary, torchscript
 from quantlib.errors import ModelError
 from quantlib.runtimes import Classifier
 
@@ -103,10 +102,9 @@ def check_onnx(content: bytes, torchscript: Path, engine: str | None, runtime: s
     """
     pixels, _ = images.open_shard(shard)
     x = images.to_input(pixels[:_NUM_CHECKED])
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(content)
-        file.flush()
-        got = runtimes.open_model(Path(file.name), runtime)(x)
+    with temporary.new_folder() as folder:
+        (folder / "model.onnx").write_bytes(content)
+        got = runtimes.open_model(folder / "model.onnx", runtime)(x)
     expected = runtimes.open_model(torchscript, machine.torchscript_on(engine))(x)
     error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
     allowed = _MAX_FLOAT_ERROR if engine is None else _MAX_ERROR

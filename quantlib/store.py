@@ -147,7 +147,8 @@ class Store:
 
     def add_record(self, record: Record) -> None:
         """Keep what a stage made. Its artifacts must be stored before."""
-        content = json.dumps(asdict(record), indent=1, sort_keys=True).encode()
+        fields = asdict(record)
+        content = json.dumps(fields | {"sha256": _hash_fields(fields)}, indent=1, sort_keys=True).encode()
         with _new_file(self.folder / "records") as file:
             file.write(content)
             file.flush()
@@ -164,6 +165,9 @@ class Store:
         """The record under `key`, or None where it is missing or damaged; its artifacts are not looked at."""
         try:
             fields = json.loads(read_file(self._record(key)))
+            # Older records have none.
+            if fields.pop("sha256", None) not in {None, _hash_fields(fields)}:
+                return None
             outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
             record = Record(outputs=outputs, **fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -339,6 +343,10 @@ def _open_file(path: Path) -> BufferedReader:
 def _hash_file(path: Path) -> str:
     with _open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_fields(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _unreadable(blob: Path, error: OSError) -> StoreError:

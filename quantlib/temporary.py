@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 _FILE, _FOLDER, _OWNER = ".writing-", "quantflow-", ".owner"
+_OWN = ("models", "prefect", "reports", "runs", "splits", "store")
 
 
 @contextmanager
@@ -57,10 +58,10 @@ def new_folder(parent: Path | None = None) -> Iterator[Path]:
 
 def remove_abandoned(home: Path) -> None:
     """Remove what killed processes of this user left below `home`, and in TMPDIR."""
-    for place, _, names in os.walk(home):
-        for name in names:
-            if name.startswith(_FILE):
-                path = Path(place, name)
+    # Only what is quantflow's own: the home may be a folder that holds a dataset, too.
+    for own in _OWN:
+        for place, _, names in os.walk(home / own):
+            for path in (Path(place, name) for name in names if name.startswith(_FILE)):
                 _remove_unlocked(path, path.unlink)
     for parent in (home / "prefect", Path(tempfile.gettempdir())):
         for owner in parent.glob(f"{_FOLDER}*/{_OWNER}"):

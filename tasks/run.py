@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from quantlib import temporary
 from quantlib.journal import Journal
 from quantlib.recipe import Recipe
 from quantlib.report import StageRow
@@ -94,12 +95,15 @@ def open_store() -> Store:
 def start_run(flow: str, recipe: Recipe, flow_run_id: str | None) -> Iterator[Run]:
     """Begin a run, or go on with the one that RUN_ID or Prefect's flow run names, and make it the current one.
 
+    What runs that were killed left half-made is removed first.
+
     Args:
         flow: quantize, ptq or qat.
         recipe: What is run.
         flow_run_id: Prefect's, where there is one: a flow run that Prefect retries goes on with its run.
     """
     home, store = home_folder(), open_store()
+    temporary.remove_abandoned(home)
     journal = Journal(home / "runs" / (RUN_ID.get() or _run_id(home, recipe, flow_run_id)))
     run = Run(home, store, journal, ProgressArtifacts(LISTENER.get(Silence())))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ TINY_ARGUMENTS = {
 def _one_thread() -> None:
     """A tiny net gains nothing from more threads, and on a busy machine they wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def ctrl_c_works() -> Iterator[None]:
+    """SIGINT does here, and in what is started here, what it does in a terminal: a script's background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

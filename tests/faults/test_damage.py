@@ -1,5 +1,7 @@
 """A damaged store: the damage is noticed, the stage it belongs to runs again, and nothing else does."""
 
+import os
+
 import harness
 import pytest
 
@@ -9,6 +11,8 @@ DAMAGES = {
     "deleted": lambda path: path.unlink(),
     "cut to half": lambda path: _overwrite(path, path.read_bytes()[: path.stat().st_size // 2]),
     "emptied": lambda path: _overwrite(path, b""),
+    "replaced by a named pipe": lambda path: _replace(path, os.mkfifo),
+    "replaced by a folder": lambda path: _replace(path, os.mkdir),
     "one byte changed": lambda path: _overwrite(path, _with_one_byte_changed(path.read_bytes())),
 }
 
@@ -16,6 +20,11 @@ DAMAGES = {
 def _overwrite(path, content):
     path.chmod(0o644)
     path.write_bytes(content)
+
+
+def _replace(path, make):
+    path.unlink()
+    make(path)
 
 
 def _with_one_byte_changed(content):
@@ -27,6 +36,9 @@ def check_repair(home, expected, record, path, damage):
     makers = {maker.key for maker in Store(home / "store").records() if path.name in {r.sha256 for r in maker.outputs}}
     DAMAGES[damage](path)
     repaired = harness.run(home)
+    if damage == "replaced by a folder":
+        assert "is a folder, where a file belongs. Remove it" in repaired.error
+        return
     assert repaired.error == ""
     assert repaired.variants == expected.variants
     ran = {label for label, cached in repaired.stages.items() if not cached}
@@ -68,12 +80,17 @@ def test_every_damaged_artifact_is_made_again_and_nothing_else_is(damage, home_c
         check_repair(home, expected, record, path, damage)
 
 
-def test_a_damaged_record_makes_its_stage_run_again_and_nothing_else(home_copy, undisturbed):
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_makes_its_stage_run_again_and_nothing_else(damage, home_copy, undisturbed):
     home, (_, expected) = home_copy, undisturbed
     keys = harness.keys_done(home)
     key = keys["calibrate-per_channel"]
-    _overwrite(home / "store" / "records" / f"{key}.json", b"{")
+    DAMAGES[damage](home / "store" / "records" / f"{key}.json")
     repaired = harness.run(home)
+    if damage == "replaced by a folder":
+        assert f"{key}.json is a folder, where a file belongs. Remove it" in repaired.error
+        return
     assert repaired.variants == expected.variants
     # Of the branches that share it, whichever came first.
     assert [keys[label] for label, cached in repaired.stages.items() if not cached] == [key]

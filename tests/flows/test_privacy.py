@@ -27,13 +27,16 @@ COMMANDS = {
 FAST = [name for name in COMMANDS if name not in {"run", "dashboard"}]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder to give commands in."""
-    folder = tmp_path_factory.mktemp("place")
+def furnished(folder):
     (folder / "tiny.toml").write_text(TINY)
     (folder / "tmp").mkdir()
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder to give commands in."""
+    return furnished(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture
@@ -60,6 +63,15 @@ def test_the_users_home_stays_empty(place, users_home, name):
     command, options = given(name, place, users_home)
     subprocess.run(command, check=False, capture_output=True, timeout=120, **options)
     assert list(users_home.rglob("*")) == []
+
+
+def test_what_a_run_writes_is_for_nobody_else_where_the_umask_says_so(tmp_path, users_home):
+    command, options = given("run", furnished(tmp_path), users_home)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, umask=0o077, **options)
+    assert done.returncode == 0, done.stderr
+    written = [tmp_path / "home", *(tmp_path / "home").rglob("*"), *(tmp_path / "tmp").rglob("*")]
+    assert any(path.suffix == ".pt" for path in written)
+    assert [path for path in written if path.lstat().st_mode & 0o077] == []
 
 
 @pytest.mark.slow

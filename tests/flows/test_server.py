@@ -58,6 +58,23 @@ def test_a_run_that_fails_says_why_once_and_prefect_has_its_state_and_its_log(st
     assert "Finished in state Failed" in log
 
 
+@pytest.mark.parametrize("name", ["server.lock", "dashboard.lock"])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_is_left_alone(start_run, tmp_path, name):
+    folder = tmp_path / "home" / "prefect"
+    folder.mkdir(parents=True)
+    (tmp_path / "thesis").write_text("years of work")
+    (folder / name).symlink_to(tmp_path / "thesis")
+    (folder / "dashboard.json").write_text('{"url": "http://127.0.0.1:1/api"}')
+    process = start_run()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert said.splitlines()[0].endswith(
+        f"{name} is a symbolic link, where a file to lock belongs. Remove it, then run again."
+    )
+    assert (tmp_path / "thesis").read_text() == "years of work"
+
+
+@pytest.mark.usefixtures("ctrl_c_works")
 def test_ctrl_c_ends_a_run_with_one_message_and_prefect_is_told(start_run, tmp_path):
     process = start_run("qat.0.epochs=50")
     deadline = time.monotonic() + 200

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import stat
 import threading
@@ -91,6 +92,30 @@ def test_a_damaged_record_counts_as_none(store, content):
     path.chmod(0o644)
     path.write_bytes(content)
     assert store.find_record("key") is None
+
+
+def test_a_record_of_which_any_byte_was_changed_counts_as_none(store):
+    whole = record("key", store.put("model", b"weights"))
+    store.add_record(whole)
+    path = store.folder / "records" / "key.json"
+    content = path.read_bytes()
+    path.chmod(0o644)
+    for place in range(len(content)):
+        for changed in (content[place] ^ 1, content[place] ^ 4):
+            path.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+            # White space between the fields may differ.
+            assert store.read_record("key") in ([None, whole] if content[place] in b" \n" else [None])
+
+
+def test_a_record_of_an_earlier_release_which_has_no_hash_is_read(store):
+    whole = record("key", store.put("model", b"weights"))
+    store.add_record(whole)
+    path = store.folder / "records" / "key.json"
+    path.chmod(0o644)
+    fields = json.loads(path.read_bytes())
+    del fields["sha256"]
+    path.write_text(json.dumps(fields))
+    assert store.find_record("key") == whole
 
 
 def test_a_record_under_another_key_counts_as_none(store):

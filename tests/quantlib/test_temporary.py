@@ -42,13 +42,13 @@ def hold():
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A home, and a TMPDIR beside it."""
-    for name in ("home", "home/prefect", "home/store/blobs", "tmp"):
+    for name in ("home", "home/prefect", "home/store/blobs", "home/runs/one", "tmp"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     return tmp_path / "home"
 
 
-PLACES = [("file", "store/blobs"), ("file", "."), ("folder", "prefect"), ("folder", "../tmp")]
+PLACES = [("file", "store/blobs"), ("file", "runs/one"), ("folder", "prefect"), ("folder", "../tmp")]
 
 
 @pytest.mark.parametrize(("kind", "place"), PLACES)
@@ -69,9 +69,11 @@ def test_nothing_but_our_own_is_removed(home, tmp_path):
     for name in ("quantflow-x", "quantflow-home/store", "other"):
         (tmp_path / "tmp" / name).mkdir(parents=True)
     (tmp_path / "tmp" / "quantflow-link").symlink_to(home)
-    (home / "writing").touch()
+    (home / "runs" / "writing").touch()
     (tmp_path / "elsewhere").touch()
-    (home / ".writing-link").symlink_to(tmp_path / "elsewhere")
+    (home / "data").mkdir()
+    (home / "data" / ".writing-of-somebody").touch()
+    (home / "runs" / ".writing-link").symlink_to(tmp_path / "elsewhere")
     before = {path for path in tmp_path.rglob("*") if path.name != ".writing-link"}
     temporary.remove_abandoned(home)
     assert before <= set(tmp_path.rglob("*"))

@@ -153,6 +153,7 @@ def test_an_error_while_computing_is_the_branchs():
     assert side_by_side([branch]) == ["went on"]
 
 
+@pytest.mark.usefixtures("ctrl_c_works")
 def test_ctrl_c_ends_a_stage_that_computes_and_every_branch():
     reached = []
 
