@@ -2,12 +2,14 @@
 
 import runpy
 import sys
+import tempfile
 import warnings
 from typing import Any
 
 from prefect.workers.process import ProcessWorker, ProcessWorkerResult
 
 from flows.server import end_with_parent
+from quantlib import temporary
 
 with warnings.catch_warnings():
     # It takes the place of Prefect's own, for `prefect worker start` below: Prefect warns of that.
@@ -29,4 +31,7 @@ with warnings.catch_warnings():
 if __name__ == "__main__":
     end_with_parent()
     sys.argv = ["prefect", "worker", "start", *sys.argv[1:]]
-    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+    # Prefect notes a run's whole environment there, passwords too: what a killed worker leaves, the next run removes.
+    with temporary.new_folder() as folder:
+        tempfile.tempdir = str(folder)
+        runpy.run_module("prefect", run_name="__main__", alter_sys=True)

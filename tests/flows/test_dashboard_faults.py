@@ -75,3 +75,20 @@ def test_a_run_outlives_its_worker(dashboard):
     assert dashboard.run(run)["run_count"] == 1
     # The worker is there again.
     dashboard.wait(dashboard.begin("ptq"))
+
+
+def test_what_a_killed_dashboard_left_in_tmpdir_is_cleared_away_by_the_next_run(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    found = Dashboard(tmp_path, {"TMPDIR": str(tmp_path / "tmp")})
+    found.start()
+    found.begin("quantize", "qat.0.epochs=50")
+    records = found.home / "store" / "records"
+    until(lambda: len(list(records.glob("*.json"))) > 6, SECONDS, lambda: "no stage is done")
+    found.kill()
+    # It holds the environment that the run was given.
+    assert list((tmp_path / "tmp").rglob("workspace.json")) != []
+    found.start()
+    found.wait(found.begin("ptq"))
+    assert found.stop() == []
+    # torch keeps a folder there for the next process.
+    assert [path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor_")] == []
