@@ -127,15 +127,19 @@ def resume(run_id: str | None, home: Path, verbose: bool) -> int:
 
 
 @main.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
 @home_option
 @reports_errors
-def runs(home: Path) -> int:
-    """List all runs: state, age, stage, and what to do next."""
+def runs(run_id: str | None, home: Path) -> int:
+    """List all runs: state, age, stage, and what to do next; or tell all about RUN, as why it failed."""
     from rich.console import Console
 
-    from flows.console import runs_table
-    from quantlib.journal import read_runs
+    from flows.console import run_details, runs_table
+    from quantlib.journal import find_run, read_runs
 
+    if run_id is not None:
+        click.echo(run_details(find_run(home / "runs", run_id)))
+        return 0
     found = read_runs(home / "runs")
     console = Console()
     if found:

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from quantlib.diagnosis import Diagnosis
@@ -164,24 +165,41 @@ def _worst_table(diagnosis: Diagnosis) -> Table:
 
 
 def runs_table(runs: Sequence[RunStatus]) -> Table:
-    """Runs with their state, age, stage, and what to do next."""
-    table = Table(header_style="bold")
+    """Runs with their state, age, stage, and what to do next: a line each."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", no_wrap=True, min_width=max(len(run.file.run_id) for run in runs))
-    for name in ("state", "age", "stages"):
-        table.add_column(name, no_wrap=not any(run.message for run in runs))
-    for name in ("last stage", "next"):
-        table.add_column(name)
-    next_step = {"running": "wait", "completed": "report", "crashed": "resume", "failed": "resume"}
+    for name in ("state", "age", "stages", "next"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("last stage", no_wrap=True, overflow="ellipsis")
     for run in runs:
-        table.add_row(
-            run.file.run_id,
-            f"{run.state}: {run.message}" if run.message else run.state,
-            _age(datetime.fromisoformat(run.file.started_at)),
-            str(run.num_stages),
-            run.stage,
-            next_step[run.state],
-        )
+        age, num_stages = _age(datetime.fromisoformat(run.file.started_at)), str(run.num_stages)
+        # What was read from a file is no markup.
+        table.add_row(Text(run.file.run_id), run.state, age, num_stages, _NEXT[run.state], Text(run.stage))
     return table
+
+
+_NEXT = {"running": "wait", "completed": "report", "crashed": "resume", "failed": "resume", "damaged": "run again"}
+
+
+def run_details(run: RunStatus) -> str:
+    """All that is known of one run."""
+    recipe = run.file.recipe.get("name", "unknown")
+    next_step = {
+        "running": "wait until it is done",
+        "completed": f"quantflow report --html report.html --run {run.file.run_id}",
+        "crashed": f"quantflow resume {run.file.run_id}",
+        "failed": f"mend what the message says, then quantflow resume {run.file.run_id}",
+        "damaged": "run its recipe again: what it has computed is reused",
+    }
+    lines = [
+        f"run      {run.file.run_id}",
+        f"recipe   {recipe}, flow {run.file.flow or 'unknown'}",
+        f"state    {run.state}" + (f": {run.message}" if run.message else ""),
+        f"started  {run.file.started_at} on {run.file.host or 'unknown'}, process {run.file.pid}",
+        f"stages   {run.num_stages} done" + (f", the last one met was {run.stage}" if run.stage else ""),
+        f"next     {next_step[run.state]}",
+    ]
+    return "\n".join(lines)
 
 
 def cache_table(entries: Sequence[Entry]) -> Table:

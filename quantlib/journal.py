@@ -4,6 +4,8 @@ runs/RUN/run.json        what the run is: its recipe, its flow, its process
 runs/RUN/stages.jsonl    each stage it met, a line when it starts and a line when it is done
 runs/RUN/outcome.json    how it ended; not there for a run that goes on, or that died
 runs/RUN/lock            held by the run's process: the kernel frees it, however the process ends
+
+Runs are read for as long as their folders lie there: whatever became of an old one, it is told, and stops nothing.
 """
 
 import json
@@ -14,15 +16,32 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
+from uuid import UUID
 
 from filelock import FileLock, Timeout
+from pydantic import AfterValidator, AwareDatetime, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from quantlib.errors import QuantflowError, RecipeError
+from quantlib.errors import MachineError, QuantflowError, RecipeError
 from quantlib.recipe import Recipe, parse_recipe
-from quantlib.store import naming_full_disk, write_atomically
+from quantlib.store import hash_fields, lockable, naming_full_disk, read_file, write_atomically
 
-State = Literal["running", "completed", "failed", "crashed"]
+State = Literal["running", "completed", "failed", "crashed", "damaged"]
+_DATE, _JSON_OBJECT = TypeAdapter(AwareDatetime), TypeAdapter(dict[str, Any])
+
+
+def _check_date(text: str) -> str:
+    _DATE.validate_python(text)
+    return text
+
+
+def _check_uuid(text: str) -> str:
+    UUID(text)
+    return text
+
+
+Date = Annotated[str, AfterValidator(_check_date)]
 
 
 @dataclass(frozen=True)
@@ -33,12 +52,31 @@ class RunFile:
     flow: str
     """quantize, ptq or qat."""
     recipe: dict[str, Any]
-    started_at: str
+    started_at: Date
     """ISO 8601, UTC; of the first attempt."""
     host: str
     pid: int
-    flow_run_id: str | None
+    flow_run_id: Annotated[str, AfterValidator(_check_uuid)] | None
     """Prefect's, of the last attempt."""
+
+
+class StageLine(TypedDict):
+    """A line of stages.jsonl."""
+
+    label: str
+    key: str
+    at: NotRequired[str]
+    cached: NotRequired[bool]
+    """Only where the run has what the stage gives: whether that was reused."""
+
+
+class _Outcome(TypedDict):
+    state: Literal["completed", "failed"]
+    message: str
+    finished_at: Date
+
+
+_RUN_FILE, _STAGE_LINE, _OUTCOME = TypeAdapter(RunFile), TypeAdapter(StageLine), TypeAdapter(_Outcome)
 
 
 @dataclass(frozen=True)
@@ -54,7 +92,7 @@ class RunStatus:
     keys: frozenset[str]
     """Of all stages it met."""
     message: str
-    """Of a run that failed: the error's first line."""
+    """Of a run that failed: the error's first line; of a damaged one, what is damaged."""
 
     @property
     def recipe(self) -> Recipe:
@@ -95,8 +133,8 @@ class Journal:
         except Timeout:
             raise RecipeError(f"Run {self.run_id} is still running: wait for it, or stop its process first.") from None
         try:
-            before = self._read("run.json")
-            started_at = before.get("started_at", datetime.now(UTC).isoformat())
+            before = self.status()
+            started_at = before.file.started_at if before is not None else _now()
             self._remove_outcome()
             tables = recipe.model_dump(mode="json")
             host, pid = socket.gethostname(), os.getpid()
@@ -118,29 +156,44 @@ class Journal:
         """Note that the run has what a stage gives."""
         self._append({"label": label, "key": key, "at": _now(), "cached": cached})
 
-    def stages(self) -> list[dict[str, Any]]:
-        """The lines of stages.jsonl; one that a crash cut short is left out."""
+    def stages(self) -> list[StageLine]:
+        """The lines of stages.jsonl; one that a crash cut short, or that is damaged, is left out."""
         try:
-            lines = (self.folder / "stages.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
+            lines = read_file(self.folder / "stages.jsonl").split(b"\n")
+        except OSError:
             return []
         return [line for line in map(_parse, lines) if line is not None]
 
     def status(self) -> RunStatus | None:
         """How the run stands; None where the folder holds no run."""
-        try:
-            file = RunFile(**self._read("run.json"))
-        except TypeError:
+        if not os.path.lexists(self.folder / "run.json"):
             return None
-        outcome, stages = self._read("outcome.json"), self.stages()
+        stages, file, message = self.stages(), self._unreadable(), ""
+        state: State
+        try:
+            file = _RUN_FILE.validate_python(self._read("run.json"))
+            if file.run_id != self.run_id:
+                raise ValueError("it is of another run")  # noqa: TRY301 (told as all other damage)
+            if os.path.lexists(self.folder / "outcome.json"):
+                outcome = _OUTCOME.validate_python(self._read("outcome.json"), strict=True)
+                state, message = outcome["state"], outcome["message"]
+            else:
+                state = "running" if self._is_alive() else "crashed"
+        except (OSError, ValueError, MachineError) as error:
+            state, message = "damaged", _first_line(error)
         return RunStatus(
             file=file,
-            state=outcome.get("state") or ("running" if self._is_alive() else "crashed"),
+            state=state,
             num_stages=len({line["label"] for line in stages if "cached" in line}),
             stage=stages[-1]["label"] if stages else "",
             keys=frozenset(line["key"] for line in stages),
-            message=outcome.get("message", ""),
+            message=message,
         )
+
+    def _unreadable(self) -> RunFile:
+        """In the place of a run.json that says nothing: what the folder itself tells."""
+        changed = datetime.fromtimestamp(self.folder.stat().st_mtime, UTC).isoformat()
+        return RunFile(self.run_id, "", {}, changed, "", 0, None)
 
     def _is_alive(self) -> bool:
         lock = self._lock()
@@ -153,23 +206,31 @@ class Journal:
 
     def _lock(self) -> FileLock:
         # Not shared between Journal objects of one process: a run must see itself as running.
-        return FileLock(self.folder / "lock", is_singleton=False)
+        return FileLock(lockable(self.folder / "lock"), is_singleton=False)
 
     def _remove_outcome(self) -> None:
         (self.folder / "outcome.json").unlink(missing_ok=True)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
+        content = content | {"sha256": hash_fields(content)}
         write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _read(self, name: str) -> dict[str, Any]:
-        try:
-            content = json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        """What was written.
 
-    def _append(self, line: dict[str, Any]) -> None:
-        with naming_full_disk(self.folder), (self.folder / "stages.jsonl").open("a", encoding="utf-8") as file:
+        Raises:
+            OSError: If there is no such file, or it cannot be read.
+            ValueError: If it is damaged.
+        """
+        content = _JSON_OBJECT.validate_json(read_file(self.folder / name), strict=True)
+        # Older ones have none.
+        if content.pop("sha256", None) not in {None, hash_fields(content)}:
+            raise ValueError(f"{name} is not what was written")
+        return content
+
+    def _append(self, line: StageLine) -> None:
+        file_path = lockable(self.folder / "stages.jsonl")
+        with naming_full_disk(self.folder), file_path.open("a", encoding="utf-8") as file:
             # The break before it ends a line that a crash has cut short.
             file.write(f"\n{json.dumps(line)}\n")
 
@@ -180,6 +241,20 @@ def read_runs(folder: Path) -> list[RunStatus]:
         return []
     found = [Journal(place).status() for place in folder.iterdir() if place.is_dir()]
     return sorted((s for s in found if s is not None), key=lambda s: (s.file.started_at, s.file.run_id), reverse=True)
+
+
+def find_run(folder: Path, run_id: str) -> RunStatus:
+    """A run by its name.
+
+    Raises:
+        RecipeError: If there is none of that name.
+    """
+    runs = read_runs(folder)
+    named = next((run for run in runs if run.file.run_id == run_id), None)
+    if named is None:
+        names = ", ".join(run.file.run_id for run in runs[:5]) or "none"
+        raise RecipeError(f"No run {run_id!r}. The newest are: {names}; `quantflow runs` lists all.")
+    return named
 
 
 def find_unfinished(folder: Path, run_id: str | None) -> RunStatus:
@@ -202,6 +277,10 @@ def find_unfinished(folder: Path, run_id: str | None) -> RunStatus:
     if named is None:
         names = ", ".join(run.file.run_id for run in unfinished) or "none"
         raise RecipeError(f"No run {run_id!r}. Unfinished runs: {names}; `quantflow runs` lists all.")
+    if named.state == "damaged":
+        raise RecipeError(
+            f"Run {run_id!r} is damaged ({named.message}): run its recipe again, what it has computed is reused."
+        )
     if named not in unfinished:
         raise RecipeError(f"Run {run_id!r} is {named.state}: only one that crashed or failed can be resumed.")
     return named
@@ -211,9 +290,17 @@ def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> StageLine | None:
     try:
-        parsed = json.loads(line)
-    except ValueError:
+        return _STAGE_LINE.validate_json(line, strict=True)
+    except ValidationError:
         return None
-    return parsed if isinstance(parsed, dict) and {"label", "key"} <= parsed.keys() else None
+
+
+def _first_line(error: Exception) -> str:
+    """What is damaged, in a line."""
+    if isinstance(error, ValidationError):
+        details = error.errors()[0]
+        where = ".".join(str(part) for part in details["loc"])
+        return f"{where}: {details['msg']}" if where else str(details["msg"])
+    return str(error).partition("\n")[0]

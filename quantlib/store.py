@@ -148,7 +148,7 @@ class Store:
     def add_record(self, record: Record) -> None:
         """Keep what a stage made. Its artifacts must be stored before."""
         fields = asdict(record)
-        content = json.dumps(fields | {"sha256": _hash_fields(fields)}, indent=1, sort_keys=True).encode()
+        content = json.dumps(fields | {"sha256": hash_fields(fields)}, indent=1, sort_keys=True).encode()
         with _new_file(self.folder / "records") as file:
             file.write(content)
             file.flush()
@@ -166,7 +166,7 @@ class Store:
         try:
             fields = json.loads(read_file(self._record(key)))
             # Older records have none.
-            if fields.pop("sha256", None) not in {None, _hash_fields(fields)}:
+            if fields.pop("sha256", None) not in {None, hash_fields(fields)}:
                 return None
             outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
             record = Record(outputs=outputs, **fields)
@@ -345,7 +345,8 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash_fields(fields: dict[str, Any]) -> str:
+def hash_fields(fields: dict[str, Any]) -> str:
+    """The SHA-256 of a JSON object, in hex: kept beside it, it shows damage that still parses."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
