@@ -247,24 +247,28 @@ def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -
     from quantlib.report import Report, read_layers, read_variants
 
     console = Console()
-    rows = read_variants(home / "reports")
-    if not rows:
+    damage: list[StoreError] = []
+    rows = read_variants(home / "reports", damage.append)
+    if not rows and not damage:
         console.print(f"No run has finished below {home}. Start one with `quantflow run`.", soft_wrap=True)
     for name, group in groupby(rows, key=lambda row: row[0]):
         variants = [variant for _, variant in group]
-        console.print(
-            f"\n[bold]{name}[/]  recipe {variants[0].recipe}, {variants[0].cpu_model}, "
-            f"torch {variants[0].torch_version}",
-            highlight=False,
-        )
+        title = f"\n{name}  recipe {variants[0].recipe}, {variants[0].cpu_model}, torch {variants[0].torch_version}"
+        console.print(title, highlight=False, markup=False, style="bold")
         console.print(result_table(variants))
         if intervals:
             console.print(interval_table(variants))
-        layers = read_layers(home / "reports", name)
+        try:
+            layers = read_layers(home / "reports", name)
+        except StoreError as error:
+            damage.append(error)
+            layers = ()
         found = Report(run_id=name, variants=tuple(variants), epochs=(), latency=(), stages=(), layers=layers)
         for part in why(diagnose(found)):
             console.print(part, highlight=False, markup=False)
-    return 0
+    for found_damaged in damage:
+        _complain(str(found_damaged), FAILURE)
+    return FAILURE if damage else 0
 
 
 @main.command()

@@ -56,7 +56,14 @@ def render(reports: Path, run_id: str | None = None) -> str:
     Raises:
         StoreError: If no run has finished, or there is none of that name.
     """
-    history = read_variants(reports)
+    damage: list[StoreError] = []
+    history = read_variants(reports, damage.append)
+    if run_id is not None:
+        read_table(
+            reports, "variants", run_id
+        )  # That of the run itself is an error, others' damage only leaves them out.
+    elif damage and not history:
+        raise damage[0]
     run = _read_run(reports, history, run_id)
     recipe = run.variants[0].recipe
     history = [(name, row) for name, row in history if row.recipe == recipe]

@@ -262,7 +262,7 @@ def find_unfinished(folder: Path, run_id: str | None) -> RunStatus:
 
     Args:
         folder: Of all runs.
-        run_id: Which; None: the newest that crashed or failed.
+        run_id: Which; None: the newest that crashed or failed. One that is completed and named makes its report again.
 
     Raises:
         RecipeError: If there is none.
@@ -281,8 +281,8 @@ def find_unfinished(folder: Path, run_id: str | None) -> RunStatus:
         raise RecipeError(
             f"Run {run_id!r} is damaged ({named.message}): run its recipe again, what it has computed is reused."
         )
-    if named not in unfinished:
-        raise RecipeError(f"Run {run_id!r} is {named.state}: only one that crashed or failed can be resumed.")
+    if named.state == "running":
+        raise RecipeError(f"Run {run_id!r} is still running: wait for it, or stop its process first.")
     return named
 
 

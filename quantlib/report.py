@@ -3,8 +3,8 @@
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
 
-import io
-from collections.abc import Iterable, Mapping
+import glob
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -12,14 +12,12 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from quantlib import examples
+from quantlib import tables as tables_on_disk
 from quantlib.errors import StoreError
 from quantlib.examples import Example
 from quantlib.predictions import Predictions
-from quantlib.store import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,9 +409,7 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
         "variants": _table("variants", report.variants),
     }
     for name, table in tables.items():
-        content = io.BytesIO()
-        pq.write_table(table, content)
-        write_atomically(folder / name / f"run_id={report.run_id}" / "part-0.parquet", content.getvalue())
+        tables_on_disk.write(folder / name / f"run_id={report.run_id}", table)
 
 
 def _predictions_table(predictions: Mapping[str, Predictions]) -> pa.Table:
@@ -438,20 +434,32 @@ def _table(name: str, rows: Iterable[Any]) -> pa.Table:
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMAS[name])
 
 
-def read_table(folder: Path, name: str, run_id: str | None = None) -> pa.Table:
-    """One table of all runs, or of one, with the column run_id; empty where no run has finished."""
-    schema = SCHEMAS[name].append(pa.field("run_id", pa.string()))
-    place = folder / name
-    if not place.is_dir():
-        return schema.empty_table()
-    partitioning = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
-    try:
-        dataset = ds.dataset(place, schema=schema, partitioning=partitioning, format="parquet")
-        return dataset.to_table(filter=None if run_id is None else ds.field("run_id") == run_id)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(
-            f"The reports below {place} cannot be read: {error}. Remove the damaged file and run again."
-        ) from None
+def read_table(
+    folder: Path, name: str, run_id: str | None = None, damaged: Callable[[StoreError], None] | None = None
+) -> pa.Table:
+    """One table of all runs, or of one, with the column run_id; empty where no run has finished.
+
+    Args:
+        folder: Of all runs' reports.
+        name: Of the table.
+        run_id: Of the one run; only its file is read.
+        damaged: Told of each run whose file is damaged, in the place of an error; the others are read.
+
+    Raises:
+        StoreError: If a file is damaged.
+    """
+    parts = [SCHEMAS[name].append(pa.field("run_id", pa.string())).empty_table()]
+    for place in sorted((folder / name).glob("run_id=*" if run_id is None else f"run_id={glob.escape(run_id)}")):
+        try:
+            found = tables_on_disk.read(place, SCHEMAS[name])
+        except StoreError as error:
+            if damaged is None:
+                raise
+            damaged(error)
+        else:
+            named = pa.repeat(place.name.removeprefix("run_id="), len(found))
+            parts.append(found.append_column(pa.field("run_id", pa.string()), named))
+    return pa.concat_tables(parts)
 
 
 def read_layers(folder: Path, run_id: str) -> tuple[LayerRow, ...]:
@@ -460,12 +468,12 @@ def read_layers(folder: Path, run_id: str) -> tuple[LayerRow, ...]:
     return tuple(LayerRow(**{n: row[n] for n in names}) for row in read_table(folder, "layers", run_id).to_pylist())
 
 
-def read_variants(folder: Path) -> list[tuple[str, VariantRow]]:
-    """(run_id, variant) of all runs, the newest run first, variants in the recipe's order."""
+def read_variants(folder: Path, damaged: Callable[[StoreError], None] | None = None) -> list[tuple[str, VariantRow]]:
+    """(run_id, variant) of all runs, the newest run first, variants in the recipe's order; as `read_table`."""
     names = {field.name for field in fields(VariantRow)}
     rows = [
         (row["run_id"], VariantRow(**{name: row[name] for name in names}))
-        for row in read_table(folder, "variants").to_pylist()
+        for row in read_table(folder, "variants", damaged=damaged).to_pylist()
     ]
     started = {run_id: row.created_at for run_id, row in rows}
     return sorted(rows, key=lambda pair: (started[pair[0]], pair[0]), reverse=True)

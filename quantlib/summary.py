@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantlib.errors import StoreError
 from quantlib.report import Report, VariantRow, points, read_table
 from quantlib.sketch import Axis, as_markdown, plot
 
@@ -20,7 +21,8 @@ def summarize(report: Report, reports: Path) -> str:
     """
     recipe = report.variants[0].recipe
     previous = find_previous(reports, recipe, report.run_id)
-    before = read_table(reports, "variants", previous).to_pylist() if previous else []
+    damage: list[StoreError] = []
+    before = read_table(reports, "variants", previous, damage.append).to_pylist() if previous else []
     parts = [
         _verdict(report),
         *(f"**Warning:** {warning}" for warning in report.warnings),
@@ -28,7 +30,11 @@ def summarize(report: Report, reports: Path) -> str:
         *report.remarks,
         *_plots(report),
         f"## Since {'`' + previous + '`' if previous else 'the last run'}",
-        _changes(report.variants, before) if previous else f"This is the first run of recipe `{recipe}`.",
+        str(damage[0])
+        if damage
+        else _changes(report.variants, before)
+        if previous
+        else f"This is the first run of recipe `{recipe}`.",
         _stages(report),
         "## Files",
         _files(report, reports),

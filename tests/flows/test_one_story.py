@@ -3,13 +3,16 @@
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from rows import file_row, variant_row
 
+from flows.cli import main
 from flows.console import conclusion
 from quantlib import html_report, report, summary
 from quantlib.predictions import Predictions
@@ -91,3 +94,25 @@ def test_the_star_lies_on_the_line_of_what_was_compared(reports: Path) -> None:
         if "★" in text
     ]
     assert starred == [(WINNER.latency_p50_ms, WINNER.top1)]
+
+
+def test_a_damaged_report_is_named_the_others_are_shown_and_the_page_of_one_is_refused(reports: Path) -> None:
+    answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
+    other = replace(FOUND, run_id="20260502-030000-tiny-0000000b")
+    report.write(reports, other, {row.variant: answers for row in other.variants})
+    path = reports / "variants" / f"run_id={FOUND.run_id}" / "part-0.parquet"
+    path.write_bytes(path.read_bytes().replace(b"small", b"smalL"))
+    home = reports.parent / "home"
+    home.mkdir()
+    reports.rename(home / "reports")
+
+    shown = CliRunner().invoke(main, ["report", "--home", str(home)])
+    assert shown.exit_code == 1
+    assert other.run_id in shown.stdout
+    assert FOUND.run_id not in shown.stdout
+    assert f"`quantflow resume {FOUND.run_id}` makes it again" in shown.stderr
+    page = CliRunner().invoke(main, ["report", "--home", str(home), "--html", str(home / "x"), "--run", FOUND.run_id])
+    assert page.exit_code == 1
+    assert "is damaged" in page.stderr
+    assert "is damaged" in summary.summarize(other, home / "reports")
+    assert CliRunner().invoke(main, ["report", "--home", str(home), "--html", str(home / "x")]).exit_code == 0

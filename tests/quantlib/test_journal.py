@@ -98,13 +98,15 @@ def test_a_stage_is_noted_whole_after_a_line_that_was_cut_short(crashed):
     assert [line["label"] for line in Journal(crashed).stages()] == ["fuse-eval", "convert-p"]
 
 
-def test_the_newest_unfinished_run_is_resumed_by_default_and_a_finished_one_never(crashed):
+def test_the_newest_unfinished_run_is_resumed_by_default_and_a_finished_one_where_it_is_named(crashed):
     finished = Journal(crashed.parent / "20260102-000000-r-2")
     with finished.record("quantize", RECIPE, None):
         pass
     assert find_unfinished(crashed.parent, None).file.run_id == crashed.name
-    with pytest.raises(RecipeError, match="only one that crashed or failed"):
-        find_unfinished(crashed.parent, finished.run_id)
+    assert find_unfinished(crashed.parent, finished.run_id).state == "completed"
+    running = Journal(crashed.parent / "20260103-000000-r-3")
+    with running.record("quantize", RECIPE, None), pytest.raises(RecipeError, match="is still running"):
+        find_unfinished(crashed.parent, running.run_id)
     with pytest.raises(RecipeError, match=f"Unfinished runs: {crashed.name}"):
         find_unfinished(crashed.parent, "no-such-run")
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import duckdb
@@ -220,8 +221,8 @@ def test_a_reader_sees_nothing_of_a_run_that_is_being_written(
 ) -> None:
     write_table, counts = pq.write_table, []
 
-    def write_and_read(table: Any, where: Path) -> None:
-        write_table(table, where)
+    def write_and_read(table: Any, where: Path, **options: Any) -> None:
+        write_table(table, where, **options)
         counts.append({name: len(read(reports, name)) for name in NUM_ROWS})
 
     monkeypatch.setattr(pq, "write_table", write_and_read)
@@ -277,15 +278,52 @@ def test_before_the_first_run_there_is_nothing(tmp_path: Path) -> None:
     assert report.read_table(tmp_path / "reports", "stages").num_rows == 0
 
 
-def test_a_damaged_file_is_named(reports: Path) -> None:
-    next((reports / "variants").glob("*/*.parquet")).write_bytes(b"no Parquet")
+def test_no_flipped_bit_changes_what_is_read_nor_escapes_as_another_error(reports: Path, found: Report) -> None:
+    random = Random(0)
+    for name in NUM_ROWS:
+        right = report.read_table(reports, name, found.run_id)
+        (path,) = (reports / name).glob(f"run_id={found.run_id}/*.parquet")
+        whole = path.read_bytes()
+        for _ in range(300):
+            place = random.randrange(len(whole))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << random.randrange(8))]) + whole[place + 1 :])
+            with pytest.raises(StoreError, match=rf"{path} is damaged .* `quantflow resume {found.run_id}` makes it"):
+                report.read_table(reports, name, found.run_id)
+        path.write_bytes(whole)
+        assert report.read_table(reports, name, found.run_id) == right
 
-    with pytest.raises(StoreError, match=r"variants cannot be read: .*Remove the damaged file"):
+
+def test_damage_of_a_file_that_has_no_hash_is_no_other_error(reports: Path, found: Report) -> None:
+    (path,) = (reports / "variants").glob(f"run_id={found.run_id}/*.parquet")
+    (path.parent / "_part-0.sha256").unlink()
+    whole, random, refused = path.read_bytes(), Random(0), 0
+    for _ in range(500):
+        place = random.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << random.randrange(8))]) + whole[place + 1 :])
+        try:
+            report.read_table(reports, "variants", found.run_id)
+        except StoreError:
+            refused += 1
+    assert refused > 100  # By the checksums of the pages.
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere"), Path.touch])
+def test_what_is_no_report_is_told_and_the_other_runs_are_read(reports: Path, found: Report, make: Any) -> None:
+    (path,) = (reports / "variants").glob(f"run_id={found.run_id}/*.parquet")
+    path.unlink()
+    make(path)
+    damage: list[StoreError] = []
+
+    assert {run_id for run_id, _ in report.read_variants(reports, damage.append)} == {"20250103-test"}
+    assert [str(path) in str(error) for error in damage] == [True]
+    with pytest.raises(StoreError, match="is damaged"):
         report.read_variants(reports)
 
 
 def test_a_report_of_an_earlier_version_lacks_columns_and_reads_all_the_same(reports: Path) -> None:
     path = next((reports / "variants").glob("run_id=20250103-test/*.parquet"))
+    (path.parent / "_part-0.sha256").unlink()
     pq.write_table(pq.ParquetFile(path).read().drop_columns(["loss"]), path)
 
     rows = {row.variant: row for run_id, row in report.read_variants(reports) if run_id == "20250103-test"}
