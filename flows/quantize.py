@@ -74,7 +74,7 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
         contenders=contenders,
         timings=timings,
         pictures=_pick_examples(trunk, variants, contenders, timings),
-        notes=(NoteRow(kind="note", text=conclusion),) if conclusion else (),
+        notes=tuple(NoteRow(kind="note", text=text) for text in (conclusion, *inputs.remarks) if text),
         search_best=search_best,
     )
 

@@ -11,13 +11,13 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from quantlib.errors import DataError, RecipeError
 from quantlib.progress import Progress, silent
@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 
 FORMATS = ("digits", "imagefolder", "imagenet", "cifar10")
 
-# Those of torchvision's ImageFolder.
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Those of torchvision's ImageFolder, and two that it passes over.
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif")
+# What editors and archivers leave beside the data.
+_NO_CLASSES = ("__MACOSX",)
+
+_ORIENTATION = 0x0112  # EXIF's.
+_MAX_16_BITS = 2**16 - 1
 
 # One decoding thread a core keeps two cores busy: PIL releases the interpreter's lock while it works.
 _NUM_THREADS = 2
@@ -44,12 +49,14 @@ class Split:
         classes: Their names, in the order of the indices.
         open: The N-th image, as an RGB PIL image.
         name_of: What to call the N-th image in an error.
+        num_skipped: Files among the images that are none, or of a kind that is not read.
     """
 
     labels: np.ndarray
     classes: tuple[str, ...]
     open: Callable[[int], Image.Image] = field(repr=False)
     name_of: Callable[[int], str] = field(repr=False)
+    num_skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -200,24 +207,31 @@ def _image_folder(root: Path, split: SplitName) -> Split:
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"No folder {folder}: data.root must hold train/CLASS/IMAGE and val/CLASS/IMAGE.")
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_shown(entry.name)))
     if not classes:
         raise DataError(f"Folder {folder} has no classes: it must hold one folder a class, with its images inside.")
-    samples = []
+    samples, num_skipped = [], 0
     for label, name in enumerate(classes):
-        paths = [
+        found = [
             f"{place}/{file}"
             for place, _, files in sorted(os.walk(folder / name, followlinks=True))
             for file in sorted(files)
-            if file.lower().endswith(_IMAGE_SUFFIXES)
+            if _is_shown(file) and not any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
         ]
+        paths = [path for path in found if path.lower().endswith(_IMAGE_SUFFIXES)]
+        num_skipped += len(found) - len(paths)
         if not paths:
             raise DataError(
                 f"Folder {folder} has a class without images: {name} needs files whose names end in one of "
                 f"{', '.join(_IMAGE_SUFFIXES)}. Add some, or remove the class from train and val."
             )
         samples += [(path, label) for path in paths]
-    return _of_samples(samples, classes)
+    return replace(_of_samples(samples, classes), num_skipped=num_skipped)
+
+
+def _is_shown(name: str) -> bool:
+    """Whether a file or folder is part of the data: hidden ones, as .ipynb_checkpoints, are not."""
+    return not name.startswith(".") and name not in _NO_CLASSES
 
 
 def _imagenet(root: Path, split: SplitName) -> Split:
@@ -302,5 +316,25 @@ def _of_samples(samples: Sequence[tuple[str, int]], classes: tuple[str, ...]) ->
 
 
 def _read_image(path: str) -> Image.Image:
+    """The file as RGB, turned as its camera was held; of an animation the first picture."""
     with Image.open(path) as image:
-        return image.convert("RGB")
+        upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+        return _to_rgb(upright)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits of red, green and blue.
+
+    Raises:
+        ValueError: If its pixels are numbers of no known scale.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > _MAX_16_BITS:
+            raise ValueError(
+                f"its pixels are 32-bit numbers from {values.min()} to {values.max()}, and 8 or 16 bits are read"
+            )
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, and 8 or 16 bits are read")
+    return image.convert("RGB")

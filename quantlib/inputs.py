@@ -19,7 +19,7 @@ from quantlib import codehash
 from quantlib.errors import DataError, ModelError, RecipeError, suggest
 from quantlib.progress import Progress, silent
 from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file
-from quantlib.store import write_atomically
+from quantlib.store import hash_fields, read_file, write_atomically
 
 SplitName = Literal["train", "val"]
 
@@ -56,6 +56,8 @@ class SplitInput:
     """Of the names and contents of its files, and of the code that reads them where that is the user's."""
     num_images: int
     classes: tuple[str, ...] = field(metadata=NOT_IN_KEY)
+    num_skipped: int = field(default=0, metadata=NOT_IN_KEY)
+    """Files among the images that are none, or of a kind that is not read."""
 
     @property
     def num_classes(self) -> int:
@@ -94,6 +96,16 @@ class Inputs:
     """Training images kept for choosing; empty where the recipe chooses on validation."""
     training: Selection
     """All other training images, shuffled once; calibration takes the first of them."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known of the dataset, a sentence each."""
+        return [
+            f"{split.num_skipped:,} files in the {split.name} split's folders are no images, or of a kind that is not "
+            "read: they were passed over."
+            for split in (self.train, self.val)
+            if split.num_skipped > 0
+        ]
 
 
 def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inputs:
@@ -151,6 +163,11 @@ def _num_held_back(recipe: Recipe, num_train: int) -> int:
 
 
 def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> None:
+    if num_train < 2 and num_held_back > 0:
+        raise RecipeError(
+            f"The training split has {num_train} image, and two at least are needed, one of them held back. Add some, "
+            'or set evaluation.select_on = "validation".'
+        )
     if 2 * num_held_back > num_train:
         raise RecipeError(
             f"evaluation.num_held_back = {num_held_back} of {num_train} training images: "
@@ -208,9 +225,10 @@ def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Prog
     code = _user_code(recipe.format, "data.format")
     _, state = _look(recipe, name, code)
     try:
-        found = json.loads((cache / f"{state}.json").read_bytes())
-        return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
-    except (OSError, ValueError, TypeError, KeyError):
+        found = json.loads(read_file(cache / f"{state}.json"))
+        if found.pop("sha256") == hash_fields(found):
+            return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # Not seen before, or the note of it is damaged: look at the files themselves.
 
     from quantlib import data
@@ -225,9 +243,12 @@ def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Prog
             content.update(f"{Path(path).relative_to(root)}\0{sha256}\n".encode())
             if done % 256 == 0 or done == len(paths):
                 progress(done, len(paths))
-    found_input = SplitInput(recipe.format, name, recipe.root, content.hexdigest(), len(split), split.classes)
+    found_input = SplitInput(
+        recipe.format, name, recipe.root, content.hexdigest(), len(split), split.classes, split.num_skipped
+    )
     kept = {key: value for key, value in asdict(found_input).items() if key != "root"}
-    write_atomically(cache / f"{state}.json", json.dumps(kept).encode())
+    note = json.dumps(kept | {"sha256": hash_fields(kept)})
+    write_atomically(cache / f"{state}.json", note.encode())
     return found_input
 
 

@@ -96,8 +96,7 @@ def find_onnx_runtimes(
         missing = sorted(set(names or ()) - {"torchscript", *installed})
         if missing:
             raise MachineError(
-                f"{key} names {missing[0]}, which is not installed: pip install 'quantflow[{missing[0]}]', or leave it "
-                "out."
+                f"{key} names {missing[0]}, which is not installed: pip install onnx {missing[0]}, or leave it out."
             )
     return tuple(
         Runtime(name, importlib.metadata.version(name)) for name in installed if wanted is None or name in wanted

@@ -126,7 +126,7 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
             f"{' and '.join(get_args(ONNXRuntimeName))} are allowed."
         )
     if kind != "torchscript" and importlib.util.find_spec(kind) is None:
-        raise MachineError(f"Runtime {runtime!r} is not installed: pip install 'quantflow[{runtime}]'.")
+        raise MachineError(f"Runtime {runtime!r} is not installed: pip install {kind}.")
     try:
         if kind == "torchscript":
             return TorchScriptClassifier(path, engine or "auto")

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# Of an image so much longer than wide, resizing the whole would take memory without bound for pixels that are cut off.
+_LONG = 8
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """Shorter side to `resize` pixels, then the central square of `crop` pixels."""
@@ -26,6 +30,10 @@ class EvalTransform:
         shorter = min(image.size)
         width, height = (self.resize * side // shorter for side in image.size)
         left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
+        if max(width, height) > _LONG * self.resize:
+            across, down = image.width / width, image.height / height
+            box = (left * across, top * down, (left + self.crop) * across, (top + self.crop) * down)
+            return image.resize((self.crop, self.crop), Resampling.BILINEAR, box=box)
         resized = image.resize((width, height), Resampling.BILINEAR)
         return resized.crop((left, top, left + self.crop, top + self.crop))
 

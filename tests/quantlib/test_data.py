@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -432,3 +433,66 @@ def test_a_split_that_has_changed_since_is_refused(own_folder: Path) -> None:
 
     with pytest.raises(DataError, match="has changed since the run began"):
         data.select(selection)
+
+
+# What cameras, microscopes and editors leave
+
+
+@pytest.fixture
+def one_image(tmp_path: Path) -> Callable[[str, Callable[[Path], Any]], np.ndarray]:
+    """The pixels of a file, as the one image of an image folder."""
+
+    def read(name: str, save: Callable[[Path], Any]) -> np.ndarray:
+        folder = tmp_path / "data" / "train" / "only"
+        folder.mkdir(parents=True)
+        save(folder / name)
+        split = data.open_split("imagefolder", str(tmp_path / "data"), "train")
+        assert len(split) == 1
+        return split.pixels(0, EVAL, random.Random(0))
+
+    return read
+
+
+def test_sixteen_bits_become_eight_and_not_white(one_image: Callable[..., np.ndarray]) -> None:
+    values = np.full((8, 8), 100 << 8, np.uint16)
+    assert (one_image("a.png", Image.fromarray(values).save) == 100).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [(np.full((8, 8), 70_000, np.int32), "32-bit"), (np.zeros((8, 8), np.float32), "floating-point")],
+)
+def test_numbers_without_a_known_scale_are_refused_by_name(values, what, one_image) -> None:
+    with pytest.raises(DataError, match=rf"a.tif cannot be decoded: its pixels are {what}.* 8 or 16 bits are read"):
+        one_image("a.tif", Image.fromarray(values).save)
+
+
+def test_an_image_is_turned_as_its_camera_was_held(one_image: Callable[..., np.ndarray]) -> None:
+    image, exif = Image.new("RGB", (8, 8), "black"), Image.Exif()
+    image.paste("white", (0, 0, 8, 4))  # Its upper half, which is the right one once it is turned.
+    exif[0x0112] = 6
+    pixels = one_image("a.png", lambda path: image.save(path, exif=exif))
+    assert pixels[:, 4:].min() == 255
+    assert pixels[:, :4].max() == 0
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.avif", "a.webp"])
+def test_every_kind_that_pillow_reads_is_read(name: str, one_image: Callable[..., np.ndarray]) -> None:
+    assert (
+        np.abs(one_image(name, Image.new("RGB", (8, 8), (200, 100, 50)).save).astype(int) - (200, 100, 50)).max() < 12
+    )
+
+
+def test_hidden_folders_are_no_classes_and_what_is_no_image_is_counted(image_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(image_folder, tmp_path / "data"))
+    before = data.open_split("imagefolder", str(root), "train")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(root / "train" / before.classes[0], root / "train" / name)
+    inside = root / "train" / before.classes[0]
+    shutil.copytree(root / "train" / before.classes[1], inside / ".ipynb_checkpoints")
+    for name in ("notes.txt", "photo.heic", "._photo.jpg", ".DS_Store"):
+        (inside / name).write_bytes(b"")
+    after = data.open_split("imagefolder", str(root), "train")
+    assert after.classes == before.classes
+    assert len(after) == len(before)
+    assert (before.num_skipped, after.num_skipped) == (0, 2)

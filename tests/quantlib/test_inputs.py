@@ -391,3 +391,26 @@ def test_architecture_arguments_are_identified_in_any_order(find: Callable[..., 
     )
 
     assert first == second
+
+
+def test_what_was_passed_over_is_told(find: Callable[..., Inputs], own_folder: Path) -> None:
+    assert find().remarks == []
+    folder = next((own_folder / "train").iterdir())
+    for name in ("a.heic", "b.txt"):
+        (folder / name).write_bytes(b"")
+    for _ in range(2):  # From the note, too.
+        assert find().remarks == [
+            "2 files in the train split's folders are no images, or of a kind that is not read: they were passed over."
+        ]
+
+
+def test_a_note_that_was_altered_is_made_anew(find: Callable[..., Inputs], tmp_path: Path) -> None:
+    right = find()
+    for note in (tmp_path / "splits").iterdir():
+        note.write_text(note.read_text().replace('"num_images": ', '"num_images": 1'))
+    assert find() == right
+
+
+def test_a_single_training_image_is_told_so(own_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="has 1 image, and two at least are needed"):
+        inputs._check_train_size(_recipe(own_folder), 1, 1)

@@ -128,7 +128,7 @@ def test_the_loader_says_what_is_wrong(files: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ModelError, match="does not load in torchscript"):
         export.load(tmp_path / "half.pt")
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MachineError, match=r"pip install 'quantflow\[openvino\]'"):
+    with pytest.raises(MachineError, match="pip install openvino"):
         export.load(files / "int8.onnx")
 
 
@@ -144,7 +144,7 @@ def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch: pytest.MonkeyPat
     assert machine.find_onnx_runtimes(("torchscript",)) == ()
     assert [found.name for found in machine.find_onnx_runtimes(("onnxruntime",))] == ["onnxruntime"]
     assert [found.name for found in machine.find_onnx_runtimes()] == ["onnxruntime"]
-    with pytest.raises(MachineError, match=r"names openvino, which is not installed: pip install 'quantflow\[openvino"):
+    with pytest.raises(MachineError, match=r"names openvino, which is not installed: pip install onnx openvino,"):
         machine.find_onnx_runtimes(("torchscript", "openvino"))
 
 

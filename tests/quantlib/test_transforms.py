@@ -120,3 +120,27 @@ def test_training_is_a_function_of_the_seed() -> None:
 
     assert np.array_equal(same, again)
     assert not np.array_equal(same, other)
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (65_500, 1)])
+def test_of_a_long_thin_image_only_what_the_crop_needs_is_resized(size: tuple[int, int], rng: random.Random) -> None:
+    sizes = []
+
+    class Watched(Image.Image):
+        def resize(self, size: tuple[int, int], *arguments: object, **options: object) -> Image.Image:
+            sizes.append(size)
+            return Image.new("RGB", size)
+
+    watched = Watched()
+    watched._size = size
+    EvalTransform(256, 224)(watched, rng)
+    TrainTransform(224, (0.08, 1.0), 0.0)(Image.new("RGB", size), rng)
+    assert sizes == [(224, 224)]
+
+
+def test_the_middle_of_a_long_image_is_what_resizing_all_of_it_would_give(rng: random.Random) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 400, 3), np.uint8)
+    image = Image.fromarray(noise).resize((1600, 64))
+    whole = image.resize((800, 32), Image.Resampling.BILINEAR).crop((400 - 14, 2, 400 + 14, 30))
+    found = EvalTransform(32, 28)(image, rng)
+    assert np.abs(np.asarray(found, int) - np.asarray(whole, int)).mean() < 1.0
