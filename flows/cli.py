@@ -4,6 +4,7 @@ Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recip
 Nothing heavy is imported before a command needs it.
 """
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
     from quantlib.recipe import Recipe
 
 NO_WINNER, WRONG_INPUT, FAILURE, INTERRUPTED = 3, 2, 1, 130
+
+# What the operating system refuses, and its user can mend.
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "The disk is full: free some space, or choose another place with --home. It was to hold",
+    errno.EDQUOT: "Your quota of disk space is used up: free some, or choose another place with --home. It was to hold",
+    errno.EROFS: "This place can only be read: choose another with --home",
+    errno.EACCES: "You may not read or write here: change its permissions, or choose another place with --home",
+    errno.EPERM: "You may not read or write here: change its permissions, or choose another place with --home",
+    errno.ENAMETOOLONG: "A name is too long for this file system: choose a shorter one. It was",
+    errno.ENOTDIR: "A file is where a folder is needed: remove it, or choose another place with --home",
+    errno.EISDIR: "A folder is where a file is needed: remove it, or choose another place with --home",
+    errno.EMFILE: "Too many files are open: raise the limit (ulimit -n). It was to open",
+}
 
 home_option = click.option(
     "--home",
@@ -53,6 +67,10 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
         except KeyboardInterrupt:
             status = _complain("Interrupted. Run the same command again: finished stages are kept.", INTERRUPTED)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+                sys.exit(
+                    _complain(f"{_OF_THE_MACHINE[error.errno]}: {error.filename or kwargs.get('home')}.", WRONG_INPUT)
+                )
             if kwargs.get("verbose"):
                 traceback.print_exc()
             hint = "" if kwargs.get("verbose") else " Run with --verbose for the traceback."
@@ -178,10 +196,10 @@ def cache_verify(home: Path) -> int:
     from quantlib.retention import find_damage
     from quantlib.store import Store
 
-    damage = find_damage(Store(home / "store"))
+    num_read, damage = find_damage(Store(home / "store"))
     for record, ref in damage:
         click.echo(f"{record.stage}: {ref.kind} {ref.sha256} is missing or damaged; the next run makes it again.")
-    click.echo(f"{len(damage)} damaged artifacts.")
+    click.echo(f"{num_read} artifacts were read, and {len(damage)} are damaged.")
     return FAILURE if damage else 0
 
 

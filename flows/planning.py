@@ -20,7 +20,8 @@ def plan_run(recipe: Recipe, home: Path) -> list[PlannedStage]:
     """
     runs = [run for run in read_runs(home / "runs") if run.file.recipe.get("name") == recipe.name]
     lines = Journal(home / "runs" / runs[0].file.run_id).stages() if runs else []
-    plan = Plan(Store(home / "store"), {line["label"]: line["key"] for line in lines})
+    finished = {line["key"] for line in lines if "cached" in line}
+    plan = Plan(Store(home / "store"), {line["label"]: line["key"] for line in lines}, finished)
     token = PLANNER.set(plan)
     try:
         measure_branches(recipe, find_inputs(recipe, home / "splits"))

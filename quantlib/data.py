@@ -271,10 +271,10 @@ def _cifar10(root: Path, split: SplitName) -> Split:
 
 
 def _user_dataset(data_format: str, root: str | None, split: SplitName) -> Split:
-    from quantlib.models import import_function
+    from quantlib.models import call_function, import_function
 
     function = import_function(data_format, "data.format", dict.fromkeys(FORMATS))
-    dataset: Any = function(root, split)
+    dataset: Any = call_function(function, data_format, root, split)
     classes, labels = getattr(dataset, "classes", None), getattr(dataset, "targets", None)
     if classes is None or labels is None or not hasattr(dataset, "__getitem__"):
         raise DataError(

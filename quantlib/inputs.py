@@ -5,6 +5,7 @@ A dataset's files are hashed once: their names, sizes and times say afterwards t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -119,7 +120,8 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
     Raises:
         RecipeError: If the recipe asks for more images than there are, or for an unknown format.
         DataError: If the dataset is missing, empty or inconsistent.
-        ModelError: If the weights file is missing, or `num_classes` is not the data's.
+        ModelError: If the weights file is missing, `num_classes` is not the data's, or the model lacks a layer that
+            is to stay float.
     """
     model = _find_model(recipe)
     train, val = (_find_split(recipe.data, name, cache, progress) for name in ("train", "val"))
@@ -136,6 +138,9 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
             f"model.arguments.num_classes = {wanted}, and the data has {val.num_classes} classes. "
             "Set it to the data's number, or leave it out; or use the dataset the weights were trained on."
         )
+    float_layers = dict.fromkeys(name for branch in (*recipe.ptq, *recipe.qat) for name in branch.float_layers)
+    if float_layers:
+        _check_float_layers(model, val.num_classes, tuple(float_layers))
     num_held_back = _num_held_back(recipe, train.num_images)
     _check_train_size(recipe, train.num_images, num_held_back)
     return Inputs(
@@ -154,6 +159,15 @@ def _validation(val: SplitInput, recipe: Recipe) -> Selection:
         return Selection(val, None, 0, val.num_images)
     # The first of a folder would be of its first classes.
     return Selection(val, recipe.seed, 0, wanted)
+
+
+@functools.lru_cache(maxsize=1)
+def _check_float_layers(model: ModelInput, num_classes: int, float_layers: tuple[str, ...]) -> None:
+    """Find them in the model, which is built for that: else a misspelt one would be found after minutes."""
+    from quantlib import fusion, models, preparation  # They import torch.
+
+    built = models.build(model.architecture, models.arguments_of(model, num_classes))
+    preparation.find_layers(fusion.fuse_model(built, "eval"), float_layers)
 
 
 def _num_held_back(recipe: Recipe, num_train: int) -> int:

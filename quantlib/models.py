@@ -10,22 +10,26 @@ import inspect
 import io
 import json
 import math
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quantlib.backend import DeQuantStub, FloatFunctional, QuantStub
-from quantlib.errors import MachineError, ModelError, RecipeError
+from quantlib.errors import MachineError, ModelError, QuantflowError, RecipeError
 
 if TYPE_CHECKING:
     from quantlib.inputs import ModelInput
 
+T = TypeVar("T")
 Setting = Sequence[int]
+
+_PARALLEL = "module."
 
 # The model of the last `hand_over`, with its bytes and its header.
 _handed_over: deque[tuple[bytes, nn.Module, dict[str, Any]]] = deque(maxlen=1)
@@ -177,9 +181,34 @@ def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[.
             f"{key} = {name!r} cannot be imported: {error}. Modules are looked for where Python looks, "
             "and in the folder that quantflow is started in."
         ) from None
+    except Exception as error:
+        raise RecipeError(f"{key} = {name!r} cannot be imported: its module {_raised(error)}.") from None
     if not callable(function):
         raise RecipeError(f"{key} = {name!r} is a {type(function).__name__}: it must be a function or a class.")
     return function
+
+
+def call_function(function: Callable[..., T], name: str, *arguments: Any, **named: Any) -> T:
+    """What a function gives that a recipe names.
+
+    Raises:
+        ModelError: If it raises; with the place in its own file.
+    """
+    try:
+        return function(*arguments, **named)
+    except QuantflowError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name} {_raised(error)}. Mend it there, or change what the recipe gives it.") from None
+
+
+def _raised(error: Exception) -> str:
+    """What was raised and where, as "raised ValueError: no such depth (my/net.py, line 12)"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename}, line {error.lineno})"
+    return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}{place}"
 
 
 def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -197,7 +226,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"model.arguments = {dict(arguments)} do not fit {architecture!r}: {error}. "
             f"It is called as {architecture}{inspect.signature(function)}."
         ) from None
-    model = function(**arguments)
+    model = call_function(function, architecture, **arguments)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{architecture!r} returned a {type(model).__name__}: it must return a torch.nn.Module.")
     return model
@@ -230,6 +259,9 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
+    # DataParallel and DistributedDataParallel put this before every name.
+    if isinstance(state, dict) and state and all(str(name).startswith(_PARALLEL) for name in state):
+        state = {str(name).removeprefix(_PARALLEL): value for name, value in state.items()}
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ModelError(
             f"Weights {weights!r} hold a {type(state).__name__}, not a state_dict of tensors. "
@@ -312,6 +344,14 @@ def load(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), header
 
 
+def arguments_of(source: ModelInput, num_classes: int) -> dict[str, Any]:
+    """What the architecture is called with: the recipe's arguments, and `num_classes` where it takes that."""
+    arguments: dict[str, Any] = json.loads(source.arguments)
+    if "num_classes" in inspect.signature(find_architecture(source.architecture)).parameters:
+        arguments = {"num_classes": num_classes} | arguments
+    return arguments
+
+
 def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """The model that a recipe names, and its header.
 
@@ -323,9 +363,7 @@ def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Modu
     Raises:
         RecipeError, ModelError, MachineError: If there is no such model, or its weights do not fit.
     """
-    arguments = json.loads(source.arguments)
-    if "num_classes" in inspect.signature(find_architecture(source.architecture)).parameters:
-        arguments = {"num_classes": num_classes} | arguments
+    arguments = arguments_of(source, num_classes)
     torch.manual_seed(seed)
     model = build(source.architecture, arguments)
     if source.weights != "train":

@@ -46,9 +46,10 @@ def list_entries(store: Store, runs: Sequence[RunStatus]) -> list[Entry]:
     return sorted(entries, key=lambda entry: (entry.last_used, entry.record.key), reverse=True)
 
 
-def find_damage(store: Store) -> list[tuple[Record, Ref]]:
-    """Every artifact that is missing or not what was written, with a record that names it."""
-    return [(record, ref) for record in store.records() for ref in record.outputs if not store.holds(ref)]
+def find_damage(store: Store) -> tuple[int, list[tuple[Record, Ref]]]:
+    """How many artifacts there should be; and each that is missing or damaged, with a record that names it."""
+    by_artifact = {ref: record for record in store.records() for ref in record.outputs}
+    return len(by_artifact), [(record, ref) for ref, record in by_artifact.items() if not store.holds(ref)]
 
 
 def free(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,14 @@ class Plan:
 
     Args:
         store: Looked into, not changed.
-        last_run: The last run of the same recipe, which reasons compare with; None where there is none.
+        last_run: The keys of the last run of the same recipe by label, which reasons compare with.
+        finished: Those of them that it was done with.
     """
 
-    def __init__(self, store: Store, last_run: Mapping[str, str]) -> None:
+    def __init__(self, store: Store, last_run: Mapping[str, str], finished: Collection[str]) -> None:
         self.store = store
         self._last_run = last_run
+        self._finished = finished
         self.stages: list[PlannedStage] = []
         self.keys: list[str] = []
 
@@ -63,6 +65,8 @@ class Plan:
         last_key = self._last_run.get(label)
         if last_key is None:
             return "new in this recipe"
+        if last_key == key_of(ingredients) and last_key not in self._finished:
+            return "the last run did not finish it"
         if last_key == key_of(ingredients):
             return "its record or artifact is missing or damaged"
         before = self.store.read_record(last_key)

@@ -27,7 +27,7 @@ def test_a_full_disk_is_named_harms_nothing_and_the_run_goes_on_when_there_is_ro
     home = small_disk / "home"
     full = harness.run(home)
     assert "MachineError: The disk is full" in full.error
-    assert find_damage(Store(home / "store")) == []
+    assert find_damage(Store(home / "store"))[1] == []
     done = harness.keys_done(home)
     assert done, "the disk was full too early for this test to mean anything"
 

@@ -1,5 +1,6 @@
 """The command line: exit statuses and messages."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -189,7 +190,7 @@ def test_report_and_runs_and_cache_show_a_finished_run(home_copy, quantflow):
         (["report"], ["per_channel", "winner", "baseline"]),
         (["runs"], ["completed", "pick_examples"]),
         (["cache", "list"], ["qat_epoch", "calibrate"]),
-        (["cache", "verify"], ["0 damaged"]),
+        (["cache", "verify"], ["artifacts were read, and 0 are damaged."]),
     ]:
         status, said = quantflow(*command, "--home", str(home_copy))
         assert status == 0, said
@@ -201,3 +202,48 @@ def test_freeing_without_saying_what_is_refused(home_copy, quantflow):
     status, said = quantflow("cache", "free", "--home", str(home_copy))
     assert status == cli.WRONG_INPUT
     assert "--keep-runs" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "The disk is full"),
+        (errno.EROFS, "can only be read: choose another with --home"),
+        (errno.EACCES, "change its permissions"),
+        (errno.ENAMETOOLONG, "A name is too long"),
+        (errno.EISDIR, "A folder is where a file is needed"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_no_failure_of_quantflow(number, says, monkeypatch, tmp_path):
+    def refuse(_):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("quantlib.journal.read_runs", refuse)
+    found = CliRunner().invoke(cli.main, ["runs", "--home", str(tmp_path)])
+    assert found.exit_code == 2
+    assert says in found.stderr
+    assert "/some/file" in found.stderr
+    assert "failure of quantflow" not in found.stderr
+
+
+def test_a_home_that_can_only_be_read_is_told(tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+    try:
+        found = CliRunner().invoke(cli.main, ["run", "--home", str(tmp_path / "home")])
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert found.exit_code == 2
+    assert f"can only be read: choose another with --home: {tmp_path}/home" in found.stderr
+
+
+def test_a_name_that_is_too_long_and_a_lock_that_is_a_folder_are_told(tmp_path):
+    found = CliRunner().invoke(cli.main, ["run", "--home", str(tmp_path / ("x" * 300))])
+    assert found.exit_code == 2
+    assert "A name is too long" in found.stderr
+    (tmp_path / "prefect" / "server.lock").mkdir(parents=True)
+    found = CliRunner().invoke(cli.main, ["run", "--home", str(tmp_path)])
+    assert found.exit_code == 2
+    assert "server.lock is a folder, where a file to lock belongs" in found.stderr

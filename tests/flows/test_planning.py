@@ -27,3 +27,14 @@ def test_activations_alone_are_rounded_in_a_model_whose_biases_are_floats(tmp_pa
     for parts, stage in follows.items():
         assert reasons[f"simulate-per_channel-{parts}"] == f"follows {stage}-per_channel"
         assert reasons[f"simulate-qat-{parts}"] == "follows choose_epoch-qat"
+
+
+def test_a_stage_that_was_interrupted_is_not_called_damaged(tmp_path):
+    held = harness.start_run(tmp_path / "home", hold_at="inside load_float")
+    while not held.held.exists():
+        assert held.is_alive()
+        held.join(0.05)
+    held.kill()
+    held.join()
+    reasons = {s.label: s.reason for s in plan_run(parse_recipe(harness.RECIPE), tmp_path / "home")}
+    assert reasons["load_float"] == "the last run did not finish it"

@@ -414,3 +414,9 @@ def test_a_note_that_was_altered_is_made_anew(find: Callable[..., Inputs], tmp_p
 def test_a_single_training_image_is_told_so(own_folder: Path) -> None:
     with pytest.raises(RecipeError, match="has 1 image, and two at least are needed"):
         inputs._check_train_size(_recipe(own_folder), 1, 1)
+
+
+def test_a_misspelt_layer_is_found_before_any_stage(find: Callable[..., Inputs]) -> None:
+    with pytest.raises(ModelError, match=r"names 'features.1.cnov.0.0.0'.*did you mean 'features.1.conv.0.0.0'"):
+        find(ptq=[{"name": "p", "float_layers": ["features.1.cnov.0.0.0"]}])
+    assert find(ptq=[{"name": "p", "float_layers": ["features.1.conv.0.0.0"]}])

@@ -405,3 +405,24 @@ def test_what_is_saved_is_read_without_running_code(tiny_model: nn.Module, tiny_
     content = models.save(tiny_model, tiny_header)
 
     assert torch.load(io.BytesIO(content), weights_only=True)["header"] == tiny_header
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_weights_of_a_model_that_was_trained_in_parallel_are_its_own(prefix: str, tmp_path: Path) -> None:
+    state = {f"{prefix}layer.weight": torch.zeros(2), f"{prefix}layer.bias": torch.ones(1)}
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    assert sorted(models.read_weights(str(tmp_path / "weights.pth"), "mobilenet_v2")) == ["layer.bias", "layer.weight"]
+
+
+def test_what_a_users_function_raises_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_failing_net.py").write_text("def build(depth=1):\n    raise ValueError('no such depth')\n")
+    (tmp_path / "my_broken_net.py").write_text("def build(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"my_failing_net:build raised ValueError: no such depth \(.*my_failing_net.py"
+    ):
+        models.build("my_failing_net:build", {})
+    with pytest.raises(
+        RecipeError, match=r"cannot be imported: its module raised SyntaxError.*my_broken_net.py, line 1"
+    ):
+        models.find_architecture("my_broken_net:build")
