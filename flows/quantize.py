@@ -16,7 +16,7 @@ from quantlib.recipe import Recipe
 from quantlib.recipe_file import override_recipe
 from quantlib.report import NoteRow, Report
 from quantlib.store import Ref
-from tasks.caching import PLANNER
+from tasks.caching import PLANNER, call_with_edges
 from tasks.findings import NotYetKnownError
 from tasks.measure import Contender, benchmark, pick_examples
 from tasks.planning import Pending
@@ -41,7 +41,9 @@ def run_branches(name: str, recipe: Recipe) -> Report:
     """The body of each flow."""
     with start_run(name, recipe, flow_run.id) as run:
         inputs = find_inputs(recipe, run.home / "splits", run.progress)
-        return write_report(recipe, inputs.val.classes, measure_branches(recipe, inputs))
+        measured = measure_branches(recipe, inputs)
+        arguments = {"recipe": recipe, "classes": inputs.val.classes, "measurements": measured}
+        return call_with_edges(write_report, arguments)
 
 
 def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:

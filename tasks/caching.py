@@ -11,11 +11,13 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import string
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
@@ -23,12 +25,13 @@ from filelock import FileLock
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
+from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from quantlib import codehash
 from quantlib.report import StageRow
 from quantlib.store import Record, Ref, Store
-from tasks.run import current_run
+from tasks.run import Maker, current_run
 from tasks.side_by_side import beside, in_turn, is_stopped
 
 P = ParamSpec("P")
@@ -82,8 +85,7 @@ class Stage(Task[P, R], Generic[P, R]):
         planner = PLANNER.get()
         if planner is not None:
             return cast("R", planner.visit(self, self.bind(*args, **kwargs)))
-        state = super().__call__(*args, **kwargs, return_state=True)
-        return state.result()
+        return call_with_edges(super().__call__, self.bind(*args, **kwargs), shown=_names_in(self.label))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by name."""
@@ -165,6 +167,53 @@ class Stage(Task[P, R], Generic[P, R]):
             return Completed(name="Cached", message=f"Reused from {record.created_at}", data=self.outputs_of(record))
 
         return reuse_or_compute
+
+
+def call_with_edges(call: Callable[..., Any], arguments: Mapping[str, Any], shown: Collection[str] = ()) -> Any:
+    """Call a task so that Prefect shows an edge from each task whose artifacts it is given, once, and no other.
+
+    Prefect would look for results of tasks in the arguments, and takes one object for another: of an artifact's name
+    every string that two share. So it is told which tasks these are, and does not look.
+
+    Args:
+        call: The task.
+        arguments: By name.
+        shown: Names of those that its label needs; there are no artifacts in them.
+    """
+    makers = current_run().makers
+    found = {id(ref): makers[id(ref)] for ref in _refs_in(list(arguments.values())) if id(ref) in makers}
+    states = {maker.state.state_details.task_run_id: maker.state for maker in found.values()}
+    hidden = {name: value if name in shown else quote(value) for name, value in arguments.items()}
+    state = call(**hidden, wait_for=list(states.values()), return_state=True)
+    outputs = state.result()
+    # Nor is it to look inside the state: True is the one result that Prefect takes for no other.
+    ended = state.model_copy(update={"data": True})
+    # Objects of their own: the same content may come from two tasks, and an output may be one of the inputs.
+    if isinstance(outputs, Ref):
+        outputs = replace(outputs)
+        makers[id(outputs)] = Maker(outputs, ended)
+    elif isinstance(outputs, tuple):
+        outputs = tuple(replace(ref) for ref in outputs)
+        makers.update({id(ref): Maker(ref, ended) for ref in outputs})
+    return outputs
+
+
+def _refs_in(value: Any) -> Iterator[Ref]:
+    """Every artifact inside a value."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _refs_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _refs_in(part)
+    elif dataclasses.is_dataclass(value):
+        yield from _refs_in([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+def _names_in(label: str) -> set[str]:
+    """The arguments that a label is made of."""
+    return {name for _, name, _, _ in string.Formatter().parse(label) if name}
 
 
 def stage(label: str, *, aside: bool = False) -> Callable[[Callable[P, R]], Stage[P, R]]:

@@ -8,13 +8,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from prefect.client.schemas.objects import State
 
 from quantlib import temporary
 from quantlib.journal import Journal
 from quantlib.recipe import Recipe
 from quantlib.report import StageRow
-from quantlib.store import Store
+from quantlib.store import Ref, Store
 from tasks.tracking import ProgressArtifacts
 
 
@@ -44,6 +46,16 @@ class Silence:
         """Nothing."""
 
 
+@dataclass(frozen=True)
+class Maker:
+    """The task that made an artifact."""
+
+    ref: Ref
+    """Kept, so that no other object gets its identity."""
+    state: State[Any]
+    """Of the task run, which it names."""
+
+
 @dataclass
 class Run:
     """One run of a flow."""
@@ -54,6 +66,8 @@ class Run:
     listener: Listener
     stages: list[StageRow] = field(default_factory=list)
     """The stages met so far, in order."""
+    makers: dict[int, Maker] = field(default_factory=dict)
+    """Of every artifact that a stage of this run gave, by its Ref's identity: two of equal content are two."""
 
     @property
     def run_id(self) -> str:

@@ -110,6 +110,12 @@ def stage_lines(home: Path) -> list[dict[str, Any]]:
     return [line for run in runs for line in Journal(home / "runs" / run.file.run_id).stages()]
 
 
+def newest_stage_lines(home: Path) -> list[dict[str, Any]]:
+    """The lines that the home's newest run has written about stages it was done with."""
+    newest = read_runs(home / "runs")[0].file.run_id
+    return [line for line in Journal(home / "runs" / newest).stages() if "cached" in line]
+
+
 def keys_done(home: Path) -> dict[str, str]:
     """The key of every stage that the home's runs had finished, by label."""
     return {line["label"]: line["key"] for line in stage_lines(home) if "cached" in line}

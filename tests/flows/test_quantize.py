@@ -170,3 +170,50 @@ def test_every_stage_is_named_after_its_branch_and_reported_with_its_key(undistu
     assert stages.key.to_dict() == harness.keys_done(home)
     assert stages.cached.to_dict() == outcome.stages
     assert (stages.seconds > 0).all()
+
+
+def test_prefect_shows_the_data_dependencies_each_once_and_no_other(undisturbed, home_copy):
+    home, _ = undisturbed
+    harness.run(home_copy)
+    for place in (home, home_copy):  # Computed, and reused.
+        found = edges_in_prefect(place)
+        labels = [run["name"] for run in found]
+        assert len(labels) == len(set(labels)) > 40
+        expected = edges_of(place)
+        shown = {}
+        for run in found:
+            inputs = [str(entry["id"]) for entries in run["task_inputs"].values() for entry in entries]
+            assert len(inputs) == len(set(inputs)), run["name"]
+            shown[run["name"]] = set(inputs)
+        names = {run["id"]: run["name"] for run in found}
+        for label, makers in expected.items():
+            # A stage may be fed by one of several that made the same bytes, as an epoch that changed nothing.
+            sources = {names[source] for source in shown[label]}
+            assert sources <= set().union(*makers), (label, sources, makers)
+            assert all(sources & each for each in makers), label
+        assert sum(map(len, shown.values())) < 500  # Above which Prefect's interface draws none.
+
+
+def edges_in_prefect(home):
+    """The task runs of the home's newest run, as Prefect has them."""
+    num_stages = len(states_in_prefect(home, len({line["label"] for line in harness.newest_stage_lines(home)})))
+    flow_run = read_runs(home / "runs")[0].file.flow_run_id
+    with httpx.Client(base_url=os.environ["PREFECT_API_URL"]) as client:
+        body = {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200}
+        runs = client.post("/task_runs/filter", json=body).json()
+    assert len(runs) == num_stages + 1  # And the report.
+    return runs
+
+
+def edges_of(home):
+    """For each stage of the newest run, and each artifact that its key names: the stages that made that artifact."""
+    store = Store(home / "store")
+    records = {line["label"]: store.read_record(line["key"]) for line in harness.newest_stage_lines(home)}
+    makers = {}
+    for label, record in records.items():
+        for ref in record.outputs:
+            makers.setdefault(ref.sha256, set()).add(label)
+    return {
+        label: [makers[value] for value in dict.fromkeys(record.ingredients.values()) if value in makers]
+        for label, record in records.items()
+    }
