@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from quantlib import summary
+from quantlib.errors import QuantflowError
 from quantlib.report import Report
 
 if TYPE_CHECKING:
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 
 _EVERY_SECONDS = 5.0
 _LOGGER = logging.getLogger("prefect.quantflow")
+
+
+class _ErrorsInALine(logging.Filter):
+    """Logs what a user can mend as its message: a traceback tells him nothing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, QuantflowError):
+            record.msg, record.args, record.exc_info, record.exc_text = str(error), (), None, None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_ErrorsInALine())
 
 
 class ProgressArtifacts:
@@ -76,7 +91,7 @@ def publish(report: Report, reports: "Path") -> None:
     recipe = report.variants[0].recipe
     with _nothing_depends_on_it():
         create_markdown_artifact(
-            summary.summarize(report, reports), key=artifact_key(recipe), description=f"Result of recipe {recipe}"
+            summary.summarize(report, reports), key=artifact_key(recipe), description=summary.headline(report)
         )
 
 

@@ -56,6 +56,8 @@ def test_a_run_that_fails_says_why_once_and_prefect_has_its_state_and_its_log(st
     state, log = told_to_prefect(tmp_path / "home")
     assert state == "Failed"
     assert "Finished in state Failed" in log
+    assert "other.pth" in log
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize("name", ["server.lock", "dashboard.lock"])
