@@ -21,7 +21,7 @@ from tasks.findings import NotYetKnownError
 from tasks.measure import Contender, benchmark, pick_examples
 from tasks.planning import Pending
 from tasks.report import Measurements, VariantRefs, find_reported, write_report
-from tasks.run import start_run
+from tasks.run import FINISHED, start_run
 from tasks.side_by_side import one_by_one, side_by_side
 
 
@@ -43,7 +43,9 @@ def run_branches(name: str, recipe: Recipe) -> Report:
         inputs = find_inputs(recipe, run.home / "splits", run.progress)
         measured = measure_branches(recipe, inputs)
         arguments = {"recipe": recipe, "classes": inputs.val.classes, "measurements": measured}
-        return call_with_edges(write_report, arguments)
+        report: Report = call_with_edges(write_report, arguments)
+    FINISHED.get([]).append(report)
+    return report
 
 
 def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:

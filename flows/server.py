@@ -20,13 +20,16 @@ from filelock import FileLock, Timeout
 
 from flows.database import prepare_database
 from flows.presence import find_dashboard
-from flows.processes import imports_uncollected
+from flows.processes import Child, imports_uncollected
 from quantlib import temporary
 from quantlib.errors import MachineError
 from quantlib.store import lockable
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
+_WATCH_SECONDS = 0.5
+# A server that computes beside torch may take seconds to answer, and never this long.
+_SILENT_SECONDS = 30.0
 
 
 @contextmanager
@@ -111,28 +114,53 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "0",
         "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "0",
     }
-    with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603 (our own module)
-            [sys.executable, "-m", "flows.server", str(port)],
-            env={**os.environ, **switches, "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # A session of its own: Ctrl-C in the terminal reaches the run alone, which tells the server how it ended.
-            start_new_session=True,
-        )
+    environment = {**os.environ, **switches, "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"}
+    log.unlink(missing_ok=True)  # Its last line is told where it does not start.
+    # In a session of its own: Ctrl-C in the terminal reaches the run alone, which tells the server how it ended.
+    server = Child("server", [sys.executable, "-m", "flows.server", str(port)], environment, log)
+    stopped = threading.Event()
+    watcher = threading.Thread(target=_keep_alive, args=(server, url, stopped), daemon=True)
+
+    def wait() -> None:
+        wait_until_healthy(server.process, url, log)
+        watcher.start()
+
     os.environ["PREFECT_API_URL"] = url
     try:
         with _drained():
-            yield lambda: wait_until_healthy(process, url, log)
+            yield wait
     finally:
         del os.environ["PREFECT_API_URL"]
-        process.terminate()
+        stopped.set()
+        if watcher.is_alive():
+            watcher.join()
+        server.stop(_STOP_SECONDS)
+
+
+def _keep_alive(server: Child, url: str, stopped: threading.Event) -> None:
+    """Start a server again that has died, or that answers no more; what asks it meanwhile asks again.
+
+    One that dies over and over is left alone: the run goes on without, and Prefect's history of it has a gap.
+    """
+    answered = time.monotonic()
+    while not stopped.wait(_WATCH_SECONDS):
         try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            if server.watch():
+                answered = time.monotonic()
+        except MachineError:
+            return
+        if time.monotonic() - answered > _SILENT_SECONDS / 2 and _is_healthy(url):
+            answered = time.monotonic()
+        if time.monotonic() - answered > _SILENT_SECONDS:
+            server.process.kill()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 (loopback)
+            return json.load(answer) is True
+    except (OSError, ValueError):
+        return False
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -143,12 +171,9 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
     """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 (loopback)
-                if json.load(answer) is True:
-                    return
-        except OSError:
-            time.sleep(0.02)
+        if _is_healthy(url):
+            return
+        time.sleep(0.02)
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
     raise MachineError(
         f"Prefect's server does not start; it said: {last[0]}. Its log is {log}. If its database is damaged, remove "

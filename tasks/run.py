@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from quantlib import temporary
 from quantlib.journal import Journal
 from quantlib.recipe import Recipe
-from quantlib.report import StageRow
+from quantlib.report import Report, StageRow
 from quantlib.store import Ref, Store
 from tasks.tracking import ProgressArtifacts
 
@@ -91,6 +91,8 @@ class Run:
 LISTENER: ContextVar[Listener] = ContextVar("listener")
 RUN_ID: ContextVar[str | None] = ContextVar("run_id", default=None)
 """Set to go on with a run."""
+FINISHED: ContextVar[list[Report]] = ContextVar("finished")
+"""Takes the report of a run that is completed, whatever becomes of the flow run then."""
 _RUN: ContextVar[Run] = ContextVar("run")
 _LABEL: ContextVar[str] = ContextVar("label", default="")
 

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
+import harness
 import pytest
 import torch
 from dashboard_driver import PROJECT, TINY
 
+from flows.processes import descendants
 from quantlib.journal import read_runs
 
 
@@ -91,3 +94,29 @@ def test_ctrl_c_ends_a_run_with_one_message_and_prefect_is_told(start_run, tmp_p
     assert said.splitlines() == ["quantflow: Interrupted. Run the same command again: finished stages are kept."]
     state, _ = told_to_prefect(tmp_path / "home")
     assert state == "Crashed"
+
+
+def servers_of(process) -> list[int]:
+    return [pid for pid in descendants(process.pid) if b"flows.server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_run_outlives_the_death_of_its_server_and_ends_as_its_journal_says(number, start_run, tmp_path):
+    process = start_run("qat.0.epochs=20" if number == signal.SIGKILL else "qat.0.epochs=300")
+    deadline = time.monotonic() + 100
+    while not any(run.num_stages >= 6 for run in read_runs(tmp_path / "home" / "runs")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (server,) = servers_of(process)
+    os.kill(server, number)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    (run,) = read_runs(tmp_path / "home" / "runs")
+    assert run.state == "completed"
+    assert len({line["key"] for line in harness.stage_lines(tmp_path / "home") if line.get("cached") is False}) == len(
+        [line for line in harness.stage_lines(tmp_path / "home") if line.get("cached") is False]
+    )
+    assert "Traceback" not in said
+    assert told_to_prefect(tmp_path / "home")[0] == "Completed"
