@@ -68,7 +68,7 @@ def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Sec
         history: (run_id, variant) of all runs of its recipe, this one among them.
     """
     up_left = "Up and left is better; the line joins what nothing inside the gate beats beyond noise."
-    whisker = "Median of a call, an image; the whisker ends at the 95th percentile."
+    whisker = "Median of a call, an image; the whisker ends at the 95th percentile, or above the chart."
     own = _in_own_runtime(run.latency, run.variants)
     found = [
         _section("tradeoff", "Accuracy against latency", up_left, _tradeoff(run.variants)),
@@ -227,7 +227,9 @@ def _latencies(latency: Sequence[LatencyRow], name_of: Callable[[LatencyRow], st
                 hovertemplate="%{fullData.name}, %{x}: %{y:.3f} ms<extra></extra>",
             )
         )
-    return _figure(traces, {}, {"title": {"text": "ms an image"}}, barmode="group")
+    # The whisker of an outlier would make all bars flat.
+    longest = max((row.p50_ms / row.batch_size for row in latency), default=1.0)
+    return _figure(traces, {}, {"title": {"text": "ms an image"}, "range": [0, 1.5 * longest]}, barmode="group")
 
 
 def _epochs(epochs: Sequence[EpochRow]) -> go.Figure:

@@ -87,12 +87,13 @@ def write(
     run_id: str = "first",
     variants: tuple[VariantRow, ...] = (FLOAT, QAT),
     layers: tuple[LayerRow, ...] = (),
+    p95_ms: float = 10.0,
 ) -> None:
     found = Report(
         run_id=run_id,
         variants=variants,
         epochs=tuple(epoch(number) for number in range(4)),
-        latency=tuple(latency(row.variant) for row in variants),
+        latency=tuple(replace(latency(row.variant), p95_ms=p95_ms) for row in variants),
         stages=(StageRow("load_float", "k", True, 0.5, START), StageRow("benchmark", "l", False, 3.0, START)),
         classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(CLASSES)),
         examples=tuple(replace(PICTURE, variant=row.variant) for row in variants if row.method == "qat"),
@@ -256,3 +257,17 @@ def test_the_page_says_what_costs_accuracy_and_what_to_try(tmp_path):
     assert "81.25%" in causes
     assert "features.7 (only it 75.00%, 21.5 dB)" in causes
     assert "float_layers = [&#34;features.7&#34;]" in causes
+
+
+def test_the_verdict_stands_beside_the_name_where_a_phone_shows_it(tmp_path):
+    write(tmp_path)
+    page = html_report.render(tmp_path)
+    table = page[page.index('<table id="variants">') :]
+    header = re.findall(r"<th[^>]*>([^<]*)</th>", table[: table.index("</tr>")])
+    assert header[:2] == ["variant", "verdict"]
+
+
+def test_the_whisker_of_an_outlier_flattens_no_bar(tmp_path):
+    write(tmp_path, p95_ms=8000.0)
+    figure = chart(html_report.render(tmp_path), "latency")
+    assert figure["layout"]["yaxis"]["range"] == [0, 3.0]
