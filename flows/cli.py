@@ -4,7 +4,6 @@ Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recip
 Nothing heavy is imported before a command needs it.
 """
 
-import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,25 +15,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from flows import processes
-from quantlib.errors import QuantflowError, StoreError
+from quantlib.errors import QuantflowError, StoreError, explain_refusal
 
 if TYPE_CHECKING:
     from quantlib.recipe import Recipe
 
 NO_WINNER, WRONG_INPUT, FAILURE, INTERRUPTED = 3, 2, 1, 130
-
-# What the operating system refuses, and its user can mend.
-_OF_THE_MACHINE = {
-    errno.ENOSPC: "The disk is full: free some space, or choose another place with --home. It was to hold",
-    errno.EDQUOT: "Your quota of disk space is used up: free some, or choose another place with --home. It was to hold",
-    errno.EROFS: "This place can only be read: choose another with --home",
-    errno.EACCES: "You may not read or write here: change its permissions, or choose another place with --home",
-    errno.EPERM: "You may not read or write here: change its permissions, or choose another place with --home",
-    errno.ENAMETOOLONG: "A name is too long for this file system: choose a shorter one. It was",
-    errno.ENOTDIR: "A file is where a folder is needed: remove it, or choose another place with --home",
-    errno.EISDIR: "A folder is where a file is needed: remove it, or choose another place with --home",
-    errno.EMFILE: "Too many files are open: raise the limit (ulimit -n). It was to open",
-}
 
 home_option = click.option(
     "--home",
@@ -67,17 +53,7 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
         except KeyboardInterrupt:
             status = _complain("Interrupted. Run the same command again: finished stages are kept.", INTERRUPTED)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-                sys.exit(
-                    _complain(f"{_OF_THE_MACHINE[error.errno]}: {error.filename or kwargs.get('home')}.", WRONG_INPUT)
-                )
-            if kwargs.get("verbose"):
-                traceback.print_exc()
-            hint = "" if kwargs.get("verbose") else " Run with --verbose for the traceback."
-            status = _complain(
-                f"{type(error).__name__}: {error}\nThis is a failure of quantflow or of what it uses.{hint}",
-                FAILURE,
-            )
+            status = _explain(error, kwargs.get("home"), verbose=bool(kwargs.get("verbose")))
         sys.exit(status)
 
     return run_command
@@ -332,6 +308,19 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
     console.print(conclusion(report, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
     console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
     return 0 if report.winner else NO_WINNER
+
+
+def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
+    """Say what an error is that nothing in quantflow raised; the exit status."""
+    refusal = explain_refusal(error, error.filename or home) if isinstance(error, OSError) else None
+    if refusal is not None:
+        return _complain(str(refusal), WRONG_INPUT)
+    if verbose:
+        traceback.print_exception(error)
+    hint = "" if verbose else " Run with --verbose for the traceback."
+    return _complain(
+        f"{type(error).__name__}: {error}\nThis is a failure of quantflow or of what it uses.{hint}", FAILURE
+    )
 
 
 def _complain(message: str, status: int) -> int:

@@ -11,6 +11,7 @@ Each message says what was got, what is allowed and what to do.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -36,6 +37,33 @@ class MachineError(QuantflowError):
 
 class StoreError(QuantflowError):
     """An artifact is missing from the store, or is not what was written."""
+
+
+# What the operating system refuses, and a user can mend.
+_ROOM = "Free some space, or choose another place with --home, then run again: finished stages are kept."
+_ACCESS = "You may not read or write here: change its permissions, or choose another place with --home: {place}."
+_REFUSALS = {
+    errno.ENOSPC: f"The disk is full: nothing more can be written below {{place}}. {_ROOM}",
+    errno.EDQUOT: f"The disk quota is used up: nothing more can be written below {{place}}. {_ROOM}",
+    errno.EROFS: "This place can only be read: choose another with --home: {place}.",
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.ENAMETOOLONG: "A name is too long for this file system: choose a shorter one. It was: {place}.",
+    errno.ENOTDIR: "A file is where a folder is needed: remove it, or choose another place with --home: {place}.",
+    errno.EISDIR: "A folder is where a file is needed: remove it, or choose another place with --home: {place}.",
+    errno.EMFILE: "Too many files are open: raise the limit (ulimit -n). It was to open: {place}.",
+}
+
+
+def explain_refusal(error: OSError, place: object) -> MachineError | None:
+    """What to do where the operating system refuses something; None where a user cannot mend it.
+
+    Args:
+        error: As it was raised.
+        place: The file or folder that it is about.
+    """
+    message = _REFUSALS.get(error.errno or 0)
+    return MachineError(message.format(place=place)) if message else None
 
 
 def suggest(got: str, allowed: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from quantlib import codehash
 from quantlib.errors import DataError, ModelError, RecipeError, suggest
 from quantlib.progress import Progress, silent
 from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file
-from quantlib.store import hash_fields, read_file, write_atomically
+from quantlib.store import read_file, seal, unseal, write_atomically
 
 SplitName = Literal["train", "val"]
 
@@ -239,10 +239,9 @@ def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Prog
     code = _user_code(recipe.format, "data.format")
     _, state = _look(recipe, name, code)
     try:
-        found = json.loads(read_file(cache / f"{state}.json"))
-        if found.pop("sha256") == hash_fields(found):
-            return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = unseal(read_file(cache / f"{state}.json"), unsealed_too=False)
+        return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
+    except (OSError, ValueError, TypeError, KeyError):
         pass  # Not seen before, or the note of it is damaged: look at the files themselves.
 
     from quantlib import data
@@ -261,8 +260,7 @@ def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Prog
         recipe.format, name, recipe.root, content.hexdigest(), len(split), split.classes, split.num_skipped
     )
     kept = {key: value for key, value in asdict(found_input).items() if key != "root"}
-    note = json.dumps(kept | {"sha256": hash_fields(kept)})
-    write_atomically(cache / f"{state}.json", note.encode())
+    write_atomically(cache / f"{state}.json", seal(kept))
     return found_input
 
 

@@ -25,10 +25,10 @@ from typing_extensions import TypedDict
 
 from quantlib.errors import MachineError, QuantflowError, RecipeError
 from quantlib.recipe import Recipe, parse_recipe
-from quantlib.store import hash_fields, lockable, naming_full_disk, read_file, write_atomically
+from quantlib.store import lockable, naming_full_disk, read_file, seal, unseal, write_atomically
 
 State = Literal["running", "completed", "failed", "crashed", "damaged"]
-_DATE, _JSON_OBJECT = TypeAdapter(AwareDatetime), TypeAdapter(dict[str, Any])
+_DATE = TypeAdapter(AwareDatetime)
 
 
 def _check_date(text: str) -> str:
@@ -212,8 +212,7 @@ class Journal:
         (self.folder / "outcome.json").unlink(missing_ok=True)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        content = content | {"sha256": hash_fields(content)}
-        write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
+        write_atomically(self.folder / name, seal(content))
 
     def _read(self, name: str) -> dict[str, Any]:
         """What was written.
@@ -222,11 +221,10 @@ class Journal:
             OSError: If there is no such file, or it cannot be read.
             ValueError: If it is damaged.
         """
-        content = _JSON_OBJECT.validate_json(read_file(self.folder / name), strict=True)
-        # Older ones have none.
-        if content.pop("sha256", None) not in {None, hash_fields(content)}:
-            raise ValueError(f"{name} is not what was written")
-        return content
+        try:
+            return unseal(read_file(self.folder / name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def _append(self, line: StageLine) -> None:
         file_path = lockable(self.folder / "stages.jsonl")

@@ -13,15 +13,17 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic_core import from_json
+
 from quantlib import temporary
-from quantlib.errors import MachineError, StoreError
+from quantlib.errors import MachineError, StoreError, explain_refusal
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,8 @@ class Store:
 
     def add_record(self, record: Record) -> None:
         """Keep what a stage made. Its artifacts must be stored before."""
-        fields = asdict(record)
-        content = json.dumps(fields | {"sha256": hash_fields(fields)}, indent=1, sort_keys=True).encode()
         with _new_file(self.folder / "records") as file:
-            file.write(content)
+            file.write(seal(asdict(record)))
             file.flush()
             _publish(file, self._record(record.key), read_only=True)
 
@@ -164,10 +164,7 @@ class Store:
     def read_record(self, key: str) -> Record | None:
         """The record under `key`, or None where it is missing or damaged; its artifacts are not looked at."""
         try:
-            fields = json.loads(read_file(self._record(key)))
-            # Older records have none.
-            if fields.pop("sha256", None) not in {None, hash_fields(fields)}:
-                return None
+            fields = unseal(read_file(self._record(key)))
             outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
             record = Record(outputs=outputs, **fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -273,6 +270,31 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """A JSON object with a hash of itself inside, which shows damage that still parses."""
+    return json.dumps({**fields, "sha256": _hash_fields(fields)}, indent=1, sort_keys=True).encode()
+
+
+def unseal(content: bytes, *, unsealed_too: bool = True) -> dict[str, Any]:
+    """What `seal` was given.
+
+    Args:
+        content: As it was read.
+        unsealed_too: Take an object without a hash as it is, as earlier releases wrote them.
+
+    Raises:
+        ValueError: If it is no JSON object, or not what was sealed.
+    """
+    # Unlike json's, this parser takes neither depth without end nor half a character.
+    fields = from_json(content)
+    if not isinstance(fields, dict):
+        raise ValueError(f"a JSON object was written, and this is a {type(fields).__name__}")  # noqa: TRY004
+    sha256 = fields.pop("sha256", None)
+    if sha256 != _hash_fields(fields) and not (sha256 is None and unsealed_too):
+        raise ValueError("it is not what was written")
+    return fields
+
+
 def lockable(path: Path) -> Path:
     """A path that can be opened to be locked: of a file, or of nothing yet.
 
@@ -300,10 +322,7 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        raise MachineError(
-            f"The disk is full: nothing more can be written below {folder}. "
-            "Free some space, or choose another place with --home, then run again: finished stages are kept."
-        ) from None
+        raise explain_refusal(error, folder) or error from None
 
 
 @contextmanager
@@ -345,8 +364,7 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_fields(fields: dict[str, Any]) -> str:
-    """The SHA-256 of a JSON object, in hex: kept beside it, it shows damage that still parses."""
+def _hash_fields(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -248,3 +248,10 @@ def test_a_reader_sees_the_old_file_or_the_new_and_never_a_part(tmp_path):
     stop.set()
     reader.join()
     assert seen <= set(contents)
+
+
+def test_a_record_nested_deeper_than_any_parser_goes_is_damaged_as_any_other(store):
+    (store.folder / "records").mkdir(parents=True)
+    (store.folder / "records" / "deep.json").write_text('{"key": ' * 100_000)
+    assert store.read_record("deep") is None
+    assert list(store.records()) == []
