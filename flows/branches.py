@@ -15,9 +15,10 @@ from quantlib.schedule import Schedule
 from quantlib.scheme import Scheme
 from quantlib.store import Ref
 from quantlib.transforms import EvalTransform, TrainTransform, Transform
+from quantlib.verdict import fastest_runtime
 from tasks.data import decode
 from tasks.export import save_onnx, script_and_save
-from tasks.findings import NotYetKnownError, fastest_runtime
+from tasks.findings import NotYetKnownError, read_samples
 from tasks.measure import Contender, evaluate, evaluate_baseline, measure_layers, simulate
 from tasks.model import Training, equalize, fuse, load_float
 from tasks.planning import Pending
@@ -69,6 +70,11 @@ class Trunk:
     """Decoded shards."""
     held_back: tuple[Ref, ...]
     """Likewise; empty where the recipe chooses on validation."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """What int8 models are evaluated in while choices are made: TorchScript on their own engine."""
+        return machine.torch_runtime(self.engine)
 
     def fused(self, mode: Literal["eval", "qat"], *, equalized: bool) -> Ref:
         """The float model that a branch quantizes."""
@@ -173,7 +179,7 @@ def ptq_branch(trunk: Trunk, branch: PTQRecipe) -> VariantRefs:
     calibrated = _calibrate(trunk, branch)
     prepared = _correct(trunk, branch, calibrated)
     artifact = _export(trunk, prepared, branch.name)
-    validation, selection = _evaluate(trunk, artifact, machine.torch_runtime(trunk.engine), branch.name)
+    validation, selection = _evaluate(trunk, artifact, trunk.runtime, branch.name)
     return VariantRefs(
         name=branch.name,
         method="ptq",
@@ -256,7 +262,7 @@ def _candidate(trunk: Trunk, state: Ref, name: str) -> Future[CandidateRefs]:
 
     def measure() -> CandidateRefs:
         artifact = _export(trunk, state, name)
-        validation, selection = _evaluate(trunk, artifact, machine.torch_runtime(trunk.engine), name)
+        validation, selection = _evaluate(trunk, artifact, trunk.runtime, name)
         return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
 
     return later(measure)
@@ -313,26 +319,40 @@ def contenders_of(trunk: Trunk, variant: VariantRefs) -> list[Contender]:
     return found
 
 
-def evaluate_files(trunk: Trunk, variant: VariantRefs, contenders: tuple[Contender, ...], timings: Ref) -> VariantRefs:
-    """The variant with what may be shipped of it: each file in the runtime that it is fastest in, evaluated there."""
+def evaluate_files(
+    trunk: Trunk, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref
+) -> tuple[VariantRefs, ...]:
+    """The variants with what may be shipped of each: its files in the runtimes they are fastest in, evaluated there."""
     gate = trunk.recipe.gate.runtimes
-    files = []
-    for file, label in ((variant.artifact, "pt"), (variant.onnx, "onnx")):
-        own = [contender.runtime for contender in contenders_of(trunk, variant) if contender.artifact == file]
-        allowed = [runtime.name for runtime in own if gate is None or runtime.kind in gate]
-        if file is not None and allowed:
-            try:
-                runtime = fastest_runtime(contenders, timings, file, allowed)
-            except NotYetKnownError:
-                runtime = cast("Runtime", Pending("benchmark"))
-            files.append(_evaluate_in(trunk, variant, file, runtime, f"{variant.name}-{label}"))
-    return replace(variant, files=tuple(files))
+    allowed: dict[Ref, list[Runtime]] = {}
+    for contender in contenders:
+        if gate is None or contender.runtime.kind in gate:
+            allowed.setdefault(contender.artifact, []).append(contender.runtime)
+    try:
+        samples = read_samples(contenders, timings)
+    except NotYetKnownError:
+        samples = None
+
+    def runtime_for(file: Ref) -> Runtime:
+        if samples is None:
+            return cast("Runtime", Pending("benchmark"))
+        return fastest_runtime({runtime: samples[file][runtime.name, 1, 1] for runtime in allowed[file]})
+
+    def evaluate_variant(variant: VariantRefs) -> VariantRefs:
+        files = tuple(
+            _evaluate_in(trunk, variant, file, runtime_for(file), f"{variant.name}-{label}")
+            for file, label in ((variant.artifact, "pt"), (variant.onnx, "onnx"))
+            if file is not None and file in allowed
+        )
+        return replace(variant, files=files)
+
+    return tuple(map(evaluate_variant, variants))
 
 
 def _evaluate_in(trunk: Trunk, variant: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
     chosen = variant.chosen
     # Float's accuracy is that of TorchScript, which all else is compared with.
-    if variant.engine is None or runtime == machine.torch_runtime(variant.engine):
+    if variant.engine is None or runtime == trunk.runtime:
         return FileRefs(file=file, runtime=runtime, validation=chosen.validation, selection=chosen.selection)
     validation, selection = _evaluate(trunk, file, runtime, name)
     return FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)

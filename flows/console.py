@@ -79,7 +79,7 @@ class StageDisplay:
 
 def result_table(variants: Sequence[VariantRow]) -> Table:
     """The variants of a run: the file of each that the verdict is about, its runtime, accuracy, size and speed."""
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _narrow_table()
     table.add_column("variant", overflow="fold")  # A name is never cut short.
     table.add_column("runtime")
     for name in ("top-1", "change", "MB", "ms", "speed-up"):
@@ -102,7 +102,7 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
 
 def interval_table(variants: Sequence[VariantRow]) -> Table:
     """How sure the change of each variant of a run is, in points of top-1."""
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _narrow_table()
     table.add_column("variant", overflow="fold")
     for name in ("change", "95% interval", "McNemar p", "images"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -117,6 +117,11 @@ def interval_table(variants: Sequence[VariantRow]) -> Table:
             f"{row.num_images:,}",
         )
     return table
+
+
+def _narrow_table() -> Table:
+    """A table without borders: a terminal has 80 columns."""
+    return Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _short(runtime: str | None) -> str:
@@ -164,9 +169,19 @@ def _worst_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
+# What to do next with a run, in a word and as a command.
+_NEXT = {
+    "running": ("wait", "wait until it is done"),
+    "completed": ("report", "quantflow report --html report.html --run {run}"),
+    "crashed": ("resume", "quantflow resume {run}"),
+    "failed": ("resume", "mend what the message says, then quantflow resume {run}"),
+    "damaged": ("run again", "run its recipe again: what it has computed is reused"),
+}
+
+
 def runs_table(runs: Sequence[RunStatus]) -> Table:
     """Runs with their state, age, stage, and what to do next: a line each."""
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _narrow_table()
     table.add_column("run", no_wrap=True, min_width=max(len(run.file.run_id) for run in runs))
     for name in ("state", "age", "stages", "next"):
         table.add_column(name, no_wrap=True)
@@ -174,30 +189,20 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
     for run in runs:
         age, num_stages = _age(datetime.fromisoformat(run.file.started_at)), str(run.num_stages)
         # What was read from a file is no markup.
-        table.add_row(Text(run.file.run_id), run.state, age, num_stages, _NEXT[run.state], Text(run.stage))
+        table.add_row(Text(run.file.run_id), run.state, age, num_stages, _NEXT[run.state][0], Text(run.stage))
     return table
-
-
-_NEXT = {"running": "wait", "completed": "report", "crashed": "resume", "failed": "resume", "damaged": "run again"}
 
 
 def run_details(run: RunStatus) -> str:
     """All that is known of one run."""
     recipe = run.file.recipe.get("name", "unknown")
-    next_step = {
-        "running": "wait until it is done",
-        "completed": f"quantflow report --html report.html --run {run.file.run_id}",
-        "crashed": f"quantflow resume {run.file.run_id}",
-        "failed": f"mend what the message says, then quantflow resume {run.file.run_id}",
-        "damaged": "run its recipe again: what it has computed is reused",
-    }
     lines = [
         f"run      {run.file.run_id}",
         f"recipe   {recipe}, flow {run.file.flow or 'unknown'}",
         f"state    {run.state}" + (f": {run.message}" if run.message else ""),
         f"started  {run.file.started_at} on {run.file.host or 'unknown'}, process {run.file.pid}",
         f"stages   {run.num_stages} done" + (f", the last one met was {run.stage}" if run.stage else ""),
-        f"next     {next_step[run.state]}",
+        f"next     {_NEXT[run.state][1].format(run=run.file.run_id)}",
     ]
     return "\n".join(lines)
 

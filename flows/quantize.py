@@ -72,7 +72,7 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
     )
-    variants = tuple(evaluate_files(trunk, variant, contenders, timings) for variant in variants)
+    variants = evaluate_files(trunk, variants, contenders, timings)
     return Measurements(
         variants=variants,
         contenders=contenders,

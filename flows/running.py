@@ -60,10 +60,10 @@ def run_here(
             wait_for_server()
         mark_crashed_runs(home)
         flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[name]
-        # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
         finished: list[Report] = []
         FINISHED.set(finished)
         try:
+            # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 return flow(recipe)
         except Exception:

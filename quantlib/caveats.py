@@ -24,20 +24,17 @@ def find_caveats(
         num_classes: Of the dataset.
         search_best: The variant that the search ended with; None where there was none.
     """
-    found = [
-        _near_chance(variants[0], num_classes),
-        _few_images(variants[0]),
-        _narrow_gate(variants, gate),
-        _no_faster(variants),
-        _two_winners(variants, search_best),
-    ]
+    baseline, winner = variants[0], next((row for row in variants if row.winner), None)
+    interval = significance.proportion_interval(round(baseline.top1 * baseline.num_images), baseline.num_images)
+    found = [_near_chance(baseline, interval, num_classes), _few_images(baseline, interval)]
+    if winner is not None:
+        found += [_narrow_gate(winner, gate), _no_faster(winner, baseline), _two_winners(winner, search_best)]
     return [text for text in found if text]
 
 
-def _near_chance(row: VariantRow, num_classes: int) -> str:
+def _near_chance(row: VariantRow, interval: tuple[float, float], num_classes: int) -> str:
     chance = 1 / num_classes
-    low, _ = significance.proportion_interval(round(row.top1 * row.num_images), row.num_images)
-    if low > chance + _NEAR_CHANCE * (1 - chance):
+    if interval[0] > chance + _NEAR_CHANCE * (1 - chance):
         return ""
     return (
         f"The float model is right on {row.top1:.2%} of {row.num_images:,} images, and guessing would be on "
@@ -45,8 +42,8 @@ def _near_chance(row: VariantRow, num_classes: int) -> str:
     )
 
 
-def _few_images(row: VariantRow) -> str:
-    low, high = significance.proportion_interval(round(row.top1 * row.num_images), row.num_images)
+def _few_images(row: VariantRow, interval: tuple[float, float]) -> str:
+    low, high = interval
     if (high - low) / 2 <= _MUCH_NOISE:
         return ""
     return (
@@ -55,10 +52,9 @@ def _few_images(row: VariantRow) -> str:
     )
 
 
-def _narrow_gate(variants: Sequence[VariantRow], gate: GateRecipe) -> str:
+def _narrow_gate(row: VariantRow, gate: GateRecipe) -> str:
     """Where a gate that asks for no confidence accepts what may well lose more than it allows."""
-    row = next((row for row in variants if row.winner), None)
-    if row is None or gate.confidence is not None or row.top1_drop_high is None or row.top1_drop_low is None:
+    if gate.confidence is not None or row.top1_drop_high is None or row.top1_drop_low is None:
         return ""
     half = (row.top1_drop_high - row.top1_drop_low) / 2
     if half <= gate.max_top1_drop:
@@ -70,19 +66,17 @@ def _narrow_gate(variants: Sequence[VariantRow], gate: GateRecipe) -> str:
     )
 
 
-def _no_faster(variants: Sequence[VariantRow]) -> str:
-    row = next((row for row in variants if row.winner), None)
-    if row is None or row.speedup > 1:
+def _no_faster(row: VariantRow, baseline: VariantRow) -> str:
+    if row.speedup > 1:
         return ""
     return (
-        f"{row.variant} is not faster than float, which takes {variants[0].latency_p50_ms:.3g} ms in "
-        f"{variants[0].runtime}: for so small a model int8 saves size alone, or batches decide."
+        f"{row.variant} is not faster than float, which takes {baseline.latency_p50_ms:.3g} ms in "
+        f"{baseline.runtime}: for so small a model int8 saves size alone, or batches decide."
     )
 
 
-def _two_winners(variants: Sequence[VariantRow], search_best: str | None) -> str:
-    row = next((row for row in variants if row.winner), None)
-    if search_best is None or row is None or row.variant == search_best:
+def _two_winners(row: VariantRow, search_best: str | None) -> str:
+    if search_best in {None, row.variant}:
         return ""
     return (
         f"The search ended with {search_best}, by accuracy on the images that choices are made by; the file to ship is "

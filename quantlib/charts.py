@@ -73,12 +73,7 @@ def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Sec
     found = [
         _section("tradeoff", "Accuracy against latency", up_left, _tradeoff(run.variants)),
         _section("sizes", "Size", "Of the file to ship.", _sizes(run.variants)),
-        _section(
-            "latency",
-            "Latency",
-            whisker,
-            _latencies(own, lambda row: row.variant),
-        ),
+        _section("latency", "Latency", whisker, _latencies(own, lambda row: row.variant)),
     ]
     runtimes = [row for row in run.latency if row.variant == run.best.variant]
     if len({row.runtime for row in runtimes}) > 1:

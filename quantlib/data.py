@@ -212,12 +212,7 @@ def _image_folder(root: Path, split: SplitName) -> Split:
         raise DataError(f"Folder {folder} has no classes: it must hold one folder a class, with its images inside.")
     samples, num_skipped = [], 0
     for label, name in enumerate(classes):
-        found = [
-            f"{place}/{file}"
-            for place, _, files in sorted(os.walk(folder / name, followlinks=True))
-            for file in sorted(files)
-            if _is_shown(file) and not any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
-        ]
+        found = _shown_files(folder / name)
         paths = [path for path in found if path.lower().endswith(_IMAGE_SUFFIXES)]
         num_skipped += len(found) - len(paths)
         if not paths:
@@ -227,6 +222,15 @@ def _image_folder(root: Path, split: SplitName) -> Split:
             )
         samples += [(path, label) for path in paths]
     return replace(_of_samples(samples, classes), num_skipped=num_skipped)
+
+
+def _shown_files(folder: Path) -> list[str]:
+    """All files below a folder, in order, but for hidden ones and what lies in hidden folders."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = filter(_is_shown, folders)
+        found.append((place, sorted(filter(_is_shown, files))))
+    return [f"{place}/{file}" for place, files in sorted(found) for file in files]
 
 
 def _is_shown(name: str) -> bool:

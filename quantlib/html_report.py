@@ -59,9 +59,8 @@ def render(reports: Path, run_id: str | None = None) -> str:
     damage: list[StoreError] = []
     history = read_variants(reports, damage.append)
     if run_id is not None:
-        read_table(
-            reports, "variants", run_id
-        )  # That of the run itself is an error, others' damage only leaves them out.
+        # Damage of the run itself is an error; that of others only leaves them out.
+        read_table(reports, "variants", run_id)
     elif damage and not history:
         raise damage[0]
     run = _read_run(reports, history, run_id)

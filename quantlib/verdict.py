@@ -181,15 +181,45 @@ def fastest_runtime(samples_ms: Mapping[Runtime, Sequence[float]]) -> Runtime:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rows of a run's variants and of their files, and which answers are a variant's."""
+    """Every file judged, one chosen for each variant, and the one to ship."""
 
-    variants: tuple[VariantRow, ...]
-    files: tuple[FileRow, ...]
-    reported: tuple[File, ...]
-    """The file that each variant's row is about."""
+    _files: tuple["_Entry", ...]
+    _chosen: tuple["_Entry", ...]
+    """For each variant; float's is the first."""
+    _winner: "_Entry | None"
+    _reason: str | None
+
+    @property
+    def reported(self) -> tuple[File, ...]:
+        """The file that each variant's row is about."""
+        return tuple(entry.file for entry in self._chosen)
+
+    def variant_rows(self, circumstances: Circumstances) -> tuple[VariantRow, ...]:
+        """A row for each variant."""
+        float_ms, compared = self._chosen[0].p50_ms, [entry for entry in self._chosen[1:] if entry.accepted]
+        return tuple(
+            entry.variant_row(
+                circumstances,
+                float_ms=float_ms,
+                reason=self._reason if entry is self._winner else None,
+                pareto=not any(entry.contender.is_beaten_by(other.contender) for other in compared)
+                if entry in compared
+                else None,
+            )
+            for entry in self._chosen
+        )
+
+    def file_rows(self) -> tuple[FileRow, ...]:
+        """A row for each file that may be shipped."""
+        float_ms = self._chosen[0].p50_ms
+        return tuple(
+            entry.file_row(float_ms=float_ms, reported=entry in self._chosen)
+            for entry in self._files
+            if entry.variant is not entry.baseline and entry.variant.available
+        )
 
 
-def judge(variants: Sequence[Measured], gate: GateRecipe, circumstances: Circumstances) -> Verdict:
+def judge(variants: Sequence[Measured], gate: GateRecipe) -> Verdict:
     """Judge every file, choose one for each variant, and the one to ship.
 
     A variant's row is about the file that wins, or that would of its own: of those inside the gate where there is one.
@@ -197,35 +227,14 @@ def judge(variants: Sequence[Measured], gate: GateRecipe, circumstances: Circums
     Args:
         variants: The float model first.
         gate: What a file may lose.
-        circumstances: Repeated in each row.
     """
     baseline = variants[0]
-    entries = [_Entry(variant, file, baseline, gate) for variant in variants for file in variant.files]
+    entries = tuple(_Entry(variant, file, baseline, gate) for variant in variants for file in variant.files)
     inside = [entry for entry in entries if entry.accepted and entry.variant is not baseline]
     won = choose([entry.contender for entry in inside]) if inside else None
-    winner = inside[won.place] if won is not None else None
-    reported = [_reported(variant, entries, winner) for variant in variants]
-    compared = [entry for entry in reported if entry in inside]
-    rows = []
-    for entry in reported:
-        is_winner = entry is winner
-        rows.append(
-            entry.variant_row(
-                circumstances,
-                float_ms=reported[0].p50_ms,
-                winner=is_winner,
-                reason=won.reason if won is not None and is_winner else None,
-                pareto=not any(entry.contender.is_beaten_by(other.contender) for other in compared)
-                if entry in compared
-                else None,
-            )
-        )
-    files = tuple(
-        entry.file_row(float_ms=reported[0].p50_ms, reported=entry in reported)
-        for entry in entries
-        if entry.variant is not baseline and entry.variant.available
-    )
-    return Verdict(tuple(rows), files, tuple(entry.file for entry in reported))
+    winner = inside[won.place] if won else None
+    chosen = tuple(_reported(variant, entries, winner) for variant in variants)
+    return Verdict(entries, chosen, winner, won.reason if won else None)
 
 
 def _reported(variant: Measured, entries: Sequence["_Entry"], winner: "_Entry | None") -> "_Entry":
@@ -314,9 +323,9 @@ class _Entry:
         )
 
     def variant_row(
-        self, circumstances: Circumstances, *, float_ms: float, winner: bool, reason: str | None, pareto: bool | None
+        self, circumstances: Circumstances, *, float_ms: float, reason: str | None, pareto: bool | None
     ) -> VariantRow:
-        """The variant's row."""
+        """The variant's row; with a reason, the winner's."""
         variant, file, scheme = self.variant, self.file, self.variant.scheme
         paired, by_runtime = self._drop(), _latencies(variant)
         fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
@@ -359,7 +368,7 @@ class _Entry:
             accepted=self.accepted,
             gate=self.outcome,
             num_images_to_decide=self._judged[1],
-            winner=winner,
+            winner=reason is not None,
             reason=reason,
             pareto=pareto,
             artifact_sha256=file.sha256,

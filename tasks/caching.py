@@ -35,6 +35,7 @@ from tasks.run import Maker, current_run
 from tasks.side_by_side import beside, in_turn, is_stopped
 
 P = ParamSpec("P")
+T = TypeVar("T")
 R = TypeVar("R", bound=Ref | tuple[Ref, ...])
 
 # They name a task run, or say how to compute and not what.
@@ -181,8 +182,8 @@ def call_with_edges(call: Callable[..., Any], arguments: Mapping[str, Any], show
         shown: Names of those that its label needs; there are no artifacts in them.
     """
     makers = current_run().makers
-    found = {id(ref): makers[id(ref)] for ref in _refs_in(list(arguments.values())) if id(ref) in makers}
-    states = {maker.state.state_details.task_run_id: maker.state for maker in found.values()}
+    found = [makers[id(ref)] for ref in find_inside(arguments, Ref) if id(ref) in makers]
+    states = {maker.state.state_details.task_run_id: maker.state for maker in found}
     hidden = {name: value if name in shown else quote(value) for name, value in arguments.items()}
     state = call(**hidden, wait_for=list(states.values()), return_state=True)
     outputs = state.result()
@@ -198,17 +199,17 @@ def call_with_edges(call: Callable[..., Any], arguments: Mapping[str, Any], show
     return outputs
 
 
-def _refs_in(value: Any) -> Iterator[Ref]:
-    """Every artifact inside a value."""
-    if isinstance(value, Ref):
+def find_inside(value: Any, kind: type[T]) -> Iterator[T]:
+    """Every object of a type inside a value: in mappings, sequences and dataclasses."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, Mapping):
-        yield from _refs_in(list(value.values()))
+        yield from find_inside(list(value.values()), kind)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _refs_in(part)
+            yield from find_inside(part, kind)
     elif dataclasses.is_dataclass(value):
-        yield from _refs_in([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from find_inside([getattr(value, field.name) for field in dataclasses.fields(value)], kind)
 
 
 def _names_in(label: str) -> set[str]:

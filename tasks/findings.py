@@ -1,9 +1,7 @@
 """What stages have found, read while the flow goes on: what comes next can depend on it."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
-from quantlib import verdict
-from quantlib.machine import Runtime
 from quantlib.store import Ref, Store
 from tasks.caching import PLANNER
 from tasks.measure import Contender
@@ -28,22 +26,19 @@ def store_with(refs: Iterable[Ref]) -> Store:
     return planner.store
 
 
-def fastest_runtime(contenders: tuple[Contender, ...], timings: Ref, file: Ref, allowed: Collection[str]) -> Runtime:
-    """The runtime that a file was fastest in, by what `benchmark` found.
+def read_samples(contenders: tuple[Contender, ...], timings: Ref) -> dict[Ref, dict[tuple[str, int, int], list[float]]]:
+    """What `benchmark` found: milliseconds by file, then by (runtime, batch size, threads).
 
     Args:
         contenders: What was timed.
         timings: As `benchmark` gives them.
-        file: Timed in one of `allowed` at least.
-        allowed: Names of runtimes.
 
     Raises:
-        NotYetKnownError: Where the run is only planned, and this was not timed before.
+        NotYetKnownError: Where the run is only planned, and they were not timed before.
     """
-    samples = {}
+    samples: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
     for timing in store_with((timings,)).read_json(timings):
         contender = contenders[timing["model"]]
-        here = contender.artifact == file and contender.runtime.name in allowed
-        if here and (timing["batch_size"], timing["num_threads"]) == (1, 1):
-            samples[contender.runtime] = timing["samples_ms"]
-    return verdict.fastest_runtime(samples)
+        setting = contender.runtime.name, timing["batch_size"], timing["num_threads"]
+        samples.setdefault(contender.artifact, {})[setting] = timing["samples_ms"]
+    return samples

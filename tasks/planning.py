@@ -1,13 +1,12 @@
 """What a run would do, found out by walking its flow with a planner in the place of its stages."""
 
-import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quantlib.store import Record, Store
-from tasks.caching import Stage, key_of
+from tasks.caching import Stage, find_inside, key_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Plan:
     def visit(self, stage: Stage[Any, Any], arguments: Mapping[str, Any]) -> Any:
         """The stage's outputs where they can be reused, else stand-ins for them."""
         label = stage.label_for(arguments)
-        awaited = next(_pending(list(arguments.values())), None)
+        awaited = next(find_inside(arguments, Pending), None)
         if awaited is None:
             ingredients = stage.ingredients(arguments)
             record = self.store.find_record(key_of(ingredients))
@@ -99,13 +98,3 @@ def _is_hash(text: str | None) -> bool:
 
 def _plain(text: str | None) -> str:
     return "none" if text is None else str(json.loads(text))
-
-
-def _pending(value: Any) -> Iterator[Pending]:
-    if isinstance(value, Pending):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _pending(part)
-    elif dataclasses.is_dataclass(value):
-        yield from _pending([getattr(value, field.name) for field in dataclasses.fields(value)])

@@ -17,7 +17,7 @@ from quantlib.scheme import Scheme
 from quantlib.store import Ref, Store
 from tasks import tracking
 from tasks.export import is_refusal
-from tasks.findings import store_with
+from tasks.findings import read_samples, store_with
 from tasks.measure import Contender
 from tasks.run import current_run
 
@@ -108,7 +108,8 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         for file in (variant.artifact, onnx_file(variant)):
             if file is not None:
                 run.store.lay_out(file, _place(folder, variant, file))
-    measured = _measured(run.store, measurements.variants, measurements.contenders, measurements.timings, folder)
+    samples = read_samples(measurements.contenders, measurements.timings)
+    measured = [_measured(run.store, refs, samples, folder) for refs in measurements.variants]
     circumstances = verdict.Circumstances(
         recipe=recipe.name,
         selected_on=recipe.evaluation.select_on,
@@ -116,12 +117,13 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         cpu_model=machine.cpu_model(),
         created_at=datetime.now(UTC),
     )
-    judged = verdict.judge(measured, recipe.gate, circumstances)
-    doubts = caveats.find_caveats(judged.variants, recipe.gate, len(classes), measurements.search_best)
+    judged = verdict.judge(measured, recipe.gate)
+    rows = judged.variant_rows(circumstances)
+    doubts = caveats.find_caveats(rows, recipe.gate, len(classes), measurements.search_best)
     found = Report(
         run_id=run.run_id,
-        variants=judged.variants,
-        files=judged.files,
+        variants=rows,
+        files=judged.file_rows(),
         epochs=verdict.epoch_rows(measured),
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
@@ -134,7 +136,7 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
             for row in diagnosis.layer_rows(variant.name, circumstances.selected_on, variant.layers)
         ),
     )
-    answers = {row.variant: file.validation for row, file in zip(judged.variants, judged.reported, strict=True)}
+    answers = {row.variant: file.validation for row, file in zip(rows, judged.reported, strict=True)}
     report.write(run.home / "reports", found, answers)
     tracking.publish(found, run.home / "reports")
     return found
@@ -148,20 +150,15 @@ def find_reported(
     Raises:
         NotYetKnownError: Where the run is only planned, and something was not measured before.
     """
-    store = store_with((timings, *(ref for variant in variants for ref in _answers(variant))))
-    nowhere = verdict.Circumstances(
-        recipe="", selected_on="", torch_version="", cpu_model="", created_at=datetime.now(UTC)
-    )
-    measured = _measured(store, variants, contenders, timings, Path())
-    reported = verdict.judge(measured, recipe.gate, nowhere).reported
+    answers = (ref for variant in variants for file in _files(variant) for ref in (*file.validation, *file.selection))
+    store = store_with(answers)
+    samples = read_samples(contenders, timings)
+    measured = [_measured(store, refs, samples, Path()) for refs in variants]
+    reported = verdict.judge(measured, recipe.gate).reported
     return tuple(
         next(refs for refs in _files(variant) if refs.file.sha256 == file.sha256 and refs.runtime.name == file.runtime)
         for variant, file in zip(variants, reported, strict=True)
     )
-
-
-def _answers(variant: VariantRefs) -> list[Ref]:
-    return [ref for file in _files(variant) for ref in (*file.validation, *file.selection)]
 
 
 def _files(variant: VariantRefs) -> tuple[FileRefs, ...]:
@@ -177,17 +174,6 @@ def _place(folder: Path, variant: VariantRefs, file: Ref) -> Path:
 
 
 def _measured(
-    store: Store, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref, folder: Path
-) -> list[verdict.Measured]:
-    samples: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
-    for timing in store.read_json(timings):
-        contender = contenders[timing["model"]]
-        setting = contender.runtime.name, timing["batch_size"], timing["num_threads"]
-        samples.setdefault(contender.artifact, {})[setting] = timing["samples_ms"]
-    return [_measured_variant(store, refs, samples, folder) for refs in variants]
-
-
-def _measured_variant(
     store: Store, refs: VariantRefs, samples: dict[Ref, dict[tuple[str, int, int], list[float]]], folder: Path
 ) -> verdict.Measured:
     chosen = refs.chosen

@@ -1,5 +1,6 @@
 """The verdict: rows from measurements, and the winner."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ from quantlib import verdict
 from quantlib.machine import Runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import GateRecipe
-from quantlib.report import VariantRow
+from quantlib.report import FileRow, VariantRow
 from quantlib.verdict import Circumstances, Epoch, File, Measured
 
 CIRCUMSTANCES = Circumstances(
@@ -60,8 +61,18 @@ def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes:
     return Measured(**values | changes)
 
 
-def _verdict(*variants: Measured, **gate: Any) -> verdict.Verdict:
-    return verdict.judge(variants, GateRecipe(**{"max_top1_drop": 0.01} | gate), CIRCUMSTANCES)
+@dataclass(frozen=True)
+class _Found:
+    """All that a verdict says."""
+
+    variants: tuple[VariantRow, ...]
+    files: tuple[FileRow, ...]
+    reported: tuple[File, ...]
+
+
+def _verdict(*variants: Measured, **gate: Any) -> _Found:
+    judged = verdict.judge(variants, GateRecipe(**{"max_top1_drop": 0.01} | gate))
+    return _Found(judged.variant_rows(CIRCUMSTANCES), judged.file_rows(), judged.reported)
 
 
 def _rows(*variants: Measured, gate: float = 0.01) -> dict[str, VariantRow]:

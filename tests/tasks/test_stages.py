@@ -14,6 +14,7 @@ from quantlib.predictions import Predictions
 from quantlib.recipe import parse_recipe
 from quantlib.transforms import EvalTransform
 from tasks.data import decode
+from tasks.findings import read_samples
 from tasks.measure import Contender
 from tasks.model import fuse, load_float
 from tasks.quantize import calibrate, choose_epoch, has_stalled
@@ -128,6 +129,7 @@ def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run):
     timings = run.store.put_json(
         "timings", [{"model": n, "batch_size": 1, "num_threads": 1, "samples_ms": [1.0]} for n in (0, 1)]
     )
-    kept, moved = _measured(run.store, variants, contenders, timings, run.home / "models")
+    samples = read_samples(contenders, timings)
+    kept, moved = (_measured(run.store, refs, samples, run.home / "models") for refs in variants)
     assert (kept.kept_start, kept.files[0].validation.top1, [e.chosen for e in kept.epochs]) == (True, 0.9, [False])
     assert (moved.kept_start, moved.files[0].validation.top1, [e.chosen for e in moved.epochs]) == (False, 0.8, [True])
