@@ -49,7 +49,8 @@ def read(place: Path, schema: pa.Schema) -> pa.Table:
         content = read_file(place / _FILE)
         if (place / _HASH).exists() and read_file(place / _HASH).decode() != hashlib.sha256(content).hexdigest():
             raise ValueError("its content is no longer what was written")  # noqa: TRY301 (told as all other damage)
-        found = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        # In threads, pyarrow was seen to end the process after it had read damaged files.
+        found = pq.read_table(pa.BufferReader(content), page_checksum_verification=True, use_threads=False)
         columns = [
             found[field.name].cast(field.type) if field.name in found.column_names else pa.nulls(len(found), field.type)
             for field in schema

@@ -1,6 +1,7 @@
 """What a run reads from outside: found, checked, identified."""
 
 import itertools
+import json
 import os
 import shutil
 import time
@@ -408,6 +409,11 @@ def test_a_note_that_was_altered_is_made_anew(find: Callable[..., Inputs], tmp_p
     right = find()
     for note in (tmp_path / "splits").iterdir():
         note.write_text(note.read_text().replace('"num_images": ', '"num_images": 1'))
+    assert find() == right
+    for note in (tmp_path / "splits").iterdir():
+        fields = json.loads(note.read_text())
+        del fields["sha256"]
+        note.write_text(json.dumps(fields | {"num_images": 7}))
     assert find() == right
 
 

@@ -167,6 +167,14 @@ def test_the_gate_judges_the_file_that_is_shipped_and_not_another_of_the_same_va
     assert (row.fastest_runtime, row.fastest_p50_ms) == ("openvino", 1.0)
 
 
+def test_a_variant_that_does_not_win_is_shown_by_its_file_inside_the_gate() -> None:
+    faster = _measured("b", 90, 0.5)
+    found = _verdict(_measured("float", 90, 4.0), _with_onnx("a", pt=90, onnx=80, pt_ms=2.0, onnx_ms=1.0), faster)
+
+    assert [row.winner for row in found.variants] == [False, False, True]
+    assert (found.variants[1].runtime, found.variants[1].accepted) == ("torchscript-x86", True)
+
+
 def test_a_variant_that_has_no_file_for_an_allowed_runtime_is_not_accepted() -> None:
     found = _verdict(_measured("float", 90, 4.0), _measured("a", 90, available=False, onnx_refusal="no such operation"))
 
@@ -336,6 +344,23 @@ def test_what_is_drawn_as_the_front_holds_the_winner_and_nothing_that_is_beaten_
         "outside": None,
     }
     assert rows["winner"].winner
+
+
+def test_on_the_front_is_what_is_slower_but_surely_better_and_not_what_is_as_fast_but_surely_worse() -> None:
+    rows = _rows(
+        _measured("float", 95, 8.0),
+        _measured("best", 95, samples_ms=_noisy(1.0, 3)),
+        _measured("surely worse", 85, samples_ms=_noisy(1.0, 4)),
+        gate=0.2,
+    )
+    assert [rows[name].pareto for name in ("best", "surely worse")] == [True, False]
+    worse = _rows(
+        _measured("float", 95, 8.0),
+        _measured("fast", 85, samples_ms=_noisy(1.0, 3)),
+        _measured("surely better", 100, samples_ms=_noisy(2.0, 5)),
+        gate=0.2,
+    )
+    assert [worse[name].pareto for name in ("fast", "surely better")] == [True, True]
 
 
 def test_accuracy_is_compared_on_the_images_that_choices_are_made_by() -> None:
