@@ -303,7 +303,7 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
 
     console = Console()
     with StageDisplay(console) as display:
-        report = run_here(name, recipe, home, display, run_id=run_id, verbose=verbose)
+        report = run_here(name, recipe, home, display, _warn, run_id=run_id, verbose=verbose)
     console.print(result_table(report.variants))
     console.print(conclusion(report, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
     console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
@@ -323,8 +323,12 @@ def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
     )
 
 
-def _complain(message: str, status: int) -> int:
+def _warn(message: str) -> None:
     click.echo(f"quantflow: {message}", err=True)
+
+
+def _complain(message: str, status: int) -> int:
+    _warn(message)
     return status
 
 

@@ -13,8 +13,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ from filelock import FileLock, Timeout
 import flows
 from flows import presence, processes
 from flows.database import check_database
-from flows.server import free_port, set_defaults, wait_until_healthy
+from flows.server import free_port, is_healthy, set_defaults, wait_until_healthy
 from quantlib.errors import MachineError
 from quantlib.store import lockable, read_file, write_atomically
 
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 
 POOL = "quantflow"
 _LOOK_SECONDS = 5.0
+# Longer than a machine that computes on every core ever kept them waiting; the worker tells of itself every 30 s.
+_SERVER_SILENT_SECONDS = 60.0
+_WORKER_SILENT_SECONDS = 180.0
+_DEPLOY_SECONDS = 300.0
 _STOP_SECONDS = 10.0
 
 
@@ -96,28 +102,57 @@ def _serve(
             # While the worker starts.
             if _deploy(client, home, stopped):
                 say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
-            _watch([server, worker], reconciler, stopped, say)
+            watched = [
+                (server, processes.Pulse(lambda: is_healthy(url), _SERVER_SILENT_SECONDS)),
+                (worker, processes.Pulse(_heartbeats(client), _WORKER_SILENT_SECONDS)),
+            ]
+            _watch(watched, reconciler, stopped, say)
         finally:
             _stop_worker(worker, server, reconciler)
 
 
 def _watch(
-    children: list[processes.Child],
+    watched: list[tuple[processes.Child, processes.Pulse]],
     reconciler: "Reconciler",
     stopped: threading.Event,
     say: Callable[[str], None],
 ) -> None:
     import httpx
 
+    errors = {child.name: processes.RepeatedErrors(child.log) for child, _ in watched}
     while not stopped.wait(_LOOK_SECONDS):
-        for child in children:
+        for child, pulse in watched:
+            for line in errors[child.name].news():
+                say(f"The {child.name} repeats an error, and runs may not start: {line[:500]} (its log is {child.log})")
             if child.watch():
+                pulse.reset()
                 say(f"The {child.name} had ended, and was started again; its log is {child.log}")
-        processes.reap_orphans(child.process.pid for child in children)
+            elif pulse.is_silent():
+                say(f"The {child.name} does not answer, and is started again.")
+                child.process.kill()
+        processes.reap_orphans(child.process.pid for child, _ in watched)
         # A server that is being started again, or is busy, is asked again in a moment.
         with suppress(httpx.HTTPError):
             for run in reconciler.mark_dead():
                 say(f"Run {run.name} ({run.id}) has died: Retry in the dashboard goes on from its finished stages.")
+
+
+def _heartbeats(client: "SyncPrefectClient") -> Callable[[], bool]:
+    """Tells whether a worker has sent a heartbeat since it was asked before."""
+    import httpx
+
+    newest = datetime.min.replace(tzinfo=UTC)
+
+    def beats() -> bool:
+        nonlocal newest
+        with suppress(httpx.HTTPError):
+            before = newest
+            workers = client.read_workers_for_work_pool(POOL)
+            newest = max([newest, *(worker.last_heartbeat_time for worker in workers if worker.last_heartbeat_time)])
+            return newest > before
+        return False
+
+    return beats
 
 
 def _stop_worker(worker: processes.Child, server: processes.Child, reconciler: "Reconciler") -> None:
@@ -156,24 +191,37 @@ def _deploy(client: "SyncPrefectClient", home: Path, stopped: threading.Event) -
     if _read_json(done) == {"digest": digest, "project": str(project)} and len(client.read_deployments()) >= 3:
         return True
     log = home / "prefect" / "deploy.log"
+    status = _run_deploy(file, log, stopped)
+    if status is not None and status < 0:
+        status = _run_deploy(file, log, stopped)  # Something has killed it.
+    if status is None:
+        return False
+    if status != 0:
+        raise MachineError(f"The deployments of {file} cannot be made; the reason is in {log}.")
+    write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
+    return True
+
+
+def _run_deploy(file: Path, log: Path, stopped: threading.Event) -> int | None:
+    """The exit status of `prefect deploy`, below 0 where it was killed; None where the dashboard is stopped before."""
     # Where the variable is known it is filled in; it must stay, for the worker to fill in.
     environment = {name: value for name, value in os.environ.items() if name != "QUANTFLOW_PROJECT"}
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 (our own file)
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
-            cwd=project,
+            cwd=find_project(),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+    deadline = time.monotonic() + _DEPLOY_SECONDS
     while process.poll() is None:
         if stopped.wait(0.05):
-            return False
-    if process.returncode != 0:
-        raise MachineError(f"The deployments of {file} cannot be made; the reason is in {log}.")
-    write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
-    return True
+            return None
+        if time.monotonic() > deadline:
+            process.kill()
+    return process.returncode
 
 
 def find_project() -> Path:

@@ -4,9 +4,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from quantlib.errors import RecipeError, suggest
+from quantlib.fields import MAX_ITEMS, PathName
 from quantlib.recipe import Recipe
 from quantlib.recipe_file import load_recipe
 
@@ -37,8 +38,8 @@ def _load_where_named(value: Any) -> Any:
     return find_recipe(value) if isinstance(value, str) else value
 
 
-RecipeParameter = Annotated[Recipe, BeforeValidator(_load_where_named, json_schema_input_type=str | Recipe)]
+RecipeParameter = Annotated[Recipe, BeforeValidator(_load_where_named, json_schema_input_type=PathName | Recipe)]
 """A Recipe to the flow; to whoever starts it also the name or the file of one, read anew at each run's start."""
 
-Changes = tuple[str, ...]
+Changes = Annotated[tuple[PathName, ...], Field(max_length=MAX_ITEMS)]
 """As `--set` takes them: "KEY=VALUE"."""

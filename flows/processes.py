@@ -5,11 +5,13 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,6 +84,60 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+
+class Pulse:
+    """Whether a process that lives still does its work.
+
+    Args:
+        beats: Asks for a sign of life.
+        seconds: A process is silent that has given none for so long.
+    """
+
+    def __init__(self, beats: Callable[[], bool], seconds: float) -> None:
+        self._beats = beats
+        self._seconds = seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, with a process that was just started."""
+        self._last = time.monotonic()
+
+    def is_silent(self) -> bool:
+        """Whether there was no sign for too long; it is asked for one when half of that has passed."""
+        if time.monotonic() - self._last > self._seconds / 2 and self._beats():
+            self.reset()
+        return time.monotonic() - self._last > self._seconds
+
+
+class RepeatedErrors:
+    """Finds, in what is added to a log, the errors that come again and again.
+
+    Args:
+        log: A text file, which need not be there yet.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._read = log.stat().st_size if log.exists() else 0
+        self._counts: Counter[str] = Counter()
+
+    def news(self) -> list[str]:
+        """The lines that name an error and were added for the second time, each once."""
+        with contextlib.suppress(FileNotFoundError), self._log.open("rb") as file:
+            file.seek(self._read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+            self._read += len(whole) + len(newline)
+            return [line for line in whole.decode(errors="replace").splitlines() if self._is_second(line)]
+        return []
+
+    def _is_second(self, line: str) -> bool:
+        if not re.match(r"[\w.]*(Error|Exception)\b", line):
+            return False
+        # Ports, durations and identities differ each time.
+        kind = re.sub(r"[0-9a-f-]*\d[0-9a-f-]*", "#", line)
+        self._counts[kind] += 1
+        return self._counts[kind] == 2
 
 
 @contextlib.contextmanager

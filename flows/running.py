@@ -12,13 +12,22 @@ from flows.server import prefect_server
 
 # All else is imported while the server starts.
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quantlib.recipe import Recipe
     from quantlib.report import Report
     from tasks.run import Listener
 
 
 def run_here(
-    name: str, recipe: Recipe, home: Path, listener: Listener, *, run_id: str | None = None, verbose: bool = False
+    name: str,
+    recipe: Recipe,
+    home: Path,
+    listener: Listener,
+    say: Callable[[str], None],
+    *,
+    run_id: str | None = None,
+    verbose: bool = False,
 ) -> Report:
     """Run a flow to its end.
 
@@ -27,12 +36,13 @@ def run_here(
         recipe: What is run.
         home: The home folder.
         listener: Is told of each stage.
+        say: Is given what a person must know that is no error.
         run_id: Of a run to go on with; None begins one.
         verbose: Show Prefect's own log.
     """
     home = home.resolve()
     os.environ["QUANTFLOW_HOME"] = str(home)
-    with prefect_server(home, verbose=verbose) as wait_for_server:
+    with prefect_server(home, say, verbose=verbose) as wait_for_server:
         with imports_uncollected():
             from quantlib import machine
             from quantlib.inputs import find_inputs

@@ -5,6 +5,7 @@ This one starts beside the imports, and ends with its parent.
 """
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from flows.database import prepare_database
 from flows.presence import find_dashboard
-from flows.processes import Child, imports_uncollected
+from flows.processes import Child, Pulse, imports_uncollected
 from quantlib import temporary
 from quantlib.errors import MachineError
 from quantlib.store import lockable
@@ -33,7 +34,7 @@ _SILENT_SECONDS = 30.0
 
 
 @contextmanager
-def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None] | None]:
+def prefect_server(home: Path, say: Callable[[str], None], *, verbose: bool) -> Iterator[Callable[[], None] | None]:
     """Set Prefect up for the process, and start a server unless PREFECT_API_URL names one, or a dashboard runs.
 
     Prefect reads its settings from the environment when it is imported: nothing that imports it may come before.
@@ -42,6 +43,7 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None] 
 
     Args:
         home: quantflow's home folder; Prefect's files are below it.
+        say: Is told where the server ends for good: the run goes on without.
         verbose: Show Prefect's own log.
 
     Yields:
@@ -60,6 +62,8 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None] 
         except Timeout:
             folder = alone
         set_defaults(folder, verbose=verbose)
+        # Enough for a server that is started again, 14 s; a run whose server is gone for good ends soon after its work.
+        os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")
         try:
             if "PREFECT_API_URL" in os.environ:
                 yield None
@@ -67,7 +71,7 @@ def prefect_server(home: Path, *, verbose: bool) -> Iterator[Callable[[], None] 
                 with _use(url):
                     yield None
             else:
-                with start(folder) as wait:
+                with start(folder, say) as wait:
                     yield wait
         finally:
             lock.release()
@@ -85,6 +89,8 @@ def set_defaults(folder: Path, *, verbose: bool) -> None:
     }
     if not verbose:
         settings["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+        # Each event that is not delivered, with all that is in it.
+        settings["PREFECT_LOGGING_INTERNAL_LEVEL"] = "CRITICAL"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
@@ -93,14 +99,14 @@ def set_defaults(folder: Path, *, verbose: bool) -> None:
 def _use(url: str) -> Iterator[None]:
     os.environ["PREFECT_API_URL"] = url
     try:
-        with _drained():
-            yield
+        yield
     finally:
+        drain()
         del os.environ["PREFECT_API_URL"]
 
 
 @contextmanager
-def start(folder: Path) -> Iterator[Callable[[], None]]:
+def start(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Start a server with its database in `folder`; as `prefect_server`, without asking who else is there."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
@@ -118,44 +124,65 @@ def start(folder: Path) -> Iterator[Callable[[], None]]:
     log.unlink(missing_ok=True)  # Its last line is told where it does not start.
     # In a session of its own: Ctrl-C in the terminal reaches the run alone, which tells the server how it ended.
     server = Child("server", [sys.executable, "-m", "flows.server", str(port)], environment, log)
-    stopped = threading.Event()
-    watcher = threading.Thread(target=_keep_alive, args=(server, url, stopped), daemon=True)
+    keeper = _Keeper(server, url, say)
 
     def wait() -> None:
         wait_until_healthy(server.process, url, log)
-        watcher.start()
+        keeper.start()
 
     os.environ["PREFECT_API_URL"] = url
     try:
-        with _drained():
-            yield wait
+        yield wait
     finally:
+        # While the server is still there, above all where the block fails.
+        if keeper.stop():
+            drain()
         del os.environ["PREFECT_API_URL"]
-        stopped.set()
-        if watcher.is_alive():
-            watcher.join()
         server.stop(_STOP_SECONDS)
 
 
-def _keep_alive(server: Child, url: str, stopped: threading.Event) -> None:
-    """Start a server again that has died, or that answers no more; what asks it meanwhile asks again.
+class _Keeper:
+    """Starts a server again that has died, or that answers no more; what asks it meanwhile asks again.
 
     One that dies over and over is left alone: the run goes on without, and Prefect's history of it has a gap.
     """
-    answered = time.monotonic()
-    while not stopped.wait(_WATCH_SECONDS):
-        try:
-            if server.watch():
-                answered = time.monotonic()
-        except MachineError:
-            return
-        if time.monotonic() - answered > _SILENT_SECONDS / 2 and _is_healthy(url):
-            answered = time.monotonic()
-        if time.monotonic() - answered > _SILENT_SECONDS:
-            server.process.kill()
+
+    def __init__(self, server: Child, url: str, say: Callable[[str], None]) -> None:
+        self._server = server
+        self._pulse = Pulse(lambda: is_healthy(url), _SILENT_SECONDS)
+        self._say = say
+        self._stopped = threading.Event()
+        self._lost = False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._pulse.reset()
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Watch no more; whether there is a server."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        return not self._lost
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_WATCH_SECONDS):
+            try:
+                if self._server.watch():
+                    self._pulse.reset()
+            except MachineError as error:
+                self._lost = True
+                logging.raiseExceptions = False  # Else Prefect says of each line of its log that it was not sent.
+                self._say(f"The run goes on without Prefect's server, and only its history there is lost. {error}.")
+                return
+            if self._pulse.is_silent():
+                self._server.process.kill()
 
 
-def _is_healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether the API at `url` answers that it is well, within 5 s."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 (loopback)
             return json.load(answer) is True
@@ -171,7 +198,7 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
     """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if _is_healthy(url):
+        if is_healthy(url):
             return
         time.sleep(0.02)
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
@@ -179,15 +206,6 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
         f"Prefect's server does not start; it said: {last[0]}. Its log is {log}. If its database is damaged, remove "
         f"{log.parent}: only Prefect's history is lost, no stage and no report."
     )
-
-
-@contextmanager
-def _drained() -> Iterator[None]:
-    """Drain after the block while the server is still there, above all where the block fails."""
-    try:
-        yield
-    finally:
-        drain()
 
 
 def drain() -> None:
@@ -226,9 +244,10 @@ def _serve(port: int) -> None:
         import uvicorn
         from prefect.server.api.server import create_app
 
+        from flows.bodies import refuse_what_cannot_be_told
         from flows.origins import answer_own_pages_only
 
-        app = answer_own_pages_only(create_app(), port)
+        app = answer_own_pages_only(refuse_what_cannot_be_told(create_app()), port)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 

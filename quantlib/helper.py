@@ -6,6 +6,7 @@ It is started by `Helper`, and ends when the pipe to that is closed: however the
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any, ParamSpec, TypeVar
 
 from quantlib.errors import MachineError
+
+_LOOK_SECONDS = 5.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +30,7 @@ class Helper:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection[Any, Any] | None = None
+        self._num_stops = 0
 
     def start(self) -> None:
         """Start it, so that it is there when it is needed."""
@@ -36,32 +40,47 @@ class Helper:
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What a function of a module gives; what it raises is raised here. Threads take turns.
 
+        A process that dies over it is replaced once, so the function may begin twice.
+
         Raises:
-            MachineError: If the process dies.
+            MachineError: If the process dies again, or is stopped.
         """
         with self._lock:
-            self._start()
-            assert self._pipe is not None
-            try:
-                self._pipe.send((function, args, kwargs))
-                result, error = self._pipe.recv()
-            except (EOFError, OSError):
-                status = self._end()
-                raise MachineError(
-                    f"The helper process died in {function.__module__}.{function.__name__} (exit status {status}): "
-                    "-9 is what Linux does where memory runs out. Run again: finished stages are kept."
-                ) from None
+            num_stops = self._num_stops
+            for is_last in (False, True):
+                try:
+                    result, error = self._ask((function, args, kwargs))
+                    break
+                except (EOFError, OSError):
+                    status = self._end()
+                    if is_last or self._num_stops != num_stops:
+                        raise MachineError(
+                            f"The helper process died in {function.__module__}.{function.__name__} (exit status "
+                            f"{status}): -9 is what Linux does where memory runs out. Run again: finished stages are "
+                            "kept."
+                        ) from None
         if error is not None:
             raise error
         return result
 
     def stop(self) -> None:
         """End it, whatever it is doing: a call in another thread raises MachineError."""
+        self._num_stops += 1
         process = self._process
         if process is not None:
             process.kill()
         with self._lock:
             self._end()
+
+    def _ask(self, call: tuple[Callable[P, T], Any, Any]) -> Any:
+        self._start()
+        assert self._pipe is not None
+        assert self._process is not None
+        self._pipe.send(call)
+        while not self._pipe.poll(_LOOK_SECONDS):
+            # Whoever stops it stops the run for ever, which waits for it.
+            self._process.send_signal(signal.SIGCONT)
+        return self._pipe.recv()
 
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:

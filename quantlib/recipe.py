@@ -7,16 +7,30 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantlib.errors import RecipeError, suggest
+from quantlib.fields import (
+    LINE,
+    MAX_INT,
+    MAX_ITEMS,
+    Arguments,
+    BranchName,
+    Count,
+    Flag,
+    Fraction,
+    Line,
+    PathName,
+    Pixels,
+)
 from quantlib.schedule import LearningRateDecay
 from quantlib.scheme import BUNDLES, ActivationBits, ObserverName, QConfigName, Scheme, WeightGrid
 
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 RuntimeName = Literal["torchscript", "onnxruntime", "openvino"]
-BranchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-# Strict, so that a value is taken as it is or refused: "3" is no 3, 1 no true, and 2.0 no 2.
-Count = Annotated[int, Field(gt=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
+_BatchOfTwo = Annotated[int, Field(gt=1, le=MAX_INT, strict=True)]
+_LearningRate = Annotated[float, Field(gt=0.0, le=1000.0, strict=True)]
+_LastEpoch = Annotated[int, Field(ge=-2, le=MAX_INT, strict=True)]
+_Runtimes = Annotated[tuple[RuntimeName, ...], Field(max_length=16)]
+_MAX_BRANCHES = 1000
+_MAX_TOLD = 100
 
 
 class Section(BaseModel):
@@ -41,20 +55,20 @@ class TrainingRecipe(Section):
 
     epochs: Count = 12
     """Passes over the training split."""
-    batch_size: Annotated[int, Field(gt=1, strict=True)] = 64
+    batch_size: _BatchOfTwo = 64
     """Images a step."""
-    learning_rate: Annotated[float, Field(gt=0.0, strict=True)] = 0.05
+    learning_rate: _LearningRate = 0.05
     """Peak learning rate of SGD with Nesterov momentum 0.9 and a one-cycle schedule."""
 
 
 class ModelRecipe(Section):
     """The float model: its architecture and where its weights come from."""
 
-    architecture: str = "mobilenet_v2"
+    architecture: Line = "mobilenet_v2"
     """A registered name, or "package.module:function", which returns an nn.Module."""
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     """Keyword arguments of the architecture; `num_classes` is taken from the data where it is not given."""
-    weights: str
+    weights: PathName
     """A state_dict file; "torchvision:NAME"; or "train"."""
     training: TrainingRecipe = TrainingRecipe()
     """Used when `weights = "train"`."""
@@ -63,13 +77,13 @@ class ModelRecipe(Section):
 class DataRecipe(Section):
     """The images, and how they become the model's input."""
 
-    format: str
+    format: Line
     """digits, imagefolder, imagenet, cifar10, or "package.module:function" called as f(root, split)."""
-    root: str | None = None
+    root: PathName | None = None
     """The dataset's folder; relative to the recipe's file."""
-    resize: Count = 256
+    resize: Pixels = 256
     """Shorter side in pixels before the centre crop (evaluation)."""
-    crop: Count = 224
+    crop: Pixels = 224
     """Side in pixels of the model's input."""
     train_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Share of the image's area that a random training crop takes: least and most."""
@@ -104,7 +118,7 @@ class EvaluationRecipe(Section):
     """Also measure every quantized model with fake quantization in float: both, weights only, activations only. Shows
     which of the two costs accuracy. Weights only: as they ship, with the biases that were corrected for them.
     Activations only: with float's weights and biases; of QAT, with those that were trained."""
-    num_examples: Annotated[int, Field(ge=0, strict=True)] = 12
+    num_examples: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 12
     """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
     than float. 0: none."""
     layers: Flag = False
@@ -141,7 +155,7 @@ class BranchRecipe(Section):
     """Cross-layer equalization first; absent: as `qconfig` says."""
     bias_correction: Flag | None = None
     """Correct each layer's mean output, on the calibration images; absent: as `qconfig` says."""
-    float_layers: tuple[str, ...] = ()
+    float_layers: Annotated[tuple[Line, ...], Field(max_length=MAX_ITEMS)] = ()
     """Layers that stay float, by dotted path or by class."""
 
     @property
@@ -186,9 +200,9 @@ class QATRecipe(BranchRecipe):
     """Stop after so many epochs without a new best (the start counts as one); absent: train all."""
     batches_per_epoch: Count | None = None
     """Training batches an epoch; absent: the whole training split."""
-    batch_size: Annotated[int, Field(gt=1, strict=True)] = 30
+    batch_size: _BatchOfTwo = 30
     """Images a training step (BatchNorm needs two at least)."""
-    learning_rate: Annotated[float, Field(gt=0.0, strict=True)] = 1e-4
+    learning_rate: _LearningRate = 1e-4
     """Of plain SGD, at the start."""
     learning_rate_decay: LearningRateDecay = "cosine"
     """cosine: to zero at the last epoch's end; constant: none."""
@@ -197,10 +211,10 @@ class QATRecipe(BranchRecipe):
     train_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
     """As [data] train_scale, of this branch. The nearer to the images that the float model was trained on, the less
     BatchNorm moves."""
-    freeze_batch_norm_after_epoch: Annotated[int, Field(ge=-2, strict=True)] = -2
+    freeze_batch_norm_after_epoch: _LastEpoch = -2
     """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the
     start, as so few images are worse statistics than what the float model brings."""
-    freeze_observer_after_epoch: Annotated[int, Field(ge=-2, strict=True)] = -2
+    freeze_observer_after_epoch: _LastEpoch = -2
     """Observers are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the start."""
 
     @model_validator(mode="after")
@@ -225,14 +239,14 @@ class QATRecipe(BranchRecipe):
 class BenchmarkRecipe(Section):
     """What is timed: every batch size with every number of threads."""
 
-    batch_sizes: tuple[Count, ...] = (1,)
+    batch_sizes: Annotated[tuple[Count, ...], Field(max_length=64)] = (1,)
     """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
-    num_threads: tuple[Count, ...] = (1,)
+    num_threads: Annotated[tuple[Annotated[int, Field(gt=0, le=1024, strict=True)], ...], Field(max_length=64)] = (1,)
     """Threads of torch; 1 is always timed."""
-    runtimes: tuple[RuntimeName, ...] | None = None
+    runtimes: _Runtimes | None = None
     """What models are exported for and timed in: torchscript, on each of torch's engines, is always among them;
     absent: and every runtime for ONNX that is installed."""
-    num_samples: Annotated[int, Field(ge=10, strict=True)] = 50
+    num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
     """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
 
 
@@ -242,9 +256,9 @@ class SearchRecipe(Section):
     max_top1_drop: Fraction = 0.002
     """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too: given in [gate], it
     may be absent here. Trials are judged on the images that choices are made by, the winner by the gate."""
-    max_trials: Count = 12
+    max_trials: Annotated[int, Field(gt=0, le=_MAX_BRANCHES, strict=True)] = 12
     """Variants to try at most; each is a branch of the report."""
-    max_minutes: Annotated[float, Field(gt=0.0, strict=True)] = 120.0
+    max_minutes: Annotated[float, Field(gt=0.0, le=1_000_000.0, strict=True)] = 120.0
     """No trial begins once the search's stages took so many minutes; one that has begun goes to its end. A stage that
     is reused counts as long as it took to compute, so that a search that is resumed or repeated ends where it would
     have ended at once."""
@@ -258,7 +272,7 @@ class GateRecipe(Section):
     confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
     """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
     its drop is inside; absent: the drop itself is what counts."""
-    runtimes: tuple[RuntimeName, ...] | None = None
+    runtimes: _Runtimes | None = None
     """What the model may be shipped for: a file is judged, and recommended, in one of these; absent: in any that
     `benchmark.runtimes` times."""
 
@@ -275,7 +289,7 @@ class Recipe(Section):
 
     name: BranchName
     """Names the run in reports and on the dashboard."""
-    description: str = ""
+    description: Line = ""
     """One line for `quantflow recipes`."""
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 191009
     """Of every random choice: initial weights, data order, crops."""
@@ -289,9 +303,9 @@ class Recipe(Section):
     """How accuracy is measured."""
     calibration: CalibrationRecipe = CalibrationRecipe()
     """Where activation ranges come from."""
-    ptq: tuple[PTQRecipe, ...] = ()
+    ptq: Annotated[tuple[PTQRecipe, ...], Field(max_length=_MAX_BRANCHES)] = ()
     """Post-training quantization branches."""
-    qat: tuple[QATRecipe, ...] = ()
+    qat: Annotated[tuple[QATRecipe, ...], Field(max_length=_MAX_BRANCHES)] = ()
     """Quantization-aware training branches."""
     search: SearchRecipe | None = None
     """Variants found by trial, besides these branches or alone; absent: none."""
@@ -386,9 +400,13 @@ def _explain(details: Any) -> str:
         got = details["input"]
         allowed = re.findall(r"'([^']*)'", details["ctx"]["expected"])
         return f"{where} = {got!r} is unknown{suggest(str(got), allowed)} Allowed: {', '.join(allowed)}."
+    if details["type"] == "string_unicode" or details.get("ctx", {}).get("pattern") == LINE:
+        message = "a line of text has no line breaks, control characters or half characters"
     if details["type"] == "value_error" and not isinstance(details["input"], (str, int, float, list, tuple)):
         return f"{where}: {message}."
-    return f"{where} = {details['input']!r} is not allowed: {message}."
+    got = repr(details["input"])
+    got = got if len(got) <= _MAX_TOLD else f"{got[:_MAX_TOLD]}… ({len(got)} characters)"
+    return f"{where} = {got} is not allowed: {message}."
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:

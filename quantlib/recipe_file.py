@@ -26,7 +26,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"No recipe {str(path)!r}: give the path of a TOML file, or a name that `quantflow recipes` lists."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"Recipe {str(path)!r} cannot be read as TOML: {error}.") from None
     _resolve_paths(tables, path.resolve().parent)
     for override in overrides:
@@ -68,7 +68,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r} has no value: write KEY=VALUE, as in --set qat.0.epochs=2.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text
     *parents, last = key.split(".")
     place: Any = tables

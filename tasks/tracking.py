@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tasks.run import Listener
 
 _EVERY_SECONDS = 5.0
+# Prefect asks a server that is gone again and again, for seconds: the stage that waits for it should compute.
+_AFTER_FAILURE_SECONDS = 120.0
 _LOGGER = logging.getLogger("prefect.quantflow")
 
 
@@ -51,6 +53,7 @@ class ProgressArtifacts:
         self._clock = clock
         self._artifacts: dict[str, UUID] = {}
         self._told: dict[str, float] = {}
+        self._silent_until = 0.0
 
     def stage_started(self, label: str) -> None:
         """Begin to count: a stage that is done soon needs no artifact."""
@@ -75,13 +78,18 @@ class ProgressArtifacts:
     def _tell(self, label: str, percent: float) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-        with _nothing_depends_on_it():
+        if self._clock() < self._silent_until:
+            return
+        with _nothing_depends_on_it(self._be_silent):
             if label in self._artifacts:
                 update_progress_artifact(self._artifacts[label], percent)
             else:
                 created = create_progress_artifact(percent, description=label)
                 assert isinstance(created, UUID)
                 self._artifacts[label] = created
+
+    def _be_silent(self) -> None:
+        self._silent_until = self._clock() + _AFTER_FAILURE_SECONDS
 
 
 def publish(report: Report, reports: "Path") -> None:
@@ -101,9 +109,10 @@ def artifact_key(recipe: str) -> str:
 
 
 @contextmanager
-def _nothing_depends_on_it() -> Iterator[None]:
+def _nothing_depends_on_it(failed: Callable[[], None] = lambda: None) -> Iterator[None]:
     """A server that is gone or refuses costs the dashboard its artifact, and the run nothing."""
     try:
         yield
     except Exception:
+        failed()
         _LOGGER.warning("The dashboard was not told of the run's progress.", exc_info=True)

@@ -125,8 +125,11 @@ class Dashboard:
             unseen += below
         return found
 
-    def kill_worker(self) -> None:
-        _kill(next(pid for pid in self.processes() if b"flows.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()))
+    def signal(self, part: str, number: int = signal.SIGKILL) -> int:
+        """Send a signal to the process whose command line holds `part`; its number."""
+        found = next(pid for pid in self.processes() if part.encode() in _command_line(pid))
+        os.kill(found, number)
+        return found
 
     def kill_flow(self, run: str) -> None:
         _kill(int(self.run(run)["infrastructure_pid"]))
@@ -211,6 +214,13 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    except FileNotFoundError:
+        return b""
 
 
 def _kill(pid: int) -> None:

@@ -57,7 +57,7 @@ def serve_prefect(folder: Path) -> Iterator[None]:
     before = dict(os.environ)
     set_defaults(folder, verbose=False)
     try:
-        with start(folder) as wait:
+        with start(folder, print) as wait:
             wait()
             yield
     finally:

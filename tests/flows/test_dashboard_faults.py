@@ -24,7 +24,7 @@ def flow(dashboard, run):
 
 
 def worker_and_flow(dashboard, run):
-    dashboard.kill_worker()
+    dashboard.signal("flows.worker")
     dashboard.kill_flow(run)
 
 
@@ -70,11 +70,36 @@ def num_records(dashboard) -> int:
 def test_a_run_outlives_its_worker(dashboard):
     run = dashboard.begin("quantize", "qat.0.epochs=6", "seed=77")
     dashboard.wait_for_tasks(run, "Completed", 8)
-    dashboard.kill_worker()
+    dashboard.signal("flows.worker")
     dashboard.wait(run)
     assert dashboard.run(run)["run_count"] == 1
     # The worker is there again.
     dashboard.wait(dashboard.begin("ptq"))
+
+
+@pytest.mark.parametrize("part", ["flows.server", "flows.worker"])
+def test_what_stands_still_is_started_again(dashboard, part):
+    pid = dashboard.signal(part, signal.SIGSTOP)
+    # As long as `quantflow dashboard` waits for a sign of life, and as it needs to start it.
+    until(lambda: pid not in dashboard.processes(), 300, lambda: f"{part} still stands")
+    dashboard.wait(dashboard.begin("ptq"))
+
+
+def test_deployments_are_made_though_what_makes_them_is_killed(tmp_path):
+    found = Dashboard(tmp_path)
+    found.process = found.command("dashboard", "--home", str(found.home), "--port", "0")
+
+    def is_killed() -> bool:
+        try:
+            return bool(found.signal("prefect --no-prompt deploy"))
+        except StopIteration:
+            return False
+
+    until(is_killed, SECONDS, lambda: "nothing makes deployments")
+    assert found.process.stdout is not None
+    told = iter(found.process.stdout.readline, "")
+    assert any(line.startswith("Deployments are scheduled") for line in told)
+    assert found.stop() == []
 
 
 def test_what_a_killed_dashboard_left_in_tmpdir_is_cleared_away_by_the_next_run(tmp_path):

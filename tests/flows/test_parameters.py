@@ -41,7 +41,7 @@ def test_a_change_of_an_unknown_key_is_an_error():
 def test_the_form_of_each_flow_describes_every_field(flow):
     schema = parameter_schema(flow.fn).model_dump()
     assert all(schema["properties"][name]["description"] for name in ("recipe", "changes"))
-    assert {"type": "string"} in schema["properties"]["recipe"]["anyOf"]
+    assert [kind.get("type") for kind in schema["properties"]["recipe"]["anyOf"]] == ["string", None]
     fields = [
         (section, field, details)
         for section, definition in schema["definitions"].items()
@@ -52,6 +52,41 @@ def test_the_form_of_each_flow_describes_every_field(flow):
     bare = [f"{section}.{field}" for section, field, details in fields if not {"description", "$ref"} & set(details)]
     assert bare == []
     assert all(definition["description"] for definition in schema["definitions"].values())
+
+
+@pytest.mark.parametrize("flow", [quantize, ptq, qat], ids=lambda flow: flow.name)
+def test_the_form_of_each_flow_bounds_every_value(flow):
+    schema = parameter_schema(flow.fn).model_dump()
+    assert list(unbounded(schema, "form")) == []
+
+
+def unbounded(schema, where):
+    """Where in a JSON schema a value may be as large as one likes."""
+    needed = {
+        "string": {"maxLength", "pattern"},
+        "integer": {"minimum", "maximum"},
+        "number": {"minimum", "maximum"},
+        "array": {"maxItems", "items"},
+        "boolean": set(),
+        "null": set(),
+    }
+    stated = {{"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}.get(key, key) for key in schema}
+    if schema.get("type") == "object":
+        if schema.get("additionalProperties") is not False and where != "form":
+            yield from (where for _ in {"maxProperties", "propertyNames"} - stated)
+            yield from unbounded(schema["additionalProperties"], f"{where}.*")
+    elif "enum" not in schema and "const" not in schema and "$ref" not in schema and "anyOf" not in schema:
+        if "prefixItems" in schema:
+            assert stated >= {"minItems", "maxItems"}
+        elif "type" not in schema or not needed[schema["type"]] <= stated:
+            yield where
+    for name in ("properties", "definitions"):
+        for key, part in schema.get(name, {}).items():
+            yield from unbounded(part, f"{where}.{key}")
+    for number, part in enumerate([*schema.get("anyOf", []), *schema.get("prefixItems", [])]):
+        yield from unbounded(part, f"{where}[{number}]")
+    if isinstance(schema.get("items"), dict):
+        yield from unbounded(schema["items"], f"{where}[]")
 
 
 def test_every_flow_is_deployed_with_a_schedule_of_its_own():

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import harness
@@ -97,7 +97,12 @@ def test_ctrl_c_ends_a_run_with_one_message_and_prefect_is_told(start_run, tmp_p
 
 
 def servers_of(process) -> list[int]:
-    return [pid for pid in descendants(process.pid) if b"flows.server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in descendants(process.pid):
+        with suppress(OSError):
+            if b"flows.server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 @pytest.mark.timeout(200)
@@ -120,3 +125,21 @@ def test_a_run_outlives_the_death_of_its_server_and_ends_as_its_journal_says(num
     )
     assert "Traceback" not in said
     assert told_to_prefect(tmp_path / "home")[0] == "Completed"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_whose_server_dies_over_and_over_goes_on_without(start_run, tmp_path):
+    process = start_run("qat.0.epochs=20")
+    deadline = time.monotonic() + 250
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        if any(run.num_stages >= 4 for run in read_runs(tmp_path / "home" / "runs")):
+            for server in servers_of(process):
+                os.kill(server, signal.SIGKILL)
+        time.sleep(0.2)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert [run.state for run in read_runs(tmp_path / "home" / "runs")] == ["completed"]
+    assert len(said.splitlines()) == 1, said
+    assert "goes on without Prefect's server" in said

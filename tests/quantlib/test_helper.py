@@ -1,6 +1,7 @@
 """The process that computes for another one."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -34,7 +35,26 @@ def test_what_a_function_raises_is_raised_here_and_the_process_goes_on(helper):
     assert helper.call(abs, -1) == 1
 
 
-def test_a_process_that_dies_is_an_error_and_the_next_call_has_another(helper):
+def _die_once(mark: Path) -> str:
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def test_a_process_that_is_killed_is_replaced_and_the_call_begins_again(helper, tmp_path):
+    assert helper.call(_die_once, tmp_path / "killed") == "done"
+    assert (tmp_path / "killed").exists()
+
+
+def test_a_process_that_somebody_has_stopped_goes_on(helper, monkeypatch):
+    monkeypatch.setattr("quantlib.helper._LOOK_SECONDS", 0.2)
+    pid = helper.call(os.getpid)
+    os.kill(pid, signal.SIGSTOP)
+    assert helper.call(os.getpid) == pid
+
+
+def test_a_process_that_dies_twice_is_an_error_and_the_next_call_has_another(helper):
     with pytest.raises(MachineError, match=r"died in posix._exit \(exit status 3\)"):
         helper.call(os._exit, 3)
     assert helper.call(abs, -1) == 1

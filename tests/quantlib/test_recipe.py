@@ -2,6 +2,7 @@
 
 import copy
 import re
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -111,11 +112,52 @@ def test_an_unknown_value_is_named_with_the_nearest_that_is_known(key: str, valu
         ("model", 3),
         ("ptq", {"name": "a table where a list is wanted"}),
         ("qat.0.name", ""),
+        ("data.crop", 10**30),
+        ("data.resize", 16385),
+        ("qat.0.epochs", 2**31),
+        ("qat.0.learning_rate", 1e300),
+        ("description", "half \ud800"),
+        ("description", "two\nlines"),
+        ("description", "x" * 1001),
+        ("model.weights", "\0"),
+        ("data.root", "x" * 4097),
+        ("qat.0.float_layers", ["x"] * 1001),
+        ("benchmark.num_threads", [1025]),
     ],
 )
 def test_a_value_out_of_its_range_is_named(key: str, value: Any) -> None:
-    with pytest.raises(RecipeError, match=rf"^{key}.* is not allowed: "):
+    with pytest.raises(RecipeError, match=rf"^{key}.* is not allowed: ") as caught:
         parse_recipe(_with(key, value))
+    assert len(str(caught.value)) < 400
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    return {"a": _nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (_nested(5), "nested 3 deep"),
+        (_nested(300), "nested 3 deep"),
+        ({"a": 10**30}, "whole numbers"),
+        ({"a": [1.0, float("inf")]}, "numbers may be"),
+        ({"a": {"b": "half \ud800"}}, "line of 1000"),
+        ({"half \ud800": 1}, "line of 1000"),
+        ({"a": "x" * 1001}, "line of 1000"),
+        ({"a": [0] * 1001}, "at most 1000"),
+        ({"a": datetime(2026, 1, 1, tzinfo=UTC)}, "neither a text"),
+    ],
+)
+def test_arguments_that_nobody_could_store_are_refused(arguments: dict[str, Any], fault: str) -> None:
+    with pytest.raises(RecipeError, match=f"^model.arguments.*{fault}") as caught:
+        parse_recipe(_with("model.arguments", arguments))
+    assert len(str(caught.value)) < 400
+
+
+def test_arguments_are_what_toml_and_json_can_say() -> None:
+    arguments = {"width_mult": 0.25, "setting": [[1, 16, 1, 1], [2, 24, 1, 2]], "flag": True, "name": "ä", "none": None}
+    assert parse_recipe(_with("model.arguments", arguments)).model.arguments == arguments
 
 
 def test_a_missing_key_is_named() -> None:

@@ -76,5 +76,23 @@ def test_a_server_that_refuses_does_not_stop_the_run(monkeypatch):
     progress.stage_finished("calibrate", cached=False, seconds=60.0)
 
 
+def test_a_server_that_is_gone_is_not_asked_at_each_step_of_a_stage(monkeypatch):
+    asked: list[float] = []
+    clock = Clock()
+
+    def wait_in_vain(*_, **__):
+        asked.append(clock.now)
+        clock.now += 14
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(prefect.artifacts, "create_progress_artifact", wait_in_vain)
+    progress = ProgressArtifacts(Silence(), clock)
+    progress.stage_started("calibrate")
+    for done in range(300):
+        clock.now += 1
+        progress.stage_progressed("calibrate", done, 300)
+    assert len(asked) == 3, asked
+
+
 def test_the_key_of_a_recipes_results_is_one_that_prefect_allows():
     assert artifact_key("My_Recipe.v2") == "quantflow-my-recipe-v2"
