@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from quantlib import backend, conversion, images, machine, runtimes, temporary, torchscript
+from quantlib import backend, checksums, conversion, images, machine, runtimes, temporary, torchscript
 from quantlib.errors import ModelError
 from quantlib.runtimes import Classifier
 
@@ -128,12 +128,14 @@ def load(path: str | Path, runtime: str | None = None, num_threads: int | None =
         num_threads: None: as many as the runtime likes. With torchscript this is torch's own setting, for the process.
 
     Raises:
-        ModelError: If there is no such file, or it does not run in that runtime.
+        ModelError: If there is no such file, it is not the one that the SHA256SUMS beside it names, or it does not run
+            in that runtime.
         MachineError: If the runtime is not installed, or this machine lacks the engine.
     """
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"No file {str(path)!r}: give the .pt or .onnx file that a run's report names.")
+    checksums.verify(path)
     machine.keep_freed_memory()
     if runtime is None:
         installed = [found.name for found in machine.find_onnx_runtimes()]

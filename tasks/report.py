@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import caveats, diagnosis, examples, machine, predictions, report, verdict
+from quantlib import caveats, checksums, diagnosis, examples, machine, predictions, report, verdict
 from quantlib.machine import Runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
@@ -104,10 +104,13 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
     run = current_run()
     folder = run.home / "models" / run.run_id
+    digests: dict[str, str] = {}
     for variant in measurements.variants:
         for file in (variant.artifact, onnx_file(variant)):
             if file is not None:
-                run.store.lay_out(file, _place(folder, variant, file))
+                place = run.store.lay_out(file, _place(folder, variant, file))
+                digests[place.name] = file.sha256
+    checksums.write(folder, digests)
     samples = read_samples(measurements.contenders, measurements.timings)
     measured = [_measured(run.store, refs, samples, folder) for refs in measurements.variants]
     circumstances = verdict.Circumstances(
