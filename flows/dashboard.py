@@ -40,6 +40,7 @@ _LOOK_SECONDS = 5.0
 _SERVER_SILENT_SECONDS = 60.0
 _WORKER_SILENT_SECONDS = 180.0
 _DEPLOY_SECONDS = 300.0
+_ANSWER_SECONDS = 20.0
 _STOP_SECONDS = 10.0
 
 
@@ -86,21 +87,25 @@ def _serve(
     # Imported while the server starts.
     with processes.imports_uncollected():
         from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
         from flows.reconciler import Reconciler
 
-    wait_until_healthy(server.process, url, server.log)
+    wait_until_healthy(server, url)
     presence.announce(home, url)
     say(f"Dashboard: http://127.0.0.1:{port}")
     with get_client(sync_client=True) as client:
-        reconciler = Reconciler(client, home, POOL)
-        reconciler.mark_dead(patience=0)
+        Reconciler(client, home, POOL).mark_dead(patience=0)
         _make_pool(client)
-        command = [sys.executable, "-m", "flows.worker", "--pool", POOL, "--limit", str(num_runs)]
-        worker = processes.Child("worker", command, dict(os.environ), folder / "worker.log")
+    command = [sys.executable, "-m", "flows.worker", "--pool", POOL, "--limit", str(num_runs)]
+    worker = processes.Child("worker", command, dict(os.environ), folder / "worker.log")
+    # A server that stands still must not hold up what is to notice that.
+    impatience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _ANSWER_SECONDS}
+    with temporary_settings(impatience), get_client(sync_client=True) as client:
+        reconciler = Reconciler(client, home, POOL)
         try:
             # While the worker starts.
-            if _deploy(client, home, stopped):
+            if _deploy(home, stopped):
                 say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
             watched = [
                 (server, processes.Pulse(lambda: is_healthy(url), _SERVER_SILENT_SECONDS)),
@@ -178,7 +183,7 @@ def _make_pool(client: "SyncPrefectClient") -> None:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 
-def _deploy(client: "SyncPrefectClient", home: Path, stopped: threading.Event) -> bool:
+def _deploy(home: Path, stopped: threading.Event) -> bool:
     """Make the deployments of prefect.yaml, unless that was done: what was changed in the dashboard stays.
 
     Returns:
@@ -188,7 +193,7 @@ def _deploy(client: "SyncPrefectClient", home: Path, stopped: threading.Event) -
     done = home / "prefect" / "deployed.json"
     sources = [file, *sorted((project / "flows").glob("*.py")), project / "quantlib" / "recipe.py"]
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
-    if _read_json(done) == {"digest": digest, "project": str(project)} and len(client.read_deployments()) >= 3:
+    if _read_json(done) == {"digest": digest, "project": str(project)} and _are_deployed():
         return True
     log = home / "prefect" / "deploy.log"
     status = _run_deploy(file, log, stopped)
@@ -200,6 +205,15 @@ def _deploy(client: "SyncPrefectClient", home: Path, stopped: threading.Event) -
         raise MachineError(f"The deployments of {file} cannot be made; the reason is in {log}.")
     write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
     return True
+
+
+def _are_deployed() -> bool:
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        return len(client.read_deployments()) >= 3
+    return False
 
 
 def _run_deploy(file: Path, log: Path, stopped: threading.Event) -> int | None:

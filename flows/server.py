@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -127,7 +126,7 @@ def start(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], Non
     keeper = _Keeper(server, url, say)
 
     def wait() -> None:
-        wait_until_healthy(server.process, url, log)
+        wait_until_healthy(server, url)
         keeper.start()
 
     os.environ["PREFECT_API_URL"] = url
@@ -190,21 +189,25 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait until the server at `url` answers.
+def wait_until_healthy(server: Child, url: str) -> None:
+    """Wait until a server answers at `url`; one that something has killed is started again.
 
     Raises:
         MachineError: If it ends, or does not answer in time; with the last line of its log.
     """
     deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
         if is_healthy(url):
             return
+        status = server.process.poll()
+        if status is not None and status >= 0:
+            break
+        server.watch()
         time.sleep(0.02)
-    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+    folder = server.log.parent
     raise MachineError(
-        f"Prefect's server does not start; it said: {last[0]}. Its log is {log}. If its database is damaged, remove "
-        f"{log.parent}: only Prefect's history is lost, no stage and no report."
+        f"Prefect's server does not start: {server.tail()}. If its database is damaged, remove {folder}: only "
+        "Prefect's history is lost, no stage and no report."
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from attack import Findings, command, compare, finish, new_folder, said, undisturbed
 from click.testing import CliRunner, Result
+from dashboard_driver import until
 
 from flows.cli import main
 from quantlib import export
@@ -103,7 +104,7 @@ def damage_files(place: Path, number: int, seed: int) -> list[Findings]:
     home = folder / "home"
     # One run that was killed, so that there is something to resume.
     killed = command(folder, "run", "tiny.toml", "--set", "seed=7")
-    harness.wait_until(lambda: len(harness.newest_stage_lines(home)) >= 4, 120)
+    until(lambda: len(harness.newest_stage_lines(home)) >= 4, 120, lambda: said(folder))
     killed.kill()
     killed.wait()
     files = _files(home)

@@ -127,6 +127,18 @@ def test_a_run_outlives_the_death_of_its_server_and_ends_as_its_journal_says(num
     assert told_to_prefect(tmp_path / "home")[0] == "Completed"
 
 
+def test_a_server_that_is_killed_while_it_starts_is_started_again(start_run, tmp_path):
+    process = start_run()
+    deadline = time.monotonic() + 100
+    while not servers_of(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(servers_of(process)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert told_to_prefect(tmp_path / "home")[0] == "Completed"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_whose_server_dies_over_and_over_goes_on_without(start_run, tmp_path):
