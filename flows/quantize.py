@@ -77,6 +77,7 @@ def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
         variants=variants,
         contenders=contenders,
         timings=timings,
+        validation=inputs.validation,
         pictures=_pick_examples(trunk, variants, contenders, timings),
         notes=tuple(NoteRow(kind="note", text=text) for text in (conclusion, *inputs.remarks) if text),
         search_best=search_best,

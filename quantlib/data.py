@@ -118,6 +118,19 @@ def select(selection: Selection) -> tuple[Split, np.ndarray]:
     return split, order[selection.start : selection.stop]
 
 
+def find_names(selection: Selection) -> list[str] | None:
+    """What the images of a selection are called: files by their path below the dataset's folder.
+
+    None where the dataset has changed since it was identified.
+    """
+    try:
+        split, indices = select(selection)
+    except DataError:
+        return None
+    below = f"{selection.split.root}/"
+    return [split.name_of(index).removeprefix(below) for index in indices]
+
+
 @functools.lru_cache(maxsize=2)
 def _open_identified(source: SplitInput) -> Split:
     """Listed once in a process: a million files take as long as some stages."""

@@ -4,7 +4,7 @@
 """
 
 import glob
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -269,6 +269,9 @@ class PredictionRow:
     variant: str
     image_index: int
     """Its place among the images that were evaluated: in the dataset's order, or as `evaluation.max_images` drew it."""
+    image: str | None
+    """Its file, below the dataset's folder, or its number in a dataset that has no files; absent where the dataset was
+    changed before the run was over."""
     label: int
     top5: list[int]
 
@@ -386,7 +389,9 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 
 
-def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) -> None:
+def write(
+    folder: Path, report: Report, predictions: Mapping[str, Predictions], images: Sequence[str] | None = None
+) -> None:
     """Write a run's tables as folder/TABLE/run_id=RUN/part-0.parquet, each whole or not at all.
 
     `variants` comes last: where it is, the rest is.
@@ -395,12 +400,13 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
         folder: Of all runs' reports.
         report: A run that was written before is replaced.
         predictions: Every variant's, on the validation images.
+        images: What these are called; None: nobody knows.
     """
     tables = {
         "epochs": _table("epochs", report.epochs),
         "latency": _table("latency", report.latency),
         "layers": _table("layers", report.layers),
-        "predictions": _predictions_table(predictions),
+        "predictions": _predictions_table(predictions, images),
         "classes": _table("classes", report.classes),
         "examples": _table("examples", report.examples),
         "stages": _table("stages", report.stages),
@@ -412,13 +418,15 @@ def write(folder: Path, report: Report, predictions: Mapping[str, Predictions]) 
         tables_on_disk.write(folder / name / f"run_id={report.run_id}", table)
 
 
-def _predictions_table(predictions: Mapping[str, Predictions]) -> pa.Table:
+def _predictions_table(predictions: Mapping[str, Predictions], images: Sequence[str] | None) -> pa.Table:
     """The table `predictions`: every variant's answer for every image."""
+    names = None if images is None else pa.array(images)
     parts = [
         pa.table(
             {
                 "variant": pa.repeat(variant, len(answers)),
                 "image_index": np.arange(len(answers)),
+                "image": pa.nulls(len(answers), pa.string()) if names is None else names,
                 "label": answers.labels,
                 "top5": pa.array(list(answers.top5), pa.list_(pa.int64())),
             },

@@ -8,7 +8,8 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import caveats, checksums, diagnosis, examples, machine, predictions, report, verdict
+from quantlib import caveats, checksums, data, diagnosis, examples, machine, predictions, report, verdict
+from quantlib.inputs import Selection
 from quantlib.machine import Runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import Recipe
@@ -91,6 +92,8 @@ class Measurements:
     contenders: tuple[Contender, ...]
     """What was timed."""
     timings: Ref
+    validation: Selection
+    """What every variant was evaluated on."""
     pictures: Ref | None
     """Example images, where any are asked for."""
     notes: tuple[NoteRow, ...]
@@ -140,7 +143,7 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         ),
     )
     answers = {row.variant: file.validation for row, file in zip(rows, judged.reported, strict=True)}
-    report.write(run.home / "reports", found, answers)
+    report.write(run.home / "reports", found, answers, data.find_names(measurements.validation))
     tracking.publish(found, run.home / "reports")
     return found
 

@@ -325,9 +325,8 @@ def _noted(findings: Findings, what: str) -> Iterator[None]:
         findings.add("status", f"{what}: {str(error)[:800]}")
 
 
-def full_disk(place: Path, seed: int) -> Findings:
+def full_disk(place: Path) -> Findings:
     """A disk that fills up under a dashboard and its runs, and then has room again."""
-    del seed
     findings = Findings("a full disk under a dashboard")
     folder = place / "disk"
     folder.mkdir()
@@ -430,7 +429,7 @@ def main() -> int:
         "kills": lambda: kills(place, options.kills, options.seed, expected, options.jobs),
         "free": lambda: [free_while_computing(place, options.frees, options.seed, expected)],
         "dashboards": lambda: [dashboards(place, options.dashboards, options.seed, expected)],
-        "disk": lambda: [full_disk(place, options.seed)],
+        "disk": lambda: [full_disk(place)],
         "week": lambda: [week(place, options.nights, options.seed)],
         "damage": lambda: damage_files(place, options.damages, options.seed),
     }

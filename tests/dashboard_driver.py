@@ -146,6 +146,8 @@ class Dashboard:
                 # The database is busy: Prefect's own clients come back, too.
                 if error.code != 503:
                     raise AssertionError(f"{path}: {error.code} {error.read().decode()[:500]}") from None
+            except (urllib.error.URLError, ConnectionError):
+                pass  # The server is being started again.
             time.sleep(1)
         raise AssertionError(f"{path}: busy all the time")
 

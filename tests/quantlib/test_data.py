@@ -417,6 +417,21 @@ def test_a_selection_is_a_part_of_the_shuffled_split(image_folder: Path) -> None
     assert part.tolist() == everything[10:15].tolist()
 
 
+def test_the_names_of_a_selection_are_its_files_below_the_datasets_folder(image_folder: Path) -> None:
+    names = data.find_names(_selection(image_folder, seed=None))
+    assert names is not None
+    assert names == [str(path.relative_to(image_folder)) for path in sorted((image_folder / "train").rglob("*.*"))]
+    some = data.find_names(_selection(image_folder, start=10, stop=12))
+    assert some == [names[number] for number in data.select(_selection(image_folder))[1][10:12]]
+
+
+def test_a_dataset_that_has_changed_has_no_names(own_folder: Path) -> None:
+    assert data.find_names(_selection(own_folder)) is not None
+    next((own_folder / "train").rglob("*.*")).unlink()
+    data._open_identified.cache_clear()
+    assert data.find_names(_selection(own_folder)) is None
+
+
 def test_without_a_seed_the_order_is_the_datasets_own(image_folder: Path) -> None:
     assert data.select(_selection(image_folder, seed=None, start=3, stop=6))[1].tolist() == [3, 4, 5]
 

