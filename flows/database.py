@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from quantlib import temporary
-from quantlib.errors import MachineError
+from quantlib.errors import MachineError, explain_full_disk
 from quantlib.store import write_atomically
 
 _FULL_CHECK_BYTES = 64 * 2**20
@@ -27,7 +27,7 @@ def check_database(file: Path) -> None:
     """Check that Prefect's database can be read.
 
     Raises:
-        MachineError: If it is damaged.
+        MachineError: If it is damaged, or the disk is full, which looks the same.
     """
     if not file.exists():
         return
@@ -39,7 +39,7 @@ def check_database(file: Path) -> None:
     except sqlite3.Error as error:
         found = str(error)
     if found != "ok" and not found.isdigit():
-        raise MachineError(
+        raise explain_full_disk(file.parent) or MachineError(
             f"Prefect's database {file} is damaged ({found}). Move it away, with {file.name}-wal and {file.name}-shm "
             "beside it, and start again: only the dashboard's history is lost, no stage, no report."
         )

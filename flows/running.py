@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.processes import imports_uncollected
 from flows.server import prefect_server
+from quantlib.errors import MachineError, QuantflowError, explain_full_disk
 
 # All else is imported while the server starts.
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ def run_here(
     os.environ["QUANTFLOW_HOME"] = str(home)
     with prefect_server(home, say, verbose=verbose) as wait_for_server:
         with imports_uncollected():
+            import httpx
+
             from quantlib import machine
             from quantlib.inputs import find_inputs
             from tasks.run import FINISHED, LISTENER, RUN_ID
@@ -60,6 +64,8 @@ def run_here(
             from flows.qat import qat
             from flows.quantize import quantize
 
+        # Else Prefect prints of each part of its log that it could not be sent.
+        logging.raiseExceptions = verbose
         LISTENER.set(listener)
         if run_id is not None:
             RUN_ID.set(run_id)
@@ -76,8 +82,21 @@ def run_here(
             # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 return flow(recipe)
-        except Exception:
+        except httpx.HTTPError as error:
             # The journal says that the run is completed, and all is written: Prefect alone was not told.
             if finished:
                 return finished[0]
-            raise
+            raise _find_cause(error, home) from error
+
+
+def _find_cause(error: Exception, home: Path) -> Exception:
+    """What a run failed with, or else why Prefect's server could not be told of it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, QuantflowError):
+        cause = cause.__context__
+    if isinstance(cause, QuantflowError):
+        return cause
+    return explain_full_disk(home) or MachineError(
+        f"Prefect's server does not answer as it should: {str(error).splitlines()[0]} What it said is in "
+        f"{home / 'prefect' / 'server.log'}. Run again: finished stages are kept."
+    )

@@ -5,7 +5,6 @@ This one starts beside the imports, and ends with its parent.
 """
 
 import json
-import logging
 import os
 import socket
 import sys
@@ -22,7 +21,7 @@ from flows.database import prepare_database
 from flows.presence import find_dashboard
 from flows.processes import Child, Pulse, imports_uncollected
 from quantlib import temporary
-from quantlib.errors import MachineError
+from quantlib.errors import MachineError, explain_full_disk
 from quantlib.store import lockable
 
 _START_SECONDS = 120.0
@@ -173,7 +172,6 @@ class _Keeper:
                     self._pulse.reset()
             except MachineError as error:
                 self._lost = True
-                logging.raiseExceptions = False  # Else Prefect says of each line of its log that it was not sent.
                 self._say(f"The run goes on without Prefect's server, and only its history there is lost. {error}.")
                 return
             if self._pulse.is_silent():
@@ -205,7 +203,7 @@ def wait_until_healthy(server: Child, url: str) -> None:
         server.watch()
         time.sleep(0.02)
     folder = server.log.parent
-    raise MachineError(
+    raise explain_full_disk(folder) or MachineError(
         f"Prefect's server does not start: {server.tail()}. If its database is damaged, remove {folder}: only "
         "Prefect's history is lost, no stage and no report."
     )

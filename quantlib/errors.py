@@ -12,7 +12,9 @@ Each message says what was got, what is allowed and what to do.
 
 import difflib
 import errno
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class QuantflowError(Exception):
@@ -39,6 +41,8 @@ class StoreError(QuantflowError):
     """An artifact is missing from the store, or is not what was written."""
 
 
+# With less, a database cannot be written to.
+_ROOM_BYTES = 256 * 1024
 # What the operating system refuses, and a user can mend.
 _ROOM = "Free some space, or choose another place with --home, then run again: finished stages are kept."
 _ACCESS = "You may not read or write here: change its permissions, or choose another place with --home: {place}."
@@ -64,6 +68,19 @@ def explain_refusal(error: OSError, place: object) -> MachineError | None:
     """
     message = _REFUSALS.get(error.errno or 0)
     return MachineError(message.format(place=place)) if message else None
+
+
+def explain_full_disk(place: Path) -> MachineError | None:
+    """As `explain_refusal`, where something failed that does not tell why: None while there is room.
+
+    Args:
+        place: A folder on the disk that may be full.
+    """
+    try:
+        room = shutil.disk_usage(place).free
+    except OSError:
+        return None
+    return explain_refusal(OSError(errno.ENOSPC, ""), place) if room < _ROOM_BYTES else None
 
 
 def suggest(got: str, allowed: Iterable[str]) -> str:

@@ -338,10 +338,9 @@ def full_disk(place: Path) -> Findings:
         dashboard = Dashboard(folder, {"OMP_NUM_THREADS": "1"})
         dashboard.start()
         findings.attempts += 1
-        with (folder / "ballast").open("wb") as ballast, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as ballast:
             while True:
                 ballast.write(b"\0" * 4096)
-                ballast.flush()
         with contextlib.suppress(AssertionError):
             dashboard.begin("quantize")
         time.sleep(30)
