@@ -74,13 +74,13 @@ def run_here(
             with imports_uncollected():
                 importlib.import_module("quantlib.backend")
             wait_for_server()
-        mark_crashed_runs(home)
         flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[name]
         finished: list[Report] = []
         FINISHED.set(finished)
         try:
             # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                mark_crashed_runs(home)
                 return flow(recipe)
         except httpx.HTTPError as error:
             # The journal says that the run is completed, and all is written: Prefect alone was not told.

@@ -41,8 +41,8 @@ class StoreError(QuantflowError):
     """An artifact is missing from the store, or is not what was written."""
 
 
-# With less, a database cannot be written to.
-_ROOM_BYTES = 256 * 1024
+# With less, a database with its log cannot be written to.
+_ROOM_BYTES = 2 * 1024 * 1024
 # What the operating system refuses, and a user can mend.
 _ROOM = "Free some space, or choose another place with --home, then run again: finished stages are kept."
 _ACCESS = "You may not read or write here: change its permissions, or choose another place with --home: {place}."

@@ -1,20 +1,24 @@
 """A disk that fills up: a clear error, no damage, and the run goes on once there is room."""
 
+import os
 import subprocess
+import sys
 
 import harness
 import pytest
+from dashboard_driver import PROJECT, TINY
 
 from quantlib.retention import find_damage
 from quantlib.store import Store
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path, request):
     place = tmp_path / "disk"
     place.mkdir()
+    size = getattr(request, "param", "600k")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
@@ -36,3 +40,36 @@ def test_a_full_disk_is_named_harms_nothing_and_the_run_goes_on_when_there_is_ro
     assert resumed.error == ""
     assert resumed.variants == expected.variants
     assert all(resumed.stages[label] for label in done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small_disk", ["300k", "1m", "2m", "4m", "8m"], indirect=True)
+def test_every_command_names_a_full_disk_wherever_it_fills_up(small_disk, tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
+    paths = os.pathsep.join(filter(None, [str(PROJECT), own.get("PYTHONPATH")]))
+    filled = False
+    for command in (
+        "run tiny.toml",
+        "resume",
+        "dashboard --port 0",
+        "runs",
+        "report",
+        "cache verify",
+        "plan tiny.toml",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *command.split(), "--home", str(small_disk / "home")],
+            check=False,
+            cwd=tmp_path,
+            env=own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode in {0, 2}, f"{command}: {said}"
+        assert done.returncode == 0 or "The disk is full" in said or "Nothing to resume" in said, f"{command}: {said}"
+        assert "Traceback" not in said
+        filled |= "The disk is full" in said
+    assert filled
