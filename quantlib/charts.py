@@ -81,7 +81,7 @@ def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Sec
         found.append(_section("runtimes", "Runtimes", note, _latencies(runtimes, lambda row: row.runtime)))
     if run.epochs:
         note = "Of the converted int8 model. Lines mark the first epoch evaluated with frozen statistics."
-        found.append(_section("epochs", "QAT by epoch", note, _epochs(run.epochs)))
+        found.append(_section("epochs", "QAT by epoch", note, _epochs(run.epochs, run.variants)))
     if len({name for name, _ in history}) > 1:
         found.append(_section("history-top1", "History: top-1", "All runs of this recipe.", _history(history)))
         speed = _history(history, lambda row: row.latency_p50_ms, "latency, ms")
@@ -177,7 +177,8 @@ def _points_of(rows: Sequence[VariantRow], method: str, sides: Sequence[str]) ->
         mode="markers+text",
         textposition=sides,
         cliponaxis=False,
-        marker={"size": _POINT, "color": _METHOD_COLOR[method], "symbol": _METHOD_SYMBOL[method]},
+        # Where one lies upon another, both are seen.
+        marker={"size": _POINT, "color": _METHOD_COLOR[method], "symbol": _METHOD_SYMBOL[method], "opacity": 0.7},
         name=method,
         hovertemplate="%{text}<br>%{x:.2f} ms<br>top-1 %{y:.2%}<extra></extra>",
     )
@@ -227,32 +228,49 @@ def _latencies(latency: Sequence[LatencyRow], name_of: Callable[[LatencyRow], st
     return _figure(traces, {}, {"title": {"text": "ms an image"}, "range": [0, 1.5 * longest]}, barmode="group")
 
 
-def _epochs(epochs: Sequence[EpochRow]) -> go.Figure:
-    traces = []
-    shapes, notes = [], []
-    for place, variant in enumerate(dict.fromkeys(row.variant for row in epochs)):
+def _epochs(epochs: Sequence[EpochRow], variants: Sequence[VariantRow]) -> go.Figure:
+    """A line a branch, from the int8 model that it started from, at -1."""
+    starts = {row.variant: row for row in variants if row.top1_start is not None}
+    names = list(dict.fromkeys(row.variant for row in epochs))
+    traces, shapes = [], []
+    frozen: dict[tuple[str, int], list[str]] = {}
+    for place, variant in enumerate(names):
         rows = sorted((row for row in epochs if row.variant == variant), key=lambda row: row.epoch)
+        points = [(row.epoch, row.top1, row.best) for row in rows]
+        start = starts.get(variant)
+        if start is not None and start.top1_start is not None:
+            points.insert(0, (-1, start.top1_start, bool(start.kept_start)))
         traces.append(
             go.Scatter(
-                x=[row.epoch for row in rows],
-                y=[row.top1 for row in rows],
+                x=[epoch for epoch, _, _ in points],
+                y=[top1 for _, top1, _ in points],
+                text=["start" if epoch < 0 else f"epoch {epoch}" for epoch, _, _ in points],
                 mode="lines+markers",
                 line={"color": _COLORS[place % len(_COLORS)]},
-                marker={"size": [13 if row.best else 7 for row in rows]},
+                marker={"size": [13 if kept else 7 for _, _, kept in points]},
                 name=_text(variant),
-                hovertemplate="%{fullData.name}, epoch %{x}: %{y:.2%}<extra></extra>",
+                hovertemplate="%{fullData.name}, %{text}: %{y:.2%}<extra></extra>",
             )
         )
-        for what, level in (("batch_norm_frozen", 1.0), ("observers_frozen", 0.9)):
+        for what in ("batch_norm_frozen", "observers_frozen"):
             first = next((row.epoch for row in rows if getattr(row, what)), None)
             if first is not None:
                 shapes.append(_line_at(first, _COLORS[place % len(_COLORS)]))
-                text = f"{what.replace('_', ' ')} ({variant})"
-                notes.append({"x": first, "y": level, "yref": "paper", "text": _text(text), "showarrow": False})
-    x = {"title": {"text": "epoch (large: the one kept)"}, "dtick": 1 if len(epochs) < 30 else None}
-    return _figure(
-        traces, x, _top1_axis([row.top1 for row in epochs]), shapes=shapes, annotations=notes, showlegend=True
-    )
+                frozen.setdefault((what.replace("_", " "), first), []).append(variant)
+    # One below the other, and once for all branches that it is true of.
+    notes = [
+        {
+            "x": first,
+            "y": 1 - 0.08 * number,
+            "yref": "paper",
+            "text": _text(f"{what} ({'all' if len(of) == len(names) > 1 else ', '.join(of)})"),
+            "showarrow": False,
+        }
+        for number, ((what, first), of) in enumerate(frozen.items())
+    ]
+    x = {"title": {"text": "epoch (-1: the start; large: the one kept)"}, "dtick": 1 if len(epochs) < 30 else None}
+    shown = [*(row.top1 for row in epochs), *(row.top1_start for row in starts.values() if row.top1_start is not None)]
+    return _figure(traces, x, _top1_axis(shown), shapes=shapes, annotations=notes, showlegend=True)
 
 
 def _line_at(x: float, color: str) -> dict[str, Any]:
