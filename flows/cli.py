@@ -249,7 +249,7 @@ def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -
         variants = [variant for _, variant in group]
         title = f"\n{name}  recipe {variants[0].recipe}, {variants[0].cpu_model}, torch {variants[0].torch_version}"
         console.print(title, highlight=False, markup=False, style="bold")
-        console.print(result_table(variants))
+        console.print(result_table(variants, console.width))
         if intervals:
             console.print(interval_table(variants))
         try:
@@ -304,7 +304,7 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
     console = Console()
     with StageDisplay(console) as display:
         report = run_here(name, recipe, home, display, _warn, run_id=run_id, verbose=verbose)
-    console.print(result_table(report.variants))
+    console.print(result_table(report.variants, console.width))
     console.print(conclusion(report, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
     console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
     return 0 if report.winner else NO_WINNER

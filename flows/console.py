@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -77,8 +78,13 @@ class StageDisplay:
         self._console.print(f"  {label:<42} {outcome}", highlight=False)
 
 
-def result_table(variants: Sequence[VariantRow]) -> Table:
-    """The variants of a run: the file of each that the verdict is about, its runtime, accuracy, size and speed."""
+def result_table(variants: Sequence[VariantRow], width: int = 80) -> Table:
+    """The variants of a run: the file of each that the verdict is about, its runtime, accuracy, size and speed.
+
+    Args:
+        variants: A row each.
+        width: Of the terminal, in characters.
+    """
     table = _narrow_table()
     table.add_column("variant", overflow="fold")  # A name is never cut short.
     table.add_column("runtime")
@@ -87,7 +93,7 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
     table.add_column("verdict", no_wrap=True)
     for row in variants:
         table.add_row(
-            row.title,
+            _in_lines(row.title, width - _FIGURES_WIDTH),
             _short(row.runtime),
             f"{row.top1:.2%}",
             "" if row.method == "float" else row.change,
@@ -98,6 +104,16 @@ def result_table(variants: Sequence[VariantRow]) -> Table:
             style="bold green" if row.winner else None,
         )
     return table
+
+
+def _in_lines(name: str, width: int) -> Text:
+    """A name in lines of no more than `width`, each of which ends between two of its words."""
+    lines = [""]
+    for word in re.findall(r"[^-_. ]*[-_. ]*", name):
+        if len(lines[-1] + word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return Text("\n".join(line.rstrip(" ") for line in lines if line))
 
 
 def interval_table(variants: Sequence[VariantRow]) -> Table:
@@ -169,6 +185,8 @@ def _worst_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
+# What the columns beside a variant's name take, where the figures are as long as they get.
+_FIGURES_WIDTH = 65
 # What to do next with a run, in a word and as a command.
 _NEXT = {
     "running": ("wait", "wait until it is done"),

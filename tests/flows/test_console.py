@@ -44,6 +44,20 @@ def test_a_row_takes_one_line() -> None:
     assert "qat (start)" in lines[6]
 
 
+def test_a_long_name_is_folded_between_its_words_and_not_where_there_is_room() -> None:
+    rows = [_wide_row("search-4-per_channel"), _wide_row("search-12-qat", method="qat", kept_start=True)]
+    lines = [line.split("  ")[0].strip() for line in _shown(result_table(rows))[3:-1]]
+    assert lines == ["search-4-per_", "channel", "search-12-qat", "(start)"]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(result_table(rows, 100))
+    assert "search-4-per_channel" in console.file.getvalue()
+
+
+def test_a_name_without_words_is_folded_anywhere() -> None:
+    (first, *_, last) = _shown(result_table([_wide_row("x" * 40)]))[3:-1]
+    assert (first.split()[0], last.strip()) == ("x" * 15, "x" * 10)
+
+
 def test_the_best_of_a_run_without_winner_has_lost_points_as_a_winner_has() -> None:
     rows = (variant_row("float", method="float"), variant_row("a", top1_drop=0.04, accepted=False))
     assert "The best so far: a in torchscript-x86, -4.00 points" in conclusion(_report(*rows), 0.01)
