@@ -5,6 +5,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
+from prefect.utilities.annotations import quote
 
 from flows.branches import Trunk, contenders_of, evaluate_files, float_branch, grow_trunk, ptq_branch, qat_branch
 from flows.parameters import Changes, RecipeParameter
@@ -43,7 +44,9 @@ def run_branches(name: str, recipe: Recipe) -> Report:
         inputs = find_inputs(recipe, run.home / "splits", run.progress)
         measured = measure_branches(recipe, inputs)
         arguments = {"recipe": recipe, "classes": inputs.val.classes, "measurements": measured}
-        report: Report = call_with_edges(write_report, arguments)
+        # Prefect is not to look for edges in them.
+        write = partial(write_report, **{name: quote(value) for name, value in arguments.items()})
+        report: Report = call_with_edges(write, arguments)
     FINISHED.get([]).append(report)
     return report
 

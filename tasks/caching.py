@@ -11,11 +11,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import string
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,7 +24,6 @@ from filelock import FileLock
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
-from prefect.utilities.annotations import quote
 from pydantic import BaseModel
 
 from quantlib import codehash
@@ -56,6 +54,8 @@ class Planner(Protocol):
         """What the stage would give for these arguments, or a stand-in for it."""
 
 
+_ARGUMENTS: ContextVar[Mapping[str, Any]] = ContextVar("arguments")
+"""Of the stage that is called, for its task."""
 PLANNER: ContextVar[Planner | None] = ContextVar("planner", default=None)
 
 
@@ -74,19 +74,23 @@ class Stage(Task[P, R], Generic[P, R]):
         self._signature = inspect.signature(work)
         self.num_outputs = len(getattr(self._signature.return_annotation, "__args__", (Ref,)))
         super().__init__(
-            fn=self._wrapped(),
+            fn=self._task_function(),  # type: ignore[arg-type]
             name=work.__name__,
-            task_run_name=label,
+            task_run_name=lambda: self.label_for(_ARGUMENTS.get()),
             persist_result=False,
             cache_policy=NO_CACHE,
         )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
         """Run inside a flow; the outputs' Refs."""
-        planner = PLANNER.get()
+        planner, arguments = PLANNER.get(), self.bind(*args, **kwargs)
         if planner is not None:
-            return cast("R", planner.visit(self, self.bind(*args, **kwargs)))
-        return call_with_edges(super().__call__, self.bind(*args, **kwargs), shown=_names_in(self.label))
+            return cast("R", planner.visit(self, arguments))
+        token = _ARGUMENTS.set(arguments)
+        try:
+            return call_with_edges(super().__call__, arguments)
+        finally:
+            _ARGUMENTS.reset(token)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by name."""
@@ -132,60 +136,65 @@ class Stage(Task[P, R], Generic[P, R]):
             found.update({f"code.{name}": sha256 for name, sha256 in hashes.items()})
         return found
 
-    def _wrapped(self) -> Callable[P, R]:
-        @functools.wraps(self.work)
-        def reuse_or_compute(*args: P.args, **kwargs: P.kwargs) -> Any:
-            run = current_run()
-            arguments = self.bind(*args, **kwargs)
-            label, ingredients = self.label_for(arguments), self.ingredients(arguments)
-            key = key_of(ingredients)
+    def _task_function(self) -> Callable[[], Any]:
+        """What Prefect calls: without arguments, for it draws each edge as often as the task before has of them."""
+
+        def task_function() -> Any:
+            return self.reuse_or_compute(**_ARGUMENTS.get())  # type: ignore[call-arg]
+
+        functools.update_wrapper(task_function, self.work)
+        del task_function.__wrapped__  # type: ignore[attr-defined]  # Prefect would ask for its arguments.
+        return task_function
+
+    def reuse_or_compute(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """The stage's work, inside its task: the outputs' Refs, or Prefect's state where they are reused."""
+        run = current_run()
+        arguments = self.bind(*args, **kwargs)
+        label, ingredients = self.label_for(arguments), self.ingredients(arguments)
+        key = key_of(ingredients)
+        started, clock = datetime.now(UTC), time.perf_counter()
+
+        def compute() -> tuple[R, datetime, float]:
+            run.listener.stage_started(label)
+            _prepare_process()
+            # The wait for its turn is no part of it.
             started, clock = datetime.now(UTC), time.perf_counter()
+            with run.computing(label):
+                outputs = self.work(*args, **kwargs)
+            return outputs, started, time.perf_counter() - clock
 
-            def compute() -> tuple[R, datetime, float]:
-                run.listener.stage_started(label)
-                _prepare_process()
-                # The wait for its turn is no part of it.
-                started, clock = datetime.now(UTC), time.perf_counter()
-                with run.computing(label):
-                    outputs = self.work(*args, **kwargs)
-                return outputs, started, time.perf_counter() - clock
-
-            # Whoever comes second waits, then finds the record. The kernel frees the lock of a process that died.
-            run.journal.stage_started(label, key)
-            with FileLock(run.store.lock_file(key)).acquire(cancel_check=is_stopped):
-                record = run.store.find_record(key)
-                if record is None:
-                    outputs, started, seconds = beside(compute) if self._aside else in_turn(compute)
-                    refs = outputs if isinstance(outputs, tuple) else (outputs,)
-                    run.store.add_record(Record(key, self.name, ingredients, refs, seconds, started.isoformat()))
-                else:
-                    seconds = time.perf_counter() - clock
-            run.stages.append(StageRow(label, key, record is not None, seconds, started))
-            run.journal.stage_finished(label, key, cached=record is not None)
-            run.listener.stage_finished(label, cached=record is not None, seconds=seconds)
+        # Whoever comes second waits, then finds the record. The kernel frees the lock of a process that died.
+        run.journal.stage_started(label, key)
+        with FileLock(run.store.lock_file(key)).acquire(cancel_check=is_stopped):
+            record = run.store.find_record(key)
             if record is None:
-                return outputs
-            return Completed(name="Cached", message=f"Reused from {record.created_at}", data=self.outputs_of(record))
+                outputs, started, seconds = beside(compute) if self._aside else in_turn(compute)
+                refs = outputs if isinstance(outputs, tuple) else (outputs,)
+                run.store.add_record(Record(key, self.name, ingredients, refs, seconds, started.isoformat()))
+            else:
+                seconds = time.perf_counter() - clock
+        run.stages.append(StageRow(label, key, record is not None, seconds, started))
+        run.journal.stage_finished(label, key, cached=record is not None)
+        run.listener.stage_finished(label, cached=record is not None, seconds=seconds)
+        if record is None:
+            return outputs
+        return Completed(name="Cached", message=f"Reused from {record.created_at}", data=self.outputs_of(record))
 
-        return reuse_or_compute
 
-
-def call_with_edges(call: Callable[..., Any], arguments: Mapping[str, Any], shown: Collection[str] = ()) -> Any:
+def call_with_edges(call: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call a task so that Prefect shows an edge from each task whose artifacts it is given, once, and no other.
 
     Prefect would look for results of tasks in the arguments, and takes one object for another: of an artifact's name
     every string that two share. So it is told which tasks these are, and does not look.
 
     Args:
-        call: The task.
-        arguments: By name.
-        shown: Names of those that its label needs; there are no artifacts in them.
+        call: The task, with its arguments.
+        arguments: What it is given, for what is in it.
     """
     makers = current_run().makers
     found = [makers[id(ref)] for ref in find_inside(arguments, Ref) if id(ref) in makers]
     states = {maker.state.state_details.task_run_id: maker.state for maker in found}
-    hidden = {name: value if name in shown else quote(value) for name, value in arguments.items()}
-    state = call(**hidden, wait_for=list(states.values()), return_state=True)
+    state = call(wait_for=list(states.values()), return_state=True)
     outputs = state.result()
     # Nor is it to look inside the state: True is the one result that Prefect takes for no other.
     ended = state.model_copy(update={"data": True})
@@ -210,11 +219,6 @@ def find_inside(value: Any, kind: type[T]) -> Iterator[T]:
             yield from find_inside(part, kind)
     elif dataclasses.is_dataclass(value):
         yield from find_inside([getattr(value, field.name) for field in dataclasses.fields(value)], kind)
-
-
-def _names_in(label: str) -> set[str]:
-    """The arguments that a label is made of."""
-    return {name for _, name, _, _ in string.Formatter().parse(label) if name}
 
 
 def stage(label: str, *, aside: bool = False) -> Callable[[Callable[P, R]], Stage[P, R]]:

@@ -1,4 +1,4 @@
-"""Stages without Prefect's engine: `.fn` is what Prefect calls."""
+"""Stages without Prefect's engine: `reuse_or_compute` is what Prefect's task calls."""
 
 from dataclasses import replace
 
@@ -37,17 +37,17 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_stage_is_computed_once_and_then_returned_as_cached(run):
-    computed = load_float.fn(SOURCE, 10, 16, 1, None)
-    reused = load_float.fn(SOURCE, 10, 16, 1, None)
+    computed = load_float.reuse_or_compute(SOURCE, 10, 16, 1, None)
+    reused = load_float.reuse_or_compute(SOURCE, 10, 16, 1, None)
     assert isinstance(reused, State)
     assert (reused.name, reused.result()) == ("Cached", computed)
     assert [row.cached for row in run.stages] == [False, True]
 
 
 def test_a_stage_whose_artifact_is_gone_is_computed_again(run):
-    computed = load_float.fn(SOURCE, 10, 16, 1, None)
+    computed = load_float.reuse_or_compute(SOURCE, 10, 16, 1, None)
     run.store.path(computed).unlink()
-    assert load_float.fn(SOURCE, 10, 16, 1, None) == computed
+    assert load_float.reuse_or_compute(SOURCE, 10, 16, 1, None) == computed
     assert run.store.holds(computed)
 
 
@@ -58,28 +58,30 @@ def test_a_stage_that_fails_leaves_no_record_and_is_tried_again(run, monkeypatch
     with monkeypatch.context() as broken:
         broken.setattr("quantlib.models.check_logits", fail)
         with pytest.raises(QuantflowError):
-            load_float.fn(SOURCE, 10, 16, 1, None)
+            load_float.reuse_or_compute(SOURCE, 10, 16, 1, None)
     assert list(run.store.records()) == []
-    assert not isinstance(load_float.fn(SOURCE, 10, 16, 1, None), State)
+    assert not isinstance(load_float.reuse_or_compute(SOURCE, 10, 16, 1, None), State)
 
 
 def test_calibration_in_shards_is_calibration_in_one_piece(run, tmp_path):
     recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"resize": 16, "crop": 16})})
     training = find_inputs(recipe, tmp_path / "splits").training
-    fused = fuse.fn(load_float.fn(SOURCE, 10, 16, 1, None), "eval", branch="eval")
+    fused = fuse.reuse_or_compute(load_float.reuse_or_compute(SOURCE, 10, 16, 1, None), "eval", branch="eval")
     observed = []
     for size in (64, 16):
         before = fused
         for n, part in enumerate(replace(training, stop=training.start + 64).parts(size)):
-            shard = decode.fn(part, EvalTransform(16, 16), 1, branch=f"{size}-{n}")
-            before = calibrate.fn(before, shard, (), 8, branch=f"{size}-{n}")
+            shard = decode.reuse_or_compute(part, EvalTransform(16, 16), 1, branch=f"{size}-{n}")
+            before = calibrate.reuse_or_compute(before, shard, (), 8, branch=f"{size}-{n}")
         observed.append(before)
     assert observed[0] == observed[1]
 
 
 def test_a_decoded_shard_holds_the_images_that_were_selected(run, tmp_path):
     selection = replace(find_inputs(RECIPE, tmp_path / "splits").held_back, start=5, stop=25)
-    pixels, labels = images.open_shard(run.store.path(decode.fn(selection, EvalTransform(16, 16), 1, branch="x")))
+    pixels, labels = images.open_shard(
+        run.store.path(decode.reuse_or_compute(selection, EvalTransform(16, 16), 1, branch="x"))
+    )
     split, indices = data.select(selection)
     assert pixels.shape == (20, 16, 16, 3)
     assert np.array_equal(labels.numpy(), split.labels[indices])
@@ -102,7 +104,10 @@ def _answers(run, *num_correct):
 def test_an_epoch_is_chosen_only_where_it_is_better_than_all_before_it(run, top1, best):
     models = tuple(run.store.put("model", bytes([n])) for n in range(3))
     states = tuple(run.store.put("model", bytes([n, n])) for n in range(3))
-    assert choose_epoch.fn(models, states, tuple(_answers(run, *top1)), branch="b") == (models[best], states[best])
+    assert choose_epoch.reuse_or_compute(models, states, tuple(_answers(run, *top1)), branch="b") == (
+        models[best],
+        states[best],
+    )
 
 
 def test_training_that_never_beats_its_start_stalls(run):
