@@ -2,14 +2,17 @@
 
 import json
 import os
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import browser
+import numpy as np
 import pytest
 from dashboard_driver import Dashboard
+from PIL import Image, ImageChops
 
 from quantlib.html_report import write_html
 
@@ -105,6 +108,26 @@ def test_a_run_is_followed_to_its_end_and_the_next_shows_its_stages_cached(dashb
     assert shown.count("\nCached\n") > 5
     shoot("run")
     assert errors(window) == []
+
+
+def test_the_graph_of_a_finished_run_has_its_arrows(dashboard, runs, window, tmp_path):
+    window.open(f"{dashboard.url}/runs/flow-run/{runs[0]}")
+    window.wait_for("Completed")
+    window.script("document.querySelector('[aria-label=\"Run Graph Options\"]').click()")
+    window.wait_for("Hide dependency arrows")
+    time.sleep(5)  # It is drawn stage by stage.
+    window.screenshot(tmp_path / "with.png")
+    hide = "[...document.querySelectorAll('label')].find(l => l.innerText.trim() === 'Hide dependency arrows')"
+    # The interface hides them by itself where they are too many.
+    assert window.script(f"return {hide}.control.checked") is False
+    window.script(f"{hide}.control.click()")
+    time.sleep(5)
+    window.screenshot(tmp_path / "without.png")
+    canvas = "const c = document.querySelector('canvas').getBoundingClientRect(); return [c.x, c.y, c.right, c.bottom]"
+    graph = window.script(canvas)
+    images = [Image.open(tmp_path / name).convert("L").crop(graph) for name in ("with.png", "without.png")]
+    # The menu lies over the right end of both.
+    assert np.mean(np.asarray(ImageChops.difference(*images)) > 30) > 0.005
 
 
 def test_the_result_is_an_artifact_with_a_table(dashboard, runs, window, shoot):
