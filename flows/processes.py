@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import NoReturn
 from quantlib.errors import MachineError
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+_PARENT = "QUANTFLOW_PARENT"
 _MAX_STARTS = 5
 _MAX_STARTS_SECONDS = 120.0
 
@@ -78,12 +80,25 @@ class Child:
             # A session of its own: Ctrl-C in the terminal reaches the command alone, which stops things in order.
             return subprocess.Popen(  # noqa: S603 (our own modules)
                 self._command,
-                env=dict(self._environment),
+                # It may begin to look after this process has died.
+                env={**self._environment, _PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+
+def end_with_parent() -> None:
+    """In a `Child`'s process: stop it when the one that started it is gone, however it went, and whenever."""
+    parent = int(os.environ[_PARENT])
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Pulse:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from flows.database import prepare_database
 from flows.presence import find_dashboard
-from flows.processes import Child, Pulse, imports_uncollected
+from flows.processes import Child, Pulse, end_with_parent, imports_uncollected
 from quantlib import temporary
 from quantlib.errors import MachineError, explain_full_disk
 from quantlib.store import lockable
@@ -224,18 +224,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def end_with_parent() -> None:
-    """Stop this process when the one that started it is gone, however it went."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _serve(port: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect.workers.process import ProcessWorker, ProcessWorkerResult
 
-from flows.server import end_with_parent
+from flows.processes import end_with_parent
 from quantlib import temporary
 
 with warnings.catch_warnings():

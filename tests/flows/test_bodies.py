@@ -7,8 +7,6 @@ import urllib.request
 
 import pytest
 
-from flows.processes import RepeatedErrors
-
 
 @pytest.fixture(scope="module")
 def create_flow(prefect_server):
@@ -72,27 +70,3 @@ def test_everything_else_is_answered_by_prefect(create_flow):
         assert name in named_flows()
     status, _ = create_flow(b"no JSON")
     assert status == 422
-
-
-def test_an_error_that_a_log_repeats_is_found_once(tmp_path):
-    log = tmp_path / "worker.log"
-    log.write_text("pkg.HTTPError: of yesterday\n" * 5)
-    errors = RepeatedErrors(log)
-    assert errors.news() == []
-    with log.open("a") as file:
-        file.write("pkg.HTTPError: 500 for http://127.0.0.1:4200/api\nWorker started\nWorker started\n")
-        file.flush()
-        assert errors.news() == []
-        file.write("  File x, line 3\npkg.HTTPError: 500 for http://127.0.0.1:4201/a")
-        file.flush()
-        assert errors.news() == []  # The line is not whole yet.
-        file.write("pi\n")
-        file.flush()
-        assert errors.news() == ["pkg.HTTPError: 500 for http://127.0.0.1:4201/api"]
-        file.write("pkg.HTTPError: 500 for http://127.0.0.1:4202/api\n")
-        file.flush()
-        assert errors.news() == []
-
-
-def test_a_log_that_is_not_there_yet_repeats_nothing(tmp_path):
-    assert RepeatedErrors(tmp_path / "worker.log").news() == []
