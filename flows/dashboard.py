@@ -27,6 +27,7 @@ from flows import presence, processes
 from flows.database import check_database
 from flows.server import free_port, is_healthy, set_defaults, wait_until_healthy
 from quantlib.errors import MachineError
+from quantlib.recipe import Recipe
 from quantlib.store import lockable, read_file, write_atomically
 
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ def _deploy(home: Path, stopped: threading.Event) -> bool:
     """
     project, file = find_project(), find_deployments()
     done = home / "prefect" / "deployed.json"
-    sources = [file, *sorted((project / "flows").glob("*.py")), project / "quantlib" / "recipe.py"]
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
+    digest = digest_deployments()
     if _read_json(done) == {"digest": digest, "project": str(project)} and _are_deployed():
         return True
     log = home / "prefect" / "deploy.log"
@@ -205,6 +205,14 @@ def _deploy(home: Path, stopped: threading.Event) -> bool:
         raise MachineError(f"The deployments of {file} cannot be made; the reason is in {log}.")
     write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
     return True
+
+
+def digest_deployments() -> str:
+    """A hash, in hex, of all that the deployments are made of, forms included."""
+    # A form is made of the flow's docstring and of the recipe's schema, wherever its fields are defined.
+    files = [find_deployments(), *sorted((find_project() / "flows").rglob("*.py"))]
+    schema = json.dumps(Recipe.model_json_schema(), sort_keys=True).encode()
+    return hashlib.sha256(b"\0".join([*(path.read_bytes() for path in files), schema])).hexdigest()
 
 
 def _are_deployed() -> bool:

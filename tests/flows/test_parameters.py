@@ -4,6 +4,7 @@ import pytest
 import yaml
 from prefect.utilities.callables import parameter_schema
 
+from flows import dashboard
 from flows.parameters import find_recipe, packaged_recipes
 from flows.ptq import ptq
 from flows.qat import qat
@@ -87,6 +88,15 @@ def unbounded(schema, where):
         yield from unbounded(part, f"{where}[{number}]")
     if isinstance(schema.get("items"), dict):
         yield from unbounded(schema["items"], f"{where}[]")
+
+
+def test_deployments_are_made_anew_where_a_field_of_the_recipe_changes_in_whatever_module(monkeypatch):
+    before = dashboard.digest_deployments()
+    assert dashboard.digest_deployments() == before
+    schema = Recipe.model_json_schema()
+    schema["$defs"]["PTQRecipe"]["properties"]["observer"]["anyOf"][0]["enum"].append("quantile")
+    monkeypatch.setattr(Recipe, "model_json_schema", lambda: schema)
+    assert dashboard.digest_deployments() != before
 
 
 def test_every_flow_is_deployed_with_a_schedule_of_its_own():
