@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from quantlib.recipe import Recipe
     from quantlib.report import Report
     from tasks.run import Listener
+
+_REACH_SECONDS = 20.0
 
 
 def run_here(
@@ -80,6 +83,7 @@ def run_here(
         try:
             # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                _reach_server()
                 mark_crashed_runs(home)
                 return flow(recipe)
         except httpx.HTTPError as error:
@@ -87,6 +91,30 @@ def run_here(
             if finished:
                 return finished[0]
             raise _find_cause(error, home) from error
+
+
+def _reach_server() -> None:
+    """Let Prefect compare its version with the server's: it does so once, and without patience.
+
+    Raises:
+        MachineError: If there is no server for longer than one needs to be started again, or it is of another version.
+    """
+    from prefect.client.orchestration import get_client
+
+    deadline = time.monotonic() + _REACH_SECONDS
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                client.raise_for_api_version_mismatch_once()
+        except RuntimeError as error:
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"Prefect's server cannot be used: {error}. Start it, or unset PREFECT_API_URL: a run then has one "
+                    "of its own."
+                ) from None
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _find_cause(error: Exception, home: Path) -> Exception:

@@ -124,10 +124,15 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
             function, args, kwargs = pipe.recv()
         except EOFError:
             return
+        answer: tuple[Any, Exception | None]
         try:
-            pipe.send((function(*args, **kwargs), None))
+            answer = function(*args, **kwargs), None
         except Exception as error:
-            pipe.send((None, error))
+            answer = None, error
+        try:
+            pipe.send(answer)
+        except OSError:
+            return  # Nobody waits for it any more.
 
 
 if __name__ == "__main__":

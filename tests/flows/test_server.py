@@ -10,11 +10,14 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import harness
+import prefect.client.orchestration
 import pytest
 import torch
 from dashboard_driver import PROJECT, TINY
 
+from flows import running
 from flows.processes import descendants
+from quantlib.errors import MachineError
 from quantlib.journal import read_runs
 
 
@@ -137,6 +140,37 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(start_run, tmp
     _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert told_to_prefect(tmp_path / "home")[0] == "Completed"
+
+
+class _AwayAtFirst:
+    """A client whose server cannot be reached before the third time."""
+
+    asked = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def raise_for_api_version_mismatch_once(self):
+        _AwayAtFirst.asked += 1
+        if _AwayAtFirst.asked < 3:
+            raise RuntimeError("Failed to reach API at http://127.0.0.1:1/api")
+
+
+def test_a_server_that_dies_just_before_the_flow_begins_is_waited_for(monkeypatch):
+    monkeypatch.setattr(prefect.client.orchestration, "get_client", lambda **_: _AwayAtFirst())
+    running._reach_server()
+    assert _AwayAtFirst.asked == 3
+
+
+def test_a_server_that_never_comes_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(running, "_REACH_SECONDS", 0.0)
+    monkeypatch.setattr(_AwayAtFirst, "asked", 0)
+    monkeypatch.setattr(prefect.client.orchestration, "get_client", lambda **_: _AwayAtFirst())
+    with pytest.raises(MachineError, match="Failed to reach API at .*unset PREFECT_API_URL"):
+        running._reach_server()
 
 
 @pytest.mark.slow

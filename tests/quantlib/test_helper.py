@@ -83,6 +83,16 @@ def test_it_ends_with_the_process_that_started_it():
         time.sleep(0.05)
 
 
+def test_it_ends_without_a_word_where_nobody_waits_for_its_answer():
+    code = (
+        "import os, threading; from quantlib.helper import Helper; import time; helper = Helper(); helper.call(abs, 1);"
+        "threading.Timer(1, os._exit, [0]).start(); helper.call(time.sleep, 3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    # Its standard error is open until the helper has ended, too.
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
