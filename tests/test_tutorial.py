@@ -53,8 +53,9 @@ from torchvision import transforms as T
 normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 transform = T.Compose([T.Resize(64), T.CenterCrop(64), T.ToTensor(), normalize])
 images = torchvision.datasets.ImageFolder(sys.argv[2], transform)
-model = torch.jit.load(sys.argv[1])
+# Weights are packed for the engine when the file is loaded.
 torch.backends.quantized.engine = sys.argv[3].partition("-")[2]
+model = torch.jit.load(sys.argv[1])
 with torch.inference_mode():
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in torch.utils.data.DataLoader(images, 50))
 print(json.dumps(right / len(images)))
