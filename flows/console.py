@@ -200,14 +200,23 @@ _NEXT = {
 def runs_table(runs: Sequence[RunStatus]) -> Table:
     """Runs with their state, age, stage, and what to do next: a line each."""
     table = _narrow_table()
-    table.add_column("run", no_wrap=True, min_width=max(len(run.file.run_id) for run in runs))
-    for name in ("state", "age", "stages", "next"):
-        table.add_column(name, no_wrap=True)
+    rows = [
+        (
+            run.file.run_id,
+            run.state,
+            _age(datetime.fromisoformat(run.file.started_at)),
+            str(run.num_stages),
+            _NEXT[run.state][0],
+            run.stage,
+        )
+        for run in runs
+    ]
+    for number, name in enumerate(("run", "state", "age", "stages", "next")):
+        table.add_column(name, no_wrap=True, min_width=max(len(name), *(len(row[number]) for row in rows)))
+    # What is too wide for the terminal is cut here, and told by `quantflow runs RUN`.
     table.add_column("last stage", no_wrap=True, overflow="ellipsis")
-    for run in runs:
-        age, num_stages = _age(datetime.fromisoformat(run.file.started_at)), str(run.num_stages)
-        # What was read from a file is no markup.
-        table.add_row(Text(run.file.run_id), run.state, age, num_stages, _NEXT[run.state][0], Text(run.stage))
+    for row in rows:
+        table.add_row(*map(Text, row))  # What was read from a file is no markup.
     return table
 
 

@@ -2,13 +2,15 @@
 
 import io
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rows import layer_row, variant_row
 
-from flows.console import conclusion, interval_table, result_table, why
+from flows.console import conclusion, interval_table, result_table, runs_table, why
 from quantlib.diagnosis import diagnose
+from quantlib.journal import RunFile, RunStatus
 from quantlib.report import LayerRow, NoteRow, Report, VariantRow
 
 
@@ -119,3 +121,17 @@ def test_the_three_layers_that_cost_most_are_shown_with_what_to_try() -> None:
     assert "256 training images held back" in lines[0]
     assert lines[1].strip() == "top-1 87.50% in float, 25.00% with all layers int8"
     assert any('float_layers = ["features.4.conv.0.0"' in line for line in lines)
+
+
+def _run(run_id: str, state: str, stage: str) -> RunStatus:
+    started = datetime.now(UTC).isoformat()
+    file = RunFile(run_id=run_id, flow="quantize", recipe={}, started_at=started, host="h", pid=1, flow_run_id=None)
+    return RunStatus(file=file, state=state, num_stages=1234, stage=stage, keys=frozenset(), message="")
+
+
+def test_a_list_of_runs_takes_a_line_a_run_and_cuts_the_last_stage_alone() -> None:
+    names = ("20261127-005823-accuracy-d7ea7698", "20261127-005824-a-d7ea7699")
+    runs = [_run(name, "completed", "simulate-accurate_7_bits-activations_only [red]") for name in names]
+    lines = _shown(runs_table(runs))[3:-1]
+    assert [line.split()[:6] for line in lines] == [[name, "completed", "0", "s", "1234", "report"] for name in names]
+    assert all("simulate" in line for line in lines)
