@@ -137,7 +137,7 @@ def runs(run_id: str | None, home: Path) -> int:
     found = read_runs(home / "runs")
     console = Console()
     if found:
-        console.print(runs_table(found))
+        console.print(runs_table(found, console.width))
     else:
         console.print(f"No run below {home}. Start one with `quantflow run`.", soft_wrap=True)
     return 0

@@ -197,8 +197,13 @@ _NEXT = {
 }
 
 
-def runs_table(runs: Sequence[RunStatus]) -> Table:
-    """Runs with their state, age, stage, and what to do next: a line each."""
+def runs_table(runs: Sequence[RunStatus], width: int = 80) -> Table:
+    """Runs with their state, age, stage, and what to do next: a line each.
+
+    Args:
+        runs: A row each.
+        width: Of the terminal, in characters.
+    """
     table = _narrow_table()
     rows = [
         (
@@ -211,13 +216,19 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
         )
         for run in runs
     ]
-    for number, name in enumerate(("run", "state", "age", "stages", "next")):
-        table.add_column(name, no_wrap=True, min_width=max(len(name), *(len(row[number]) for row in rows)))
-    # What is too wide for the terminal is cut here, and told by `quantflow runs RUN`.
-    table.add_column("last stage", no_wrap=True, overflow="ellipsis")
+    names = ("run", "state", "age", "stages", "next", "last stage")
+    widths = [max(len(name), *(len(row[number]) for row in rows)) for number, name in enumerate(names)]
+    # The last stage is cut to what is left, and told whole by `quantflow runs RUN`.
+    widths[-1] = max(len(names[-1]), width - sum(widths[:-1]) - 2 * len(names))
+    for name, most in zip(names, widths, strict=True):
+        table.add_column(name, no_wrap=True, max_width=most)
     for row in rows:
-        table.add_row(*map(Text, row))  # What was read from a file is no markup.
+        table.add_row(*(Text(_cut(text, most)) for text, most in zip(row, widths, strict=True)))  # It is no markup.
     return table
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def run_details(run: RunStatus) -> str:
