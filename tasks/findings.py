@@ -12,8 +12,8 @@ class NotYetKnownError(Exception):
     """A run that is only planned cannot say what a stage would find."""
 
 
-def store_with(refs: Iterable[Ref]) -> Store:
-    """The store that holds artifacts.
+def store_with(refs: Iterable[object]) -> Store:
+    """The store that holds artifacts; in the place of one may stand what a plan has for it.
 
     Raises:
         NotYetKnownError: Where the run is only planned, and one of them is still to be made.

@@ -17,9 +17,11 @@ from quantlib.report import ClassRow, NoteRow, Report
 from quantlib.scheme import Scheme
 from quantlib.store import Ref, Store
 from tasks import tracking
+from tasks.caching import find_inside
 from tasks.export import is_refusal
 from tasks.findings import read_samples, store_with
 from tasks.measure import Contender
+from tasks.planning import Pending
 from tasks.run import current_run
 
 
@@ -156,8 +158,7 @@ def find_reported(
     Raises:
         NotYetKnownError: Where the run is only planned, and something was not measured before.
     """
-    answers = (ref for variant in variants for file in _files(variant) for ref in (*file.validation, *file.selection))
-    store = store_with(answers)
+    store = store_with(find_inside(variants, Pending))
     samples = read_samples(contenders, timings)
     measured = [_measured(store, refs, samples, Path()) for refs in variants]
     reported = verdict.judge(measured, recipe.gate).reported

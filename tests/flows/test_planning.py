@@ -12,6 +12,16 @@ def test_a_finished_recipe_would_reuse_every_stage(home_copy, undisturbed, equal
     assert [stage for stage in planned if not stage.reused] == []
 
 
+def test_whichever_record_is_missing_its_stage_would_run_and_the_plan_goes_on(home_copy, equally_fast):
+    recipe = parse_recipe(harness.RECIPE)
+    for label, key in harness.keys_done(home_copy).items():
+        record = home_copy / "store" / "records" / f"{key}.json"
+        hidden = record.rename(record.with_suffix(".hidden"))
+        planned = {stage.label: stage.reused for stage in plan_run(recipe, home_copy)}
+        assert planned[label] is False
+        hidden.rename(record)
+
+
 def test_fewer_calibration_batches_recompute_calibration_and_what_follows_and_say_why(home_copy):
     changed = harness.RECIPE | {"calibration": {"batch_size": 16, "num_batches": 1}}
     reasons = {s.label: s.reason for s in plan_run(parse_recipe(changed), home_copy) if not s.reused}
