@@ -118,7 +118,10 @@ class Stage(Task[P, R], Generic[P, R]):
     def _code(self) -> dict[str, str]:
         # Python 3.11 miscounts where two threads parse at once, and fails (python/cpython issue 106905).
         with _PARSING:
-            return self._hash_code()
+            try:
+                return self._hash_code()
+            except SystemError:  # A library has parsed meanwhile, which this lock does not keep from it.
+                return self._hash_code()
 
     @functools.cache  # noqa: B019 (stages live as long as the process)
     def _hash_code(self) -> dict[str, str]:
