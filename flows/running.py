@@ -86,11 +86,13 @@ def run_here(
                 _reach_server()
                 mark_crashed_runs(home)
                 return flow(recipe)
-        except httpx.HTTPError as error:
+        except Exception as error:
             # The journal says that the run is completed, and all is written: Prefect alone was not told.
             if finished:
                 return finished[0]
-            raise _find_cause(error, home) from error
+            if isinstance(error, httpx.HTTPError):
+                raise _find_cause(error, home) from error
+            raise
 
 
 def _reach_server() -> None:

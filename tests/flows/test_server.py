@@ -1,12 +1,15 @@
 """The server of a run: what it has been told when it stops, and what the terminal sees of it."""
 
+import logging
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 
 import harness
@@ -19,6 +22,8 @@ from flows import running
 from flows.processes import descendants
 from quantlib.errors import MachineError
 from quantlib.journal import read_runs
+from quantlib.recipe import parse_recipe
+from tasks.run import FINISHED, Silence
 
 
 @pytest.fixture
@@ -140,6 +145,30 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(start_run, tmp
     _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert told_to_prefect(tmp_path / "home")[0] == "Completed"
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_run_that_is_completed_has_its_report_whatever_prefect_raises_then(monkeypatch, tmp_path, finishes):
+    report = object()
+
+    def flow(_recipe):
+        if finishes:
+            FINISHED.get().append(report)
+        raise RuntimeError("told too late")
+
+    monkeypatch.setenv("QUANTFLOW_HOME", str(tmp_path))
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.setattr(running, "prefect_server", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(running, "_reach_server", lambda: None)
+    monkeypatch.setattr("flows.crashes.mark_crashed_runs", lambda _: None)
+    monkeypatch.setattr("flows.quantize.quantize", flow)
+    recipe = parse_recipe(harness.RECIPE)
+    run = partial(copy_context().run, running.run_here, "quantize", recipe, tmp_path, Silence(), print)
+    if finishes:
+        assert run() is report
+    else:
+        with pytest.raises(RuntimeError, match="told too late"):
+            run()
 
 
 class _AwayAtFirst:
