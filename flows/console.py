@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from quantlib.report import Report, VariantRow
     from quantlib.retention import Entry
 
+# What the columns of `result_table` beside the name take, where the figures are as long as they get.
+_FIGURES_WIDTH = 65
+
 
 class StageDisplay:
     """Shows each stage as it starts, with a bar while it works, and what became of it.
@@ -185,8 +188,6 @@ def _worst_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
-# What the columns beside a variant's name take, where the figures are as long as they get.
-_FIGURES_WIDTH = 65
 # What to do next with a run, in a word and as a command.
 _NEXT = {
     "running": ("wait", "wait until it is done"),
@@ -220,8 +221,8 @@ def runs_table(runs: Sequence[RunStatus], width: int = 80) -> Table:
     widths = [max(len(name), *(len(row[number]) for row in rows)) for number, name in enumerate(names)]
     # The last stage is cut to what is left, and told whole by `quantflow runs RUN`.
     widths[-1] = max(len(names[-1]), width - sum(widths[:-1]) - 2 * len(names))
-    for name, most in zip(names, widths, strict=True):
-        table.add_column(name, no_wrap=True, max_width=most)
+    for name in names:
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(_cut(text, most)) for text, most in zip(row, widths, strict=True)))  # It is no markup.
     return table

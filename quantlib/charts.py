@@ -230,16 +230,15 @@ def _latencies(latency: Sequence[LatencyRow], name_of: Callable[[LatencyRow], st
 
 def _epochs(epochs: Sequence[EpochRow], variants: Sequence[VariantRow]) -> go.Figure:
     """A line a branch, from the int8 model that it started from, at -1."""
-    starts = {row.variant: row for row in variants if row.top1_start is not None}
+    starts = {row.variant: (-1, row.top1_start, bool(row.kept_start)) for row in variants if row.top1_start is not None}
     names = list(dict.fromkeys(row.variant for row in epochs))
     traces, shapes = [], []
     frozen: dict[tuple[str, int], list[str]] = {}
     for place, variant in enumerate(names):
         rows = sorted((row for row in epochs if row.variant == variant), key=lambda row: row.epoch)
         points = [(row.epoch, row.top1, row.best) for row in rows]
-        start = starts.get(variant)
-        if start is not None and start.top1_start is not None:
-            points.insert(0, (-1, start.top1_start, bool(start.kept_start)))
+        if variant in starts:
+            points.insert(0, starts[variant])
         traces.append(
             go.Scatter(
                 x=[epoch for epoch, _, _ in points],
@@ -269,7 +268,7 @@ def _epochs(epochs: Sequence[EpochRow], variants: Sequence[VariantRow]) -> go.Fi
         for number, ((what, first), of) in enumerate(frozen.items())
     ]
     x = {"title": {"text": "epoch (-1: the start; large: the one kept)"}, "dtick": 1 if len(epochs) < 30 else None}
-    shown = [*(row.top1 for row in epochs), *(row.top1_start for row in starts.values() if row.top1_start is not None)]
+    shown = [*(row.top1 for row in epochs), *(top1 for _, top1, _ in starts.values())]
     return _figure(traces, x, _top1_axis(shown), shapes=shapes, annotations=notes, showlegend=True)
 
 

@@ -69,10 +69,11 @@ def _arguments_schema() -> dict[str, Any]:
     """What `_check_arguments` allows, but for the number of values."""
     text = {"type": "string", "maxLength": _MAX_TEXT, **_LINE_IN_SCHEMA}
     number = {"type": "number", "minimum": -MAX_INT, "maximum": MAX_INT}
-    value: dict[str, Any] = {"anyOf": [text, number, {"type": "boolean"}, {"type": "null"}]}
+    scalars = [text, number, {"type": "boolean"}, {"type": "null"}]
+    value: dict[str, Any] = {"anyOf": scalars}
     for _ in range(_MAX_DEPTH - 1):
         array = {"type": "array", "items": value, "maxItems": MAX_ITEMS}
-        value = {"anyOf": [*value["anyOf"][:4], array, _table(value)]}
+        value = {"anyOf": [*scalars, array, _table(value)]}
     return _table(value)
 
 
