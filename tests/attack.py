@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import harness
-from dashboard_driver import PROJECT, TINY, Dashboard
-from dashboard_driver import until as wait_until
+from dashboard_driver import TINY, Dashboard, find_processes, own_environment, until
 
-from flows.processes import descendants, is_alive
+from flows.processes import is_alive
 from quantlib import report
 from quantlib.journal import read_runs
 from quantlib.retention import find_damage
@@ -76,15 +75,12 @@ def figures_of(home: Path) -> Figures:
 
 def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """A `quantflow` command in a session of its own; what it prints goes to a file, which `said` reads."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
-    paths = os.pathsep.join(filter(None, [str(PROJECT), own.get("PYTHONPATH")]))
-    # One thread for torch leaves a core for the helper process.
-    environment = own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with (folder / "said").open("w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "flows.cli", *arguments, "--home", "home"],
             cwd=folder,
-            env=environment,
+            # One thread for torch leaves a core for the helper process.
+            env=own_environment(OMP_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -121,19 +117,29 @@ def compare(home: Path, expected: Expected, findings: Findings, what: str, *, re
         what: Was done to them.
         repaired: Whether what a stage had made was damaged after it, so that the stage was computed again.
     """
+    compare_outputs(home, expected, findings, what)
+    for file, figures in figures_of(home).items():
+        if expected.figures.get(file, figures) != figures:
+            findings.add("different", f"{what} in {home}: {file} has {figures}, not {expected.figures[file]}")
+    compare_stages(home, findings, what, most=1 + repaired)
+    if find_damage(Store(home / "store"))[1]:
+        findings.add("damage", f"{what} in {home}: the store is damaged")
+
+
+def compare_outputs(home: Path, expected: Expected, findings: Findings, what: str) -> None:
+    """Note every artifact that an undisturbed run has made of other bytes."""
     outputs = harness.outputs_of(home)
     for key in outputs.keys() & expected.outputs.keys():
         if outputs[key] != expected.outputs[key]:
             findings.add("different", f"{what} in {home}: stage {key}")
-    for file, figures in figures_of(home).items():
-        if expected.figures.get(file, figures) != figures:
-            findings.add("different", f"{what} in {home}: {file} has {figures}, not {expected.figures[file]}")
+
+
+def compare_stages(home: Path, findings: Findings, what: str, most: int = 1) -> None:
+    """Note every stage that was computed more often than `most`."""
     computed = Counter(line["key"] for line in harness.stage_lines(home) if line.get("cached") is False)
     for key, count in computed.items():
-        if count > 1 + repaired:
+        if count > most:
             findings.add("twice", f"{what} in {home}: stage {key} was computed {count} times")
-    if find_damage(Store(home / "store"))[1]:
-        findings.add("damage", f"{what} in {home}: the store is damaged")
 
 
 def new_folder(place: Path, name: str) -> Path:
@@ -154,16 +160,6 @@ def undisturbed(place: Path, name: str = "undisturbed") -> Expected:
 # Kills.
 
 
-def _pids(process: "subprocess.Popen[str]", part: str = "") -> list[int]:
-    """The processes of a command, itself first; of those below it, the ones whose command line holds `part`."""
-    found = [] if part else [process.pid]
-    for pid in descendants(process.pid):
-        with contextlib.suppress(OSError):
-            if part.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
-
-
 def _send(pids: list[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -171,12 +167,12 @@ def _send(pids: list[int], number: int) -> None:
 
 
 def _kill_all(process: "subprocess.Popen[str]") -> None:
-    _send(_pids(process), signal.SIGKILL)
+    _send(find_processes(process.pid), signal.SIGKILL)
     process.wait()
 
 
 def _stop_and_continue(process: "subprocess.Popen[str]", dice: random.Random) -> None:
-    pids = _pids(process)
+    pids = find_processes(process.pid)
     _send(pids, signal.SIGSTOP)
     time.sleep(dice.uniform(0.5, 3.0))
     _send(pids, signal.SIGCONT)
@@ -186,8 +182,8 @@ FAULTS: dict[str, tuple[Callable[["subprocess.Popen[str]", random.Random], None]
     # What is done; whether the run is to go on as if nothing had been.
     "the flow": (lambda process, _: process.kill(), False),
     "all processes": (lambda process, _: _kill_all(process), False),
-    "the server": (lambda process, _: _send(_pids(process, "flows.server"), signal.SIGKILL), True),
-    "the helper": (lambda process, _: _send(_pids(process, "quantlib.helper"), signal.SIGKILL), True),
+    "the server": (lambda process, _: _send(find_processes(process.pid, "flows.server"), signal.SIGKILL), True),
+    "the helper": (lambda process, _: _send(find_processes(process.pid, "quantlib.helper"), signal.SIGKILL), True),
     "SIGTERM": (lambda process, _: process.terminate(), False),
     "Ctrl-C": (lambda process, _: os.killpg(process.pid, signal.SIGINT), False),
     "stop and continue": (_stop_and_continue, True),
@@ -207,7 +203,7 @@ def kill(folder: Path, number: int, seed: int, expected: Expected, findings: dic
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(dice.uniform(0.2, _RUN_SECONDS))
         hit = process.poll() is None
-        started = _pids(process) if hit else []
+        started = find_processes(process.pid) if hit else []
         if hit:
             found.attempts += 1
             inflict(process, dice)
@@ -303,26 +299,16 @@ def dashboards(place: Path, number: int, seed: int, expected: Expected) -> Findi
             findings.add("status", f"a run beside the dashboard: {said(beside)[-500:]}")
         dashboard.start()
         with _noted(findings, "a run of the dashboard that was stopped"):
-            wait_until(lambda run=mine: dashboard.state(run) in {"Completed", "Crashed"}, 180, lambda: "no end")
+            until(lambda run=mine: dashboard.state(run) in {"Completed", "Crashed"}, 180, lambda: "no end")
             if dashboard.state(mine) == "Crashed":
                 dashboard.retry(mine)
             dashboard.wait(mine)
         dashboard.stop()
-    _compare_stages(folder / "home", findings)
-    ended = finish(command(beside, "run", "tiny.toml"), beside, findings, "the last run")
-    if ended not in {0, 3}:
+    compare_stages(folder / "home", findings, "dashboards")
+    if finish(command(beside, "run", "tiny.toml"), beside, findings, "the last run") not in {0, 3}:
         findings.add("status", f"the last run: {said(beside)[-500:]}")
-    outputs = harness.outputs_of(folder / "home")
-    if any(outputs[key] != expected.outputs[key] for key in outputs.keys() & expected.outputs.keys()):
-        findings.add("different", f"{folder}: the recipe's own stages")
+    compare_outputs(folder / "home", expected, findings, "dashboards")
     return findings
-
-
-def _compare_stages(home: Path, findings: Findings) -> None:
-    computed = Counter(line["key"] for line in harness.stage_lines(home) if line.get("cached") is False)
-    for key, count in computed.items():
-        if count > 1:
-            findings.add("twice", f"{home}: stage {key} was computed {count} times")
 
 
 @contextlib.contextmanager
@@ -404,10 +390,10 @@ def week(place: Path, nights: int, seed: int) -> Findings:
         return [run["state"]["name"] for run in runs if run["state"]["type"] not in {"COMPLETED", "CANCELLED"}]
 
     with _noted(findings, "the runs of the week"):
-        wait_until(lambda: not unfinished(), 600, lambda: str(unfinished()))
+        until(lambda: not unfinished(), 600, lambda: str(unfinished()))
     if len(dashboard.runs(**due)) < nights:
         findings.add("status", f"only {len(dashboard.runs(**due))} runs in {nights} nights")
-    _compare_stages(dashboard.home, findings)
+    compare_stages(dashboard.home, findings, "the week")
     dashboard.stop()
     return findings
 

@@ -54,6 +54,20 @@ max_top1_drop = 1.0
 """
 
 
+def own_environment(without: tuple[str, ...] = (), **changes: str) -> dict[str, str]:
+    """This process's environment for a command, without what a user may have set of Prefect and quantflow.
+
+    Args:
+        without: Beginnings of more names to leave out.
+        changes: Added to it.
+    """
+    left_out = ("PREFECT_", "QUANTFLOW_", *without)
+    found = {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | changes
+    # The checkout that is tested; where it is installed, this changes nothing.
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [found.get("PYTHONPATH"), str(PROJECT)]))
+    return found
+
+
 class Dashboard:
     """Starts `quantflow dashboard` on a home; use `stop`, or `kill`, then `start` again.
 
@@ -67,11 +81,7 @@ class Dashboard:
         self.home = folder / "home"
         self.recipe = folder / "tiny.toml"
         self.recipe.write_text(TINY)
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
-        self.environment = own | (environment or {})
-        # The checkout that is tested; where it is installed, this changes nothing.
-        paths = [self.environment.get("PYTHONPATH"), str(PROJECT)]
-        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        self.environment = own_environment(**(environment or {}))
         self.url = ""
         self.headers = {"Content-Type": "application/json"}
         self.process: subprocess.Popen[str] | None = None
@@ -117,17 +127,12 @@ class Dashboard:
     def processes(self) -> list[int]:
         """The dashboard's, and all that it started."""
         assert self.process is not None
-        found, unseen = [self.process.pid], [self.process.pid]
-        children = _children()
-        while unseen:
-            below = children.get(unseen.pop(), [])
-            found += below
-            unseen += below
-        return found
+        return find_processes(self.process.pid)
 
     def signal(self, part: str, number: int = signal.SIGKILL) -> int:
         """Send a signal to the process whose command line holds `part`; its number."""
-        found = next(pid for pid in self.processes() if part.encode() in _command_line(pid))
+        assert self.process is not None
+        found = next(iter(find_processes(self.process.pid, part)))
         os.kill(found, number)
         return found
 
@@ -202,6 +207,17 @@ def until(done: Callable[[], bool], seconds: float, explain: Callable[[], str]) 
         time.sleep(0.3)
 
 
+def find_processes(pid: int, part: str = "") -> list[int]:
+    """A process and all below it whose command lines hold `part`."""
+    found, unseen = [pid], [pid]
+    children = _children()
+    while unseen:
+        below = children.get(unseen.pop(), [])
+        found += below
+        unseen += below
+    return [each for each in found if part in _command_line(each)]
+
+
 def _children() -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
@@ -218,11 +234,11 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def _command_line(pid: int) -> bytes:
+def _command_line(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except FileNotFoundError:
-        return b""
+        return ""
 
 
 def _kill(pid: int) -> None:

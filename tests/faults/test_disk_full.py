@@ -1,12 +1,11 @@
 """A disk that fills up: a clear error, no damage, and the run goes on once there is room."""
 
-import os
 import subprocess
 import sys
 
 import harness
 import pytest
-from dashboard_driver import PROJECT, TINY
+from dashboard_driver import TINY, own_environment
 
 from quantlib.retention import find_damage
 from quantlib.store import Store
@@ -46,8 +45,6 @@ def test_a_full_disk_is_named_harms_nothing_and_the_run_goes_on_when_there_is_ro
 @pytest.mark.parametrize("small_disk", ["300k", "1m", "2m", "4m", "8m"], indirect=True)
 def test_every_command_names_a_full_disk_wherever_it_fills_up(small_disk, tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
-    paths = os.pathsep.join(filter(None, [str(PROJECT), own.get("PYTHONPATH")]))
     filled = False
     for command in (
         "run tiny.toml",
@@ -62,7 +59,7 @@ def test_every_command_names_a_full_disk_wherever_it_fills_up(small_disk, tmp_pa
             [sys.executable, "-m", "flows.cli", *command.split(), "--home", str(small_disk / "home")],
             check=False,
             cwd=tmp_path,
-            env=own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env=own_environment(OMP_NUM_THREADS="1"),
             capture_output=True,
             text=True,
             timeout=200,

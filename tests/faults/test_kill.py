@@ -7,7 +7,7 @@ import sys
 
 import harness
 import pytest
-from dashboard_driver import PROJECT, TINY, until
+from dashboard_driver import TINY, own_environment, until
 from filelock import FileLock
 
 NUM_KILLS = 44
@@ -63,9 +63,7 @@ def test_a_write_that_was_cut_short_is_cleared_away_by_the_next_run_and_one_that
 def test_what_a_killed_run_left_in_tmpdir_is_cleared_away_by_the_next(tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "tmp").mkdir()
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
-    paths = os.pathsep.join(filter(None, [str(PROJECT), own.get("PYTHONPATH")]))
-    own |= {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    own = own_environment(TMPDIR=str(tmp_path / "tmp"), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "flows.cli", "run", "tiny.toml", "--home", "home"]
     (tmp_path / "home" / "prefect").mkdir(parents=True)
     # As another run on the same home holds it: the second keeps Prefect's files in TMPDIR.

@@ -1,6 +1,5 @@
 """No command asks anything of the network, or writes anywhere but to its home, to TMPDIR and where it was told to."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import traces
-from dashboard_driver import PROJECT, TINY
+from dashboard_driver import PROJECT, TINY, own_environment
 
 COMMANDS = {
     "run": ["run", "tiny.toml"],
@@ -47,13 +46,8 @@ def users_home(tmp_path):
 
 def given(name, place, users_home):
     """A command; how it is run: as a person does who has set nothing, and whose home is empty."""
-    own = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("PREFECT_", "QUANTFLOW_", "XDG_", "ORT_", "DO_NOT_TRACK"))
-    }
-    paths = os.pathsep.join(filter(None, [str(PROJECT), own.get("PYTHONPATH")]))
-    own |= {"PYTHONPATH": paths, "HOME": str(users_home), "TMPDIR": str(place / "tmp"), "OMP_NUM_THREADS": "1"}
+    places = {"HOME": str(users_home), "TMPDIR": str(place / "tmp")}
+    own = own_environment(without=("XDG_", "ORT_", "DO_NOT_TRACK"), OMP_NUM_THREADS="1", **places)
     home = [] if name == "recipes" else ["--home", "home"]
     return [sys.executable, "-m", "flows.cli", *COMMANDS[name], *home], {"cwd": place, "env": own}
 

@@ -7,19 +7,17 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from contextvars import copy_context
 from functools import partial
-from pathlib import Path
 
 import harness
 import prefect.client.orchestration
 import pytest
 import torch
-from dashboard_driver import PROJECT, TINY
+from dashboard_driver import TINY, find_processes, own_environment
 
 from flows import running
-from flows.processes import descendants
 from quantlib.errors import MachineError
 from quantlib.journal import read_runs
 from quantlib.recipe import parse_recipe
@@ -30,8 +28,6 @@ from tasks.run import FINISHED, Silence
 def start_run(tmp_path):
     """Starts `quantflow run` of the tiny recipe on tmp_path / "home", in a session of its own like a terminal's."""
     (tmp_path / "tiny.toml").write_text(TINY)
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUANTFLOW_"))}
-    paths = os.pathsep.join(filter(None, [str(PROJECT), own.get("PYTHONPATH")]))
 
     def start(*settings: str):
         command = [sys.executable, "-m", "flows.cli", "run", "tiny.toml", "--home", "home"]
@@ -40,7 +36,7 @@ def start_run(tmp_path):
         return subprocess.Popen(
             command,
             cwd=tmp_path,
-            env=own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env=own_environment(OMP_NUM_THREADS="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -105,12 +101,7 @@ def test_ctrl_c_ends_a_run_with_one_message_and_prefect_is_told(start_run, tmp_p
 
 
 def servers_of(process) -> list[int]:
-    found = []
-    for pid in descendants(process.pid):
-        with suppress(OSError):
-            if b"flows.server" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
+    return find_processes(process.pid, "flows.server")
 
 
 @pytest.mark.timeout(200)

@@ -12,7 +12,9 @@ from quantlib.inputs import ModelInput, find_inputs
 from quantlib.machine import torch_runtime
 from quantlib.predictions import Predictions
 from quantlib.recipe import parse_recipe
+from quantlib.store import Ref
 from quantlib.transforms import EvalTransform
+from tasks.caching import stage
 from tasks.data import decode
 from tasks.findings import read_samples
 from tasks.measure import Contender
@@ -61,6 +63,24 @@ def test_a_stage_that_fails_leaves_no_record_and_is_tried_again(run, monkeypatch
             load_float.reuse_or_compute(SOURCE, 10, 16, 1, None)
     assert list(run.store.records()) == []
     assert not isinstance(load_float.reuse_or_compute(SOURCE, 10, 16, 1, None), State)
+
+
+def _work(model: Ref) -> Ref:
+    return model
+
+
+def test_code_is_parsed_again_where_another_threads_parser_came_between(monkeypatch):
+    asked = []
+
+    def hash_tree(tree):
+        asked.append(tree)
+        if len(asked) == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=72, after=102)")
+        return "0" * 64
+
+    monkeypatch.setattr("quantlib.codehash.hash_tree", hash_tree)
+    assert stage("work")(_work)._code() == {"code._work": "0" * 64}
+    assert len(asked) == 2
 
 
 def test_calibration_in_shards_is_calibration_in_one_piece(run, tmp_path):

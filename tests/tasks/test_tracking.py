@@ -64,7 +64,10 @@ def test_the_next_stage_has_an_artifact_of_its_own(told):
 
 
 def test_a_server_that_refuses_does_not_stop_the_run(monkeypatch):
+    asked = []
+
     def refuse(*_, **__):
+        asked.append("new")
         raise ConnectionError("no server")
 
     monkeypatch.setattr(prefect.artifacts, "create_progress_artifact", refuse)
@@ -74,6 +77,7 @@ def test_a_server_that_refuses_does_not_stop_the_run(monkeypatch):
     clock.now = 60
     progress.stage_progressed("calibrate", 1, 2)
     progress.stage_finished("calibrate", cached=False, seconds=60.0)
+    assert asked == ["new"]
 
 
 def test_a_server_that_is_gone_is_not_asked_at_each_step_of_a_stage(monkeypatch):
