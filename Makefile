@@ -18,7 +18,7 @@ test-all: setup
 
 # Taken anew by the browser tests (Debian: apt-get install chromium chromium-driver).
 screenshots: setup
-	QUANTFLOW_SCREENSHOTS=docs $(BIN)/pytest tests/flows/test_dashboard_browser.py
+	QUANTFLOW_SCREENSHOTS=docs $(BIN)/pytest tests/flows/hosting/test_dashboard_browser.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -8,8 +8,11 @@ import time
 import pairs
 import torch
 
-from quantlib import fusion, machine, models, preparation
-from quantlib.scheme import ObserverName, Scheme
+from quantlib import machine
+from quantlib.graph import fusion
+from quantlib.models import mobilenet_v2
+from quantlib.quantize import preparation
+from quantlib.recipe.scheme import ObserverName, Scheme
 
 NUM_BATCHES = 3
 BATCH_SIZE = 30
@@ -19,7 +22,7 @@ def main() -> None:
     """Measure, print, write."""
     machine.keep_freed_memory()
     torch.manual_seed(0)
-    fused = fusion.fuse_model(models.mobilenet_v2().eval(), "eval")
+    fused = fusion.fuse_model(mobilenet_v2.mobilenet_v2().eval(), "eval")
 
     def torchs(observer: ObserverName) -> torch.nn.Module:
         return preparation.prepare(fused, Scheme(observer=observer, weights="per_channel", activation_bits=8), "eval")

@@ -27,7 +27,7 @@ def first_page(checkout: Path, home: Path) -> float:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "flows.cli", "dashboard", "--home", str(home), "--port", str(port)]
+    command = [sys.executable, "-m", "flows.cli.commands", "dashboard", "--home", str(home), "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     start = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pairs
 import torch
 
-from quantlib import models
+from quantlib.models import mobilenet_v2
 
 QUESTIONS = {
     "imagenet": {"resize": 256, "crop": 224, "calibration": 8, "epochs": 2, "batches": 5, "images": None},
@@ -88,7 +88,7 @@ def quantflow(data: Path, weights: Path, settings: dict, folder: Path) -> list[o
         "benchmark.num_samples": 10,
         "gate.max_top1_drop": 1.0,
     }
-    command = [sys.executable, "-m", "flows.cli", "run", "cifar10", "--home", home]
+    command = [sys.executable, "-m", "flows.cli.commands", "run", "cifar10", "--home", home]
     return [*command, *(part for key, value in changes.items() for part in ("--set", f"{key}={value}"))]
 
 
@@ -108,7 +108,7 @@ def repeat_validation(data: Path, place: Path, num_images: int) -> Path:
 def random_weights(place: Path, num_classes: int) -> Path:
     """A state_dict as it is before any training."""
     torch.manual_seed(0)
-    torch.save(models.mobilenet_v2(num_classes).state_dict(), place)
+    torch.save(mobilenet_v2.mobilenet_v2(num_classes).state_dict(), place)
     return place
 
 

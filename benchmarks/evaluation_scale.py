@@ -20,22 +20,28 @@ import numpy as np
 import pairs
 import torch
 
-from quantlib import conversion, data, evaluation, export, fusion, images, machine, models, preparation
-from quantlib.scheme import Scheme
-from quantlib.transforms import EvalTransform
+from quantlib import machine
+from quantlib.data import datasets, loading, shards
+from quantlib.data.transforms import EvalTransform
+from quantlib.export import files
+from quantlib.graph import fusion
+from quantlib.measure import evaluation
+from quantlib.models import mobilenet_v2
+from quantlib.quantize import conversion, preparation
+from quantlib.recipe.scheme import Scheme
 
-SHARD = 1783  # Images of 224 px in a shard of 256 MiB, as flows.branches has them.
+SHARD = 1783  # Images of 224 px in a shard of 256 MiB, as flows.graphs.branches has them.
 
 
 def evaluate(root: Path, num_images: int) -> dict[str, float]:
     """Seconds and peak resident memory in MB, of this process."""
     machine.keep_freed_memory()
     start = time.perf_counter()
-    split = data.open_split("imagefolder", str(root), "val")
+    split = datasets.open_split("imagefolder", str(root), "val")
     for first in range(0, num_images, SHARD):
         indices = np.arange(first, min(first + SHARD, num_images))
         with (root / "shard").open("wb") as file:
-            images.save(data.decode(split, indices, EvalTransform(256, 224), seed=0), split.labels[indices], file)
+            shards.save(loading.decode(split, indices, EvalTransform(256, 224), seed=0), split.labels[indices], file)
         evaluation.evaluate_file(root / "int8.pt", "torchscript", root / "shard", 50)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     return {"seconds": time.perf_counter() - start, "megabytes": peak}
@@ -44,10 +50,10 @@ def evaluate(root: Path, num_images: int) -> dict[str, float]:
 def save_int8(place: Path) -> None:
     """An int8 MobileNetV2 with random weights."""
     torch.manual_seed(0)
-    fused = fusion.fuse_model(models.mobilenet_v2().eval(), "eval")
+    fused = fusion.fuse_model(mobilenet_v2.mobilenet_v2().eval(), "eval")
     prepared = preparation.prepare(fused, Scheme(observer="minmax", weights="per_channel", activation_bits=8), "eval")
     prepared(torch.randn(2, 3, 224, 224))
-    place.write_bytes(export.script(conversion.convert(prepared, "auto"), "auto"))
+    place.write_bytes(files.script(conversion.convert(prepared, "auto"), "auto"))
 
 
 def main() -> None:

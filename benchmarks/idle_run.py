@@ -23,7 +23,7 @@ empty()
 def main() -> None:
     """Measure, print, write."""
     with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, "-m", "flows.cli", "run", "digits", "--home", f"{folder}/home"]
+        run = [sys.executable, "-m", "flows.cli.commands", "run", "digits", "--home", f"{folder}/home"]
         quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_HOME": f"{folder}/prefect"}
         sides = {
             "run with nothing to do": lambda: pairs.seconds(run),

@@ -19,8 +19,15 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-from quantlib import backend, benchmark, conversion, export, fusion, machine, models, preparation, runtimes
-from quantlib.scheme import Scheme
+from quantlib import machine
+from quantlib.export import files
+from quantlib.graph import fusion
+from quantlib.measure import benchmark
+from quantlib.models import mobilenet_v2
+from quantlib.quantize import conversion, preparation
+from quantlib.recipe.scheme import Scheme
+from quantlib.runtimes import classifiers
+from quantlib.runtimes.engine import use_engine
 
 NUM_CALIBRATION = 8
 SETTINGS = [(batch_size, threads) for batch_size in (1, 50) for threads in (1, 2)]
@@ -49,16 +56,16 @@ class AsInTheTutorial:
     layout = torch.contiguous_format
 
     def __init__(self, path: Path) -> None:
-        with backend.use_engine("fbgemm"):
+        with use_engine("fbgemm"):
             self.model = torch.jit.load(str(path)).eval()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits."""
-        with backend.use_engine("fbgemm"), torch.no_grad():
+        with use_engine("fbgemm"), torch.no_grad():
             return self.model(images)
 
 
-class NNCF(runtimes.OpenVINOClassifier):
+class NNCF(classifiers.OpenVINOClassifier):
     """A model that NNCF has quantized, in OpenVINO."""
 
 
@@ -66,7 +73,7 @@ def make_files(folder: Path) -> None:
     """The same float model, quantized by each."""
     torch.manual_seed(0)
     x = torch.randn(NUM_CALIBRATION, 3, 224, 224)
-    model = models.mobilenet_v2()
+    model = mobilenet_v2.mobilenet_v2()
     model(x)  # BatchNorm's statistics, so that activations have sensible ranges.
     fused = fusion.fuse_model(model.eval(), "eval")
     for name, bits in (("tutorial", 7), ("ours", 8)):
@@ -75,8 +82,8 @@ def make_files(folder: Path) -> None:
         with torch.no_grad():
             prepared(x)
         engine = "fbgemm" if name == "tutorial" else "x86"
-        (folder / f"{name}.pt").write_bytes(export.script(conversion.convert(prepared, engine), engine))
-    (folder / "ours.onnx").write_bytes(export.to_onnx(folder / "ours.pt", "x86", 224))
+        (folder / f"{name}.pt").write_bytes(files.script(conversion.convert(prepared, engine), engine))
+    (folder / "ours.onnx").write_bytes(files.to_onnx(folder / "ours.pt", "x86", 224))
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     torch.onnx.export(
         fused,
@@ -105,13 +112,16 @@ def make_files(folder: Path) -> None:
     openvino.save_model(quantized, folder / "nncf.xml")
 
 
-def open_all(folder: Path, threads: int) -> dict[str, runtimes.Classifier]:
+def open_all(folder: Path, threads: int) -> dict[str, classifiers.Classifier]:
     """Every contender, by name."""
     return {
         "tutorial": AsInTheTutorial(folder / "tutorial.pt"),
-        **{f"ours, {runtime}": runtimes.open_model(folder / file, runtime, threads) for runtime, file in OURS.items()},
         **{
-            f"ONNX Runtime's own, {name}": runtimes.ONNXRuntimeClassifier(folder / f"{name}.onnx", threads)
+            f"ours, {runtime}": classifiers.open_model(folder / file, runtime, threads)
+            for runtime, file in OURS.items()
+        },
+        **{
+            f"ONNX Runtime's own, {name}": classifiers.ONNXRuntimeClassifier(folder / f"{name}.onnx", threads)
             for name in ("ort_qdq", "ort_qop")
         },
         "NNCF's own in OpenVINO": NNCF(folder / "nncf.xml", threads),

@@ -14,8 +14,11 @@ import pairs
 import torch
 from torch import nn
 
-from quantlib import fusion, machine, models, preparation
-from quantlib.scheme import Scheme
+from quantlib import machine
+from quantlib.graph import fusion
+from quantlib.models import mobilenet_v2
+from quantlib.quantize import preparation
+from quantlib.recipe.scheme import Scheme
 
 NUM_STEPS = 5
 BATCH_SIZE = 30
@@ -23,7 +26,7 @@ BATCH_SIZE = 30
 
 def as_in_the_tutorial() -> nn.Module:
     """Modules and layout are torch's own."""
-    model = fusion.fuse_model(models.mobilenet_v2(), "qat").train()
+    model = fusion.fuse_model(mobilenet_v2.mobilenet_v2(), "qat").train()
     model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
     return torch.ao.quantization.prepare_qat(model)
 
@@ -32,7 +35,7 @@ def as_quantflow_does() -> nn.Module:
     """What the stage `qat_epoch` trains."""
     machine.keep_freed_memory()
     scheme = Scheme(observer="histogram", weights="per_channel", activation_bits=7)
-    model = preparation.prepare(fusion.fuse_model(models.mobilenet_v2(), "qat"), scheme, "qat")
+    model = preparation.prepare(fusion.fuse_model(mobilenet_v2.mobilenet_v2(), "qat"), scheme, "qat")
     return model.train().to(memory_format=torch.channels_last)
 
 

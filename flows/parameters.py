@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from quantlib.errors import RecipeError, suggest
-from quantlib.fields import MAX_ITEMS, PathName
-from quantlib.recipe import Recipe
-from quantlib.recipe_file import load_recipe
+from quantlib.recipe.fields import MAX_ITEMS, PathName
+from quantlib.recipe.file import load_recipe
+from quantlib.recipe.schema import Recipe
 
 
 def find_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -2,10 +2,10 @@
 
 from prefect import flow
 
+from flows.graphs.run import only, run_branches
 from flows.parameters import Changes, RecipeParameter
-from flows.quantize import only, run_branches
-from quantlib.recipe_file import override_recipe
-from quantlib.report import Report
+from quantlib.recipe.file import override_recipe
+from quantlib.report.tables import Report
 
 
 @flow(name="ptq", flow_run_name="{recipe.name}", persist_result=False)

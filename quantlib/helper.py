@@ -114,15 +114,15 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
     os.nice(10)
     import torch
 
-    from quantlib import backend
+    from quantlib.process import prepare_process
 
-    backend.prepare_process()
+    prepare_process()
     # The other cores are the other process's.
     torch.set_num_threads(1)
     while True:
         try:
             function, args, kwargs = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # However the other process ended.
             return
         answer: tuple[Any, Exception | None]
         try:

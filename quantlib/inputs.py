@@ -12,76 +12,20 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-from quantlib import codehash
+from quantlib.data.split import Selection, SplitInput, SplitName
 from quantlib.errors import DataError, ModelError, RecipeError, suggest
+from quantlib.files import read_file, seal, unseal, write_atomically
+from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
-from quantlib.recipe import DataRecipe, Recipe, is_import_path, is_weights_file
-from quantlib.store import read_file, seal, unseal, write_atomically
-
-SplitName = Literal["train", "val"]
+from quantlib.recipe.schema import Recipe
+from quantlib.recipe.sections import DataRecipe, is_import_path, is_weights_file
+from quantlib.store import codehash
 
 ARCHITECTURES = ("mobilenet_v2",)
 """Registered names; quantlib.models builds them, which needs torch."""
-
-NOT_IN_KEY = {"in_key": False}
-"""Metadata of a field that says where something lies, and not what it is."""
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """The float model's source."""
-
-    architecture: str
-    arguments: str
-    """JSON of the architecture's keyword arguments."""
-    weights: str = field(metadata=NOT_IN_KEY)
-    """As in the recipe."""
-    fingerprint: str
-    """Of the weights: a file's SHA-256, "torchvision:NAME", or "train"."""
-    code: str
-    """Hash of the user's own module, "" for a registered architecture."""
-
-
-@dataclass(frozen=True)
-class SplitInput:
-    """One split of the dataset."""
-
-    format: str
-    name: SplitName
-    root: str | None = field(metadata=NOT_IN_KEY)
-    fingerprint: str
-    """Of the names and contents of its files, and of the code that reads them where that is the user's."""
-    num_images: int
-    classes: tuple[str, ...] = field(metadata=NOT_IN_KEY)
-    num_skipped: int = field(default=0, metadata=NOT_IN_KEY)
-    """Files among the images that are none, or of a kind that is not read."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Some images of a split, in an order."""
-
-    split: SplitInput
-    seed: int | None
-    """Shuffles the split; None: the dataset's own order."""
-    start: int
-    """First place in that order."""
-    stop: int
-    """One past the last place."""
-
-    def parts(self, size: int) -> tuple[Selection, ...]:
-        """The same images in consecutive selections of at most `size`."""
-        starts = range(self.start, self.stop, size)
-        return tuple(replace(self, start=start, stop=min(start + size, self.stop)) for start in starts)
 
 
 @dataclass(frozen=True)
@@ -164,9 +108,11 @@ def _validation(val: SplitInput, recipe: Recipe) -> Selection:
 @functools.lru_cache(maxsize=1)
 def _check_float_layers(model: ModelInput, num_classes: int, float_layers: tuple[str, ...]) -> None:
     """Find them in the model, which is built for that: else a misspelt one would be found after minutes."""
-    from quantlib import fusion, models, preparation  # They import torch.
+    from quantlib.graph import fusion
+    from quantlib.models import registry
+    from quantlib.quantize import preparation  # They import torch.
 
-    built = models.build(model.architecture, models.arguments_of(model, num_classes))
+    built = registry.build(model.architecture, registry.arguments_of(model, num_classes))
     preparation.find_layers(fusion.fuse_model(built, "eval"), float_layers)
 
 
@@ -244,9 +190,9 @@ def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Prog
     except (OSError, ValueError, TypeError, KeyError):
         pass  # Not seen before, or the note of it is damaged: look at the files themselves.
 
-    from quantlib import data
+    from quantlib.data import datasets
 
-    split = data.open_split(recipe.format, recipe.root, name)
+    split = datasets.open_split(recipe.format, recipe.root, name)
     # Again: opening may make the files, as torchvision unpacks ImageNet's archives then.
     paths, state = _look(recipe, name, code)
     content = hashlib.sha256(repr((recipe.format, code, "" if paths else state)).encode())

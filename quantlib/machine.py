@@ -1,21 +1,18 @@
 """The machine a run computes on: its memory allocator, its CPU, and what can run models on it."""
 
 import ctypes
-import importlib.metadata
-import importlib.util
 import os
 import platform
-from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-
-from quantlib.errors import MachineError
-from quantlib.scheme import ActivationBits
 
 # glibc's parameters of mallopt(3).
 _M_TRIM_THRESHOLD = -1
+
+
 _M_TOP_PAD = -2
+
+
 _M_MMAP_THRESHOLD = -3
 
 
@@ -44,94 +41,3 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def activation_bits(engine: str) -> ActivationBits:
-    """How many bits of activations this CPU's int8 arithmetic takes without saturating.
-
-    Without VNNI, x86 adds pairs of products in 16 bits: 2 * 255 * 127 does not fit, 2 * 127 * 127 does. qnnpack adds
-    in 32 bits.
-    """
-    if engine == "qnnpack":
-        return 8
-    with suppress(OSError):
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-        if flags & {"avx512_vnni", "avx_vnni"}:
-            return 8
-    return 7
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What runs an exported model."""
-
-    name: str
-    """torchscript, torchscript-ENGINE, onnxruntime or openvino."""
-    version: str
-
-    @property
-    def kind(self) -> str:
-        """torchscript, onnxruntime or openvino."""
-        return self.name.partition("-")[0]
-
-
-def find_onnx_runtimes(
-    wanted: Collection[str] | None = None, shipped_for: Collection[str] | None = None
-) -> tuple[Runtime, ...]:
-    """The runtimes for ONNX files that are installed, the one that is mostly faster first.
-
-    None without the package `onnx`, which writes the files.
-
-    Args:
-        wanted: `benchmark.runtimes`: names of those that must be there, torchscript apart; None: any will do.
-        shipped_for: `gate.runtimes`: of those, too.
-
-    Raises:
-        MachineError: If one of them is not.
-    """
-    installed = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name) is not None]
-    if importlib.util.find_spec("onnx") is None:
-        installed = []
-    for key, names in (("benchmark.runtimes", wanted), ("gate.runtimes", shipped_for)):
-        missing = sorted(set(names or ()) - {"torchscript", *installed})
-        if missing:
-            raise MachineError(
-                f"{key} names {missing[0]}, which is not installed: pip install onnx {missing[0]}, or leave it out."
-            )
-    return tuple(
-        Runtime(name, importlib.metadata.version(name)) for name in installed if wanted is None or name in wanted
-    )
-
-
-def torch_runtime(engine: str | None) -> Runtime:
-    """TorchScript with int8 on an engine; None: float."""
-    return Runtime(torchscript_on(engine), importlib.metadata.version("torch"))
-
-
-def torchscript_on(engine: str | None) -> str:
-    """The name of the runtime that is TorchScript with int8 on an engine; None: float."""
-    return "torchscript" if engine is None else f"torchscript-{engine}"
-
-
-def engines() -> tuple[str, ...]:
-    """The int8 engines of torch that are made for this kind of CPU; the one that torch itself prefers comes first."""
-    return ("x86", "fbgemm", "onednn") if platform.machine().lower() in {"x86_64", "amd64"} else ("qnnpack", "onednn")
-
-
-def default_engine() -> str:
-    """The int8 engine that torch itself prefers on this kind of CPU."""
-    return engines()[0]
-
-
-def find_engine(name: str) -> str:
-    """The engine that a recipe's `engine` stands for on this machine.
-
-    Raises:
-        MachineError: If this machine lacks it.
-    """
-    if name in {"auto", default_engine()}:
-        return default_engine()
-    # Importing torch takes seconds, and is not needed for the engine that it surely has.
-    from quantlib import backend
-
-    return backend.resolve_engine(name)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantlib.recipe import BranchRecipe, PTQRecipe, QATRecipe, SearchRecipe
+from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
+from quantlib.recipe.sections import SearchRecipe
 
 # Added to one another in this order, from the tutorial's cheapest setting: what a variant is, and what is new in it.
 _FREE: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -26,9 +26,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 from pydantic import BaseModel
 
-from quantlib import codehash
-from quantlib.report import StageRow
-from quantlib.store import Record, Ref, Store
+from quantlib.report.tables import StageRow
+from quantlib.store import codehash
+from quantlib.store.artifacts import Record, Ref
+from quantlib.store.local import Store
 from tasks.run import Maker, current_run
 from tasks.side_by_side import beside, in_turn, is_stopped
 
@@ -242,9 +243,9 @@ def key_of(ingredients: Mapping[str, str]) -> str:
 @functools.cache
 def _prepare_process() -> None:
     """Not done by a process that only reuses: it imports torch."""
-    from quantlib import backend
+    from quantlib.process import prepare_process
 
-    backend.prepare_process()
+    prepare_process()
 
 
 def _flatten(name: str, value: Any) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Stages that export: script_and_save, save_onnx."""
 
-from quantlib.machine import Runtime
-from quantlib.store import Ref
+from quantlib.runtimes.available import Runtime
+from quantlib.store.artifacts import Ref
 from tasks.caching import stage
 from tasks.run import current_run
 from tasks.side_by_side import aside
@@ -12,10 +12,10 @@ _REFUSAL = "refusal"
 @stage("script_and_save-{branch}", aside=True)
 def script_and_save(model: Ref, *, branch: str) -> Ref:
     """The TorchScript file of a fused float model, or of an int8 model."""
-    from quantlib import export
+    from quantlib.export import files
 
     store = current_run().store
-    return store.put("torchscript", aside(export.script_saved, store.read(model)))
+    return store.put("torchscript", aside(files.script_saved, store.read(model)))
 
 
 @stage("save_onnx-{branch}", aside=True)
@@ -24,13 +24,13 @@ def save_onnx(artifact: Ref, images: Ref, engine: str | None, runtime: Runtime, 
 
     A model that ONNX cannot express, or that answers otherwise in an ONNX runtime, still has its TorchScript file.
     """
-    from quantlib import export
     from quantlib.errors import ModelError
+    from quantlib.export import files
 
     store = current_run().store
     try:
-        content = aside(export.to_onnx, store.path(artifact), engine, crop)
-        aside(export.check_onnx, content, store.path(artifact), engine, runtime.name, store.path(images))
+        content = aside(files.to_onnx, store.path(artifact), engine, crop)
+        aside(files.check_onnx, content, store.path(artifact), engine, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)

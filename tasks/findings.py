@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from quantlib.store import Ref, Store
+from quantlib.store.artifacts import Ref
+from quantlib.store.local import Store
 from tasks.caching import PLANNER
 from tasks.measure import Contender
 from tasks.run import current_run

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from quantlib.machine import Runtime
-from quantlib.store import Ref
+from quantlib.runtimes.available import Runtime
+from quantlib.store.artifacts import Ref
 from tasks.caching import stage
 from tasks.run import current_run
 
@@ -20,7 +20,7 @@ class Contender:
 @stage("evaluate_baseline-{branch}")
 def evaluate_baseline(artifact: Ref, images: Ref, batch_size: int, *, branch: str) -> Ref:
     """The float model's predictions, that every variant is compared with."""
-    from quantlib import evaluation, predictions
+    from quantlib.measure import evaluation, predictions
 
     run = current_run()
     file, shard = run.store.path(artifact), run.store.path(images)
@@ -31,7 +31,7 @@ def evaluate_baseline(artifact: Ref, images: Ref, batch_size: int, *, branch: st
 @stage("evaluate-{branch}")
 def evaluate(artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, *, branch: str) -> Ref:
     """An int8 model's predictions, from the file that is shipped."""
-    from quantlib import evaluation, predictions
+    from quantlib.measure import evaluation, predictions
 
     run = current_run()
     file, shard = run.store.path(artifact), run.store.path(images)
@@ -49,7 +49,8 @@ def simulate(
     branch: str,
 ) -> Ref:
     """Predictions of the float model with fake quantization of weights, activations or both."""
-    from quantlib import evaluation, predictions, simulation
+    from quantlib.measure import evaluation, predictions
+    from quantlib.quantize import simulation
 
     run = current_run()
     model = simulation.load(run.store.read(prepared), parts)
@@ -60,13 +61,15 @@ def simulate(
 @stage("measure_layers-{branch}")
 def measure_layers(fused: Ref, prepared: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
     """What each layer of a calibrated model, or of an epoch's state, costs on some images of a shard."""
-    from quantlib import calibration, fusion, layers
+    from quantlib.graph import fusion
+    from quantlib.measure import sensitivity
+    from quantlib.quantize import calibration
 
     run = current_run()
     reference, _ = fusion.load(run.store.read(fused))
     model, header = calibration.load_prepared(run.store.read(prepared))
     shard = run.store.path(images)
-    sums = layers.measure_layers(reference, model, header["fused"], shard, start, stop, run.progress)
+    sums = sensitivity.measure_layers(reference, model, header["fused"], shard, start, stop, run.progress)
     return run.store.put_json("layers", sums)
 
 
@@ -80,15 +83,15 @@ def benchmark(
     num_samples: int,
 ) -> Ref:
     """Time the files of all variants in every runtime, in turn."""
-    from quantlib import benchmark as timer
-    from quantlib import images as shards
-    from quantlib import runtimes
+    from quantlib.data import shards
+    from quantlib.measure import benchmark as timer
+    from quantlib.runtimes import classifiers
 
     run = current_run()
     pixels, _ = shards.open_shard(run.store.path(images))
     files = [(run.store.path(entry.artifact), entry.runtime.name) for entry in contenders]
     timings = timer.time_models(
-        lambda threads: [runtimes.open_model(path, runtime, threads) for path, runtime in files],
+        lambda threads: [classifiers.open_model(path, runtime, threads) for path, runtime in files],
         shards.to_input(pixels[: max(batch_sizes)]),
         batch_sizes,
         num_threads,
@@ -109,8 +112,8 @@ def pick_examples(
 
     A variant is its name and its answers.
     """
-    from quantlib import examples, predictions
-    from quantlib import images as shards
+    from quantlib.data import shards
+    from quantlib.measure import examples, predictions
 
     run = current_run()
     pixels = [shards.open_shard(run.store.path(ref))[0] for ref in images]

@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantlib.store import Record, Store
+from quantlib.store.artifacts import Record
+from quantlib.store.local import Store
 from tasks.caching import Stage, find_inside, key_of
 
 

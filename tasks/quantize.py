@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from quantlib.inputs import Selection
-from quantlib.schedule import Schedule
-from quantlib.scheme import Scheme
-from quantlib.store import Ref
-from quantlib.transforms import Transform
+from quantlib.data.split import Selection
+from quantlib.data.transforms import Transform
+from quantlib.recipe.schedule import Schedule
+from quantlib.recipe.scheme import Scheme
+from quantlib.store.artifacts import Ref
 from tasks.caching import PLANNER, stage
 from tasks.run import current_run
 from tasks.side_by_side import aside
@@ -18,18 +18,19 @@ def calibrate(before: Ref, images: Ref, float_layers: tuple[str, ...], batch_siz
 
     What it collects serves every scheme: branches that differ in observer, weights or bits alone share it.
     """
-    from quantlib import calibration, models
+    from quantlib.models import checkpoint
+    from quantlib.quantize import calibration
 
     run = current_run()
     observed, header = calibration.load_or_observe(run.store.read(before), float_layers)
     calibration.calibrate(observed, run.store.path(images), batch_size, run.progress)
-    return run.store.put("model", models.save(observed, header))
+    return run.store.put("model", checkpoint.save(observed, header))
 
 
 @stage("choose_ranges-{branch}", aside=True)
 def choose_ranges(observed: Ref, scheme: Scheme, *, branch: str) -> Ref:
     """Give each activation the range that the scheme's observer finds in what calibration has collected."""
-    from quantlib import calibration
+    from quantlib.quantize import calibration
 
     store = current_run().store
     return store.put("model", aside(calibration.choose_ranges, store.read(observed), scheme))
@@ -38,18 +39,19 @@ def choose_ranges(observed: Ref, scheme: Scheme, *, branch: str) -> Ref:
 @stage("correct_bias-{branch}")
 def correct_bias(prepared: Ref, images: tuple[Ref, ...], *, branch: str) -> Ref:
     """Give each layer of a calibrated model the mean output that it has in float."""
-    from quantlib import bias_correction, calibration, models
+    from quantlib.models import checkpoint
+    from quantlib.quantize import bias_correction, calibration
 
     store = current_run().store
     module, header = calibration.load_prepared(store.read(prepared))
     corrected = bias_correction.correct_bias(module, [store.path(ref) for ref in images])
-    return store.put("model", models.hand_over(corrected, header))
+    return store.put("model", checkpoint.hand_over(corrected, header))
 
 
 @stage("convert-{branch}", aside=True)
 def convert(prepared: Ref, engine: str, crop: int, *, branch: str) -> Ref:
     """Make a calibrated model, or an epoch's state, int8."""
-    from quantlib import conversion
+    from quantlib.quantize import conversion
 
     store = current_run().store
     return store.put("model", aside(conversion.convert_saved, store.read(prepared), engine, crop))
@@ -58,14 +60,16 @@ def convert(prepared: Ref, engine: str, crop: int, *, branch: str) -> Ref:
 @stage("start_qat-{branch}")
 def start_qat(trainable: Ref, calibrated: Ref, *, branch: str) -> Ref:
     """Give a model fused for QAT the biases and ranges of a calibrated one."""
-    from quantlib import calibration, fusion, models, qat
-    from quantlib.scheme import Scheme
+    from quantlib.graph import fusion
+    from quantlib.models import checkpoint
+    from quantlib.quantize import calibration, qat
+    from quantlib.recipe.scheme import Scheme
 
     store = current_run().store
     module, header = fusion.load(store.read(trainable))
     source, source_header = calibration.load_prepared(store.read(calibrated))
     model = qat.start_from(module, source, Scheme.from_header(source_header))
-    return store.put("model", models.save(model, header | {"scheme": source_header["scheme"]}))
+    return store.put("model", checkpoint.save(model, header | {"scheme": source_header["scheme"]}))
 
 
 @stage("qat_epoch-{branch}-{epoch}")
@@ -81,14 +85,17 @@ def qat_epoch(
     branch: str,
 ) -> tuple[Ref, Ref]:
     """Train one epoch from the start, or from the epoch before; the new state, and its metrics."""
-    from quantlib import calibration, data, fusion, models, qat
+    from quantlib.data import loading
+    from quantlib.graph import fusion
+    from quantlib.models import checkpoint
+    from quantlib.quantize import calibration, qat
 
     run = current_run()
     model, header = calibration.load_or_prepare(run.store.read(before), scheme)
-    split, indices = data.select(images)
+    split, indices = loading.select(images)
     taught_by = fusion.load(run.store.read(teacher))[0] if teacher is not None else None
     metrics = qat.train_epoch(model, epoch, schedule, split, indices, transform, taught_by, run.progress)
-    return run.store.put("model", models.hand_over(model, header)), run.store.put_json("metrics", metrics)
+    return run.store.put("model", checkpoint.hand_over(model, header)), run.store.put_json("metrics", metrics)
 
 
 def has_stalled(evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:
@@ -96,7 +103,7 @@ def has_stalled(evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:
 
     No stage: it reads what stages found. A run that is only planned trains every epoch.
     """
-    from quantlib import predictions
+    from quantlib.measure import predictions
 
     if PLANNER.get() is not None:
         return False
@@ -117,7 +124,7 @@ def choose_epoch(
 
     The candidates are what QAT started from, where that is a calibrated model, and its epochs.
     """
-    from quantlib import predictions
+    from quantlib.measure import predictions
 
     store = current_run().store
     top1 = [predictions.concatenate([predictions.load(store.read(ref)) for ref in parts]).top1 for parts in evaluations]

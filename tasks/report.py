@@ -8,14 +8,20 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quantlib import caveats, checksums, data, diagnosis, examples, machine, predictions, report, verdict
-from quantlib.inputs import Selection
-from quantlib.machine import Runtime
-from quantlib.predictions import Predictions
-from quantlib.recipe import Recipe
-from quantlib.report import ClassRow, NoteRow, Report
-from quantlib.scheme import Scheme
-from quantlib.store import Ref, Store
+from quantlib import machine
+from quantlib.data import loading
+from quantlib.data.split import Selection
+from quantlib.export import checksums
+from quantlib.measure import examples, predictions
+from quantlib.measure.predictions import Predictions
+from quantlib.recipe.schema import Recipe
+from quantlib.recipe.scheme import Scheme
+from quantlib.report import caveats, diagnosis, tables, verdict
+from quantlib.report.tables import ClassRow, NoteRow, Report
+from quantlib.runtimes import available
+from quantlib.runtimes.available import Runtime
+from quantlib.store.artifacts import Ref
+from quantlib.store.local import Store
 from tasks import tracking
 from tasks.caching import find_inside
 from tasks.export import is_refusal
@@ -145,7 +151,7 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         ),
     )
     answers = {row.variant: file.validation for row, file in zip(rows, judged.reported, strict=True)}
-    report.write(run.home / "reports", found, answers, data.find_names(measurements.validation))
+    tables.write(run.home / "reports", found, answers, loading.find_names(measurements.validation))
     tracking.publish(found, run.home / "reports")
     return found
 
@@ -172,7 +178,7 @@ def _files(variant: VariantRefs) -> tuple[FileRefs, ...]:
     """What the variant is judged by."""
     if variant.files:
         return variant.files
-    chosen, runtime = variant.chosen, machine.torch_runtime(variant.engine)
+    chosen, runtime = variant.chosen, available.torch_runtime(variant.engine)
     return (FileRefs(file=variant.artifact, runtime=runtime, validation=chosen.validation, selection=chosen.selection),)
 
 

@@ -8,42 +8,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prefect.client.schemas.objects import State
 
 from quantlib import temporary
-from quantlib.journal import Journal
-from quantlib.recipe import Recipe
-from quantlib.report import Report, StageRow
-from quantlib.store import Ref, Store
+from quantlib.recipe.schema import Recipe
+from quantlib.report.tables import Report, StageRow
+from quantlib.store.artifacts import Ref
+from quantlib.store.journal import Journal
+from quantlib.store.local import Store
+from tasks.listener import Listener, NullListener
 from tasks.tracking import ProgressArtifacts
-
-
-class Listener(Protocol):
-    """Is told what a run does, as it does it."""
-
-    def stage_started(self, label: str) -> None:
-        """A stage is being computed."""
-
-    def stage_progressed(self, label: str, done: int, total: int) -> None:
-        """The stage in progress has done so much."""
-
-    def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
-        """A stage was computed, or its result reused."""
-
-
-class Silence:
-    """Tells nobody."""
-
-    def stage_started(self, label: str) -> None:
-        """Nothing."""
-
-    def stage_progressed(self, label: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +97,7 @@ def start_run(flow: str, recipe: Recipe, flow_run_id: str | None) -> Iterator[Ru
     home, store = home_folder(), open_store()
     temporary.remove_abandoned(home)
     journal = Journal(home / "runs" / (RUN_ID.get() or _run_id(home, recipe, flow_run_id)))
-    run = Run(home, store, journal, ProgressArtifacts(LISTENER.get(Silence())))
+    run = Run(home, store, journal, ProgressArtifacts(LISTENER.get(NullListener())))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):
         token = _RUN.set(run)
         try:

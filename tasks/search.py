@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 
-from quantlib import diagnosis, significance
-from quantlib.recipe import BranchRecipe
+from quantlib.measure import significance
+from quantlib.recipe.branches import BranchRecipe
+from quantlib.report import diagnosis
 from quantlib.search import Trial
-from quantlib.store import Ref
+from quantlib.store.artifacts import Ref
 from tasks.caching import PLANNER
 from tasks.findings import store_with
 from tasks.report import VariantRefs, read_predictions

@@ -125,9 +125,9 @@ def side_by_side(branches: Sequence[Callable[[], T]]) -> list[T]:
     Raises:
         Exception: Of the branch that fails first; the others are stopped.
     """
-    from quantlib import backend  # Imports torch.
+    from quantlib.runtimes.engine import has_spare_core  # Imports torch.
 
-    if not backend.has_spare_core():
+    if not has_spare_core():
         return one_by_one(branches)
     helper().start()
     host = _Host()

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from quantlib import summary
 from quantlib.errors import QuantflowError
-from quantlib.report import Report
+from quantlib.report import summary
+from quantlib.report.tables import Report
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tasks.run import Listener
+    from tasks.listener import Listener
 
 _EVERY_SECONDS = 5.0
 # Prefect asks a server that is gone again and again, for seconds: the stage that waits for it should compute.

@@ -28,11 +28,12 @@ from pathlib import Path
 import harness
 from dashboard_driver import TINY, Dashboard, find_processes, own_environment, until
 
-from flows.processes import is_alive
-from quantlib import report
-from quantlib.journal import read_runs
-from quantlib.retention import find_damage
-from quantlib.store import Ref, Store
+from flows.hosting.processes import is_alive
+from quantlib.report import tables
+from quantlib.store.artifacts import Ref
+from quantlib.store.journal import read_runs
+from quantlib.store.local import Store
+from quantlib.store.retention import find_damage
 
 _HANG_SECONDS = 300
 _RUN_SECONDS = 14.0
@@ -69,7 +70,7 @@ class Expected:
 
 def figures_of(home: Path) -> Figures:
     """Of every run of a home; which runtime is the fastest is chance, what a file answers in it is not."""
-    rows = [row for _, row in report.read_variants(home / "reports", lambda _: None)]
+    rows = [row for _, row in tables.read_variants(home / "reports", lambda _: None)]
     return {(row.variant, row.runtime): (row.top1, row.size_bytes) for row in rows}
 
 
@@ -77,7 +78,7 @@ def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """A `quantflow` command in a session of its own; what it prints goes to a file, which `said` reads."""
     with (folder / "said").open("w") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *arguments, "--home", "home"],
+            [sys.executable, "-m", "flows.cli.commands", *arguments, "--home", "home"],
             cwd=folder,
             # One thread for torch leaves a core for the helper process.
             env=own_environment(OMP_NUM_THREADS="1"),
@@ -182,7 +183,7 @@ FAULTS: dict[str, tuple[Callable[["subprocess.Popen[str]", random.Random], None]
     # What is done; whether the run is to go on as if nothing had been.
     "the flow": (lambda process, _: process.kill(), False),
     "all processes": (lambda process, _: _kill_all(process), False),
-    "the server": (lambda process, _: _send(find_processes(process.pid, "flows.server"), signal.SIGKILL), True),
+    "the server": (lambda process, _: _send(find_processes(process.pid, "flows.hosting.server"), signal.SIGKILL), True),
     "the helper": (lambda process, _: _send(find_processes(process.pid, "quantlib.helper"), signal.SIGKILL), True),
     "SIGTERM": (lambda process, _: process.terminate(), False),
     "Ctrl-C": (lambda process, _: os.killpg(process.pid, signal.SIGINT), False),

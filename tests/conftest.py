@@ -16,11 +16,16 @@ from PIL import Image
 from schemes import scheme
 from torch import nn
 
-from quantlib import backend, calibration, data, fusion, images, models, preparation, significance, training
-from quantlib.data import Split
-from quantlib.recipe import TrainingRecipe
-from quantlib.store import Store
-from quantlib.transforms import EvalTransform, TrainTransform
+from quantlib.data import datasets, loading, shards
+from quantlib.data.images import Split
+from quantlib.data.transforms import EvalTransform, TrainTransform
+from quantlib.graph import fusion
+from quantlib.measure import significance
+from quantlib.models import mobilenet_v2, training
+from quantlib.quantize import calibration, preparation
+from quantlib.recipe.sections import TrainingRecipe
+from quantlib.runtimes.available import resolve_engine
+from quantlib.store.local import Store
 
 # A server that Prefect starts by itself for a test asks nothing of the network; those of quantflow are not told here.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
@@ -122,18 +127,18 @@ def own_folder(image_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def train_split(image_folder: Path) -> Split:
-    return data.open_split("imagefolder", str(image_folder), "train")
+    return datasets.open_split("imagefolder", str(image_folder), "train")
 
 
 @pytest.fixture(scope="session")
 def val_split(image_folder: Path) -> Split:
-    return data.open_split("imagefolder", str(image_folder), "val")
+    return datasets.open_split("imagefolder", str(image_folder), "val")
 
 
 def _decoded(split: Split, path: Path) -> Path:
     order = np.random.default_rng(1).permutation(len(split))
     with path.open("wb") as file:
-        images.save(data.decode(split, order, EvalTransform(CROP, CROP), seed=0), split.labels[order], file)
+        shards.save(loading.decode(split, order, EvalTransform(CROP, CROP), seed=0), split.labels[order], file)
     return path
 
 
@@ -152,7 +157,7 @@ def val_shard(val_split: Split, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def val_inputs(val_shard: Path) -> torch.Tensor:
     """The 18 images of `val_shard` as a model's input."""
-    return images.to_input(images.open_shard(val_shard)[0])
+    return shards.to_input(shards.open_shard(val_shard)[0])
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +187,7 @@ def stir_batch_norm() -> Callable[[nn.Module], nn.Module]:
 def tiny_model(stir_batch_norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """A MobileNetV2 of four blocks, two of them residual, untrained, in eval mode."""
     torch.manual_seed(0)
-    return stir_batch_norm(models.mobilenet_v2(**TINY_ARGUMENTS)).eval()
+    return stir_batch_norm(mobilenet_v2.mobilenet_v2(**TINY_ARGUMENTS)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -195,7 +200,7 @@ def tiny_header() -> dict[str, Any]:
 def trained_model(train_split: Split) -> nn.Module:
     """The tiny net, trained to tell the three colours; read-only."""
     torch.manual_seed(0)
-    model = models.mobilenet_v2(**TINY_ARGUMENTS)
+    model = mobilenet_v2.mobilenet_v2(**TINY_ARGUMENTS)
     recipe = TrainingRecipe(epochs=20, batch_size=12, learning_rate=0.01)
     training.train(model, train_split, np.arange(len(train_split)), TrainTransform(CROP, (0.5, 1.0), 0.5), recipe, 0)
     return model
@@ -224,7 +229,7 @@ def calibrated(fused_model: nn.Module, train_shard: Path) -> Callable[[str], nn.
 @pytest.fixture(scope="session")
 def engine() -> str:
     """The int8 engine that torch prefers on this machine."""
-    return backend.resolve_engine("auto")
+    return resolve_engine("auto")
 
 
 @pytest.fixture

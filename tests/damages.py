@@ -18,8 +18,8 @@ from attack import Findings, command, compare, finish, new_folder, said, undistu
 from click.testing import CliRunner, Result
 from dashboard_driver import until
 
-from flows.cli import main
-from quantlib import export
+from flows.cli.commands import main
+from quantlib import api
 from quantlib.helper import Helper
 
 _HANG_SECONDS = 60
@@ -234,7 +234,7 @@ def _is_raw(result: Result) -> bool:
 
 def _answers(path: str) -> list[list[float]]:
     """What a shipped model says of an image."""
-    model = export.load(Path(path))
+    model = api.load(Path(path))
     image = np.linspace(-1, 1, 3 * 16 * 16, dtype=np.float32).reshape(1, 3, 16, 16)
     answers: list[list[float]] = model(torch.from_numpy(image)).tolist()
     return answers

@@ -89,7 +89,7 @@ class Dashboard:
     def command(self, *arguments: str) -> subprocess.Popen[str]:
         """A `quantflow` command that has been started."""
         return subprocess.Popen(
-            [sys.executable, "-u", "-m", "flows.cli", *arguments],
+            [sys.executable, "-u", "-m", "flows.cli.commands", *arguments],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.server import drain, set_defaults, start
-from quantlib.journal import Journal, read_runs
-from quantlib.store import Ref, Store
+from flows.hosting.server import drain, set_defaults, start
+from quantlib.store.artifacts import Ref
+from quantlib.store.journal import Journal, read_runs
+from quantlib.store.local import Store
 
 RECIPE = {
     "name": "faults",
@@ -47,7 +48,14 @@ RECIPE = {
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["flows.ptq", "flows.qat", "flows.quantize", "quantlib.conversion", "quantlib.qat", "quantlib.training"]
+    [
+        "flows.ptq",
+        "flows.qat",
+        "flows.quantize",
+        "quantlib.quantize.conversion",
+        "quantlib.quantize.qat",
+        "quantlib.models.training",
+    ]
 )
 
 
@@ -180,8 +188,8 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from flows.quantize import quantize
-    from quantlib import significance
-    from quantlib.recipe import parse_recipe
+    from quantlib.measure import significance
+    from quantlib.recipe.schema import parse_recipe
     from tasks.run import RUN_ID
 
     significance.is_slower = lambda *_: False  # type: ignore[assignment]
@@ -211,7 +219,7 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _hook_points(pass_point: Callable[[str], None]) -> None:
     """Pass a point at each step that a crash could fall between: stage boundaries, progress inside, and writes."""
-    from quantlib.journal import Journal
+    from quantlib.store.journal import Journal
     from tasks import run
 
     def before(owner: Any, name: str, label: Callable[..., str]) -> None:

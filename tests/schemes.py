@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from quantlib.recipe import PTQRecipe
-from quantlib.scheme import Scheme
+from quantlib.recipe.branches import PTQRecipe
+from quantlib.recipe.scheme import Scheme
 
 
 def scheme(qconfig: str) -> Scheme:

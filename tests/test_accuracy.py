@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-from flows.cli import NO_WINNER
+from flows.cli.commands import NO_WINNER
 
 RECIPE = """
 name = "accuracy"
@@ -63,7 +63,7 @@ LEAST = {"minmax_equalized": 0.825, "accurate": 0.8315, "qat": 0.8310}
 def test_the_settings_that_keep_accuracy_keep_it(weights, shared, tmp_path):
     home, recipe = tmp_path / "home", tmp_path / "accuracy.toml"
     recipe.write_text(RECIPE.format(weights=shared(f"weights/{weights}.pth"), data=shared("data/cifar10")))
-    done = subprocess.run([sys.executable, "-m", "flows.cli", "run", recipe, "--home", home], check=False)
+    done = subprocess.run([sys.executable, "-m", "flows.cli.commands", "run", recipe, "--home", home], check=False)
     assert done.returncode != NO_WINNER
     assert done.returncode == 0
     variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")

@@ -8,9 +8,9 @@ import pytest
 
 _READ_IMAGES = """
 import random, sys
-from quantlib import data
-from quantlib.transforms import EvalTransform, TrainTransform
-split = data.open_split("imagefolder", sys.argv[1], "train")
+from quantlib.data import datasets
+from quantlib.data.transforms import EvalTransform, TrainTransform
+split = datasets.open_split("imagefolder", sys.argv[1], "train")
 for transform in (EvalTransform(32, 32), TrainTransform(32, (0.5, 1.0), 0.5)):
     split.pixels(0, transform, random.Random(0))
 """
@@ -18,10 +18,11 @@ _TRAIN = """
 import sys
 import numpy as np
 from torch import nn
-from quantlib import data, qat
-from quantlib.schedule import Schedule
-from quantlib.transforms import EvalTransform
-split = data.open_split("imagefolder", sys.argv[1], "train")
+from quantlib.data import datasets
+from quantlib.quantize import qat
+from quantlib.recipe.schedule import Schedule
+from quantlib.data.transforms import EvalTransform
+split = datasets.open_split("imagefolder", sys.argv[1], "train")
 schedule = Schedule(1, 6, None, 0.1, "constant", 0, 0, seed=0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
 qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(8, 8))
@@ -31,16 +32,16 @@ qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(8, 8))
 @pytest.mark.parametrize(
     ("source", "unwanted"),
     [
-        pytest.param("import flows.cli", "pydantic pyarrow prefect torch", id="help"),
+        pytest.param("import flows.cli.commands", "pydantic pyarrow prefect torch", id="help"),
         pytest.param(
-            "import flows.parameters, flows.console, flows.running",
+            "import flows.parameters, flows.cli.console, flows.cli.running",
             "pyarrow prefect torch",
             id="before the server starts",
         ),
         pytest.param("import quantlib.inputs", "pyarrow prefect torch", id="finding inputs"),
         pytest.param(_READ_IMAGES, "torch torchvision", id="reading images"),
         # torchvision's import and torch.optim's optimizers bring torch's compiler along.
-        pytest.param("import flows.quantize, quantlib.export", "torchvision torch._dynamo", id="before the stages"),
+        pytest.param("import flows.quantize, quantlib.api", "torchvision torch._dynamo", id="before the stages"),
         pytest.param(_TRAIN, "torchvision torch._dynamo", id="training"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
-from flows.cli import NO_WINNER
+from flows.cli.commands import NO_WINNER
 
 # Top-1 on 5,000 CIFAR-10 validation images: expected, and how far from it.
 FIGURES = {
@@ -26,7 +26,7 @@ SIZES_MB = {"float": 8.918, "minmax": 2.350, "per_channel": 2.644}
 @pytest.mark.parametrize("weights", FIGURES)
 def test_the_tutorials_recipe_gives_the_tutorials_figures(weights, shared, tmp_path):
     home = tmp_path / "home"
-    command = [sys.executable, "-m", "flows.cli", "run", "cifar10", "--home", home, "--set", "qat.0.epochs=2"]
+    command = [sys.executable, "-m", "flows.cli.commands", "run", "cifar10", "--home", home, "--set", "qat.0.epochs=2"]
     settings = [f"data.root={shared('data/cifar10')}", f"model.weights={shared(f'weights/{weights}.pth')}"]
     settings.append('gate.runtimes=["torchscript"]')
     done = subprocess.run([*command, *(part for s in settings for part in ("--set", s))], check=False)

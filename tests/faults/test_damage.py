@@ -5,7 +5,7 @@ import os
 import harness
 import pytest
 
-from quantlib.store import Store
+from quantlib.store.local import Store
 
 DAMAGES = {
     "deleted": lambda path: path.unlink(),

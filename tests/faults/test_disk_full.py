@@ -7,8 +7,8 @@ import harness
 import pytest
 from dashboard_driver import TINY, own_environment
 
-from quantlib.retention import find_damage
-from quantlib.store import Store
+from quantlib.store.local import Store
+from quantlib.store.retention import find_damage
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_every_command_names_a_full_disk_wherever_it_fills_up(small_disk, tmp_pa
         "plan tiny.toml",
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *command.split(), "--home", str(small_disk / "home")],
+            [sys.executable, "-m", "flows.cli.commands", *command.split(), "--home", str(small_disk / "home")],
             check=False,
             cwd=tmp_path,
             env=own_environment(OMP_NUM_THREADS="1"),

@@ -1,9 +1,9 @@
 """The terminal, the page, the dashboard and the tables say the same of a run."""
 
-import html
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from rows import file_row, variant_row
 
-from flows.cli import main
-from flows.console import conclusion
-from quantlib import html_report, report, summary
-from quantlib.predictions import Predictions
-from quantlib.report import NoteRow, Report
+from flows.cli.commands import main
+from flows.cli.console import conclusion
+from quantlib.measure.predictions import Predictions
+from quantlib.report import html, summary, tables
+from quantlib.report.tables import NoteRow, Report
 
 WINNER = variant_row(
     "small",
@@ -53,7 +53,7 @@ SAID = (
     "-0.42 points of top-1 against float (95% interval -1.05 to +0.21, p = 0.25)",
     "3.14",
     "as fast as large (within noise), as accurate, smallest",
-    'quantlib.export.load("/models/small.onnx", "openvino")',
+    'quantlib.api.load("/models/small.onnx", "openvino")',
     "40 validation images are few.",
     "The search ended.",
 )
@@ -62,12 +62,12 @@ SAID = (
 @pytest.fixture
 def reports(tmp_path: Path) -> Path:
     answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
-    report.write(tmp_path, FOUND, {row.variant: answers for row in FOUND.variants})
+    tables.write(tmp_path, FOUND, {row.variant: answers for row in FOUND.variants})
     return tmp_path
 
 
 def test_terminal_page_and_dashboard_say_the_same(reports: Path) -> None:
-    page = html.unescape(html_report.render(reports))
+    page = unescape(html.render(reports))
     for text in (conclusion(FOUND, 0.01), page, summary.summarize(FOUND, reports)):
         assert [said for said in SAID if said not in text] == []
 
@@ -80,7 +80,7 @@ def test_the_tables_hold_all_of_it(reports: Path) -> None:
 
 
 def test_the_star_lies_on_the_line_of_what_was_compared(reports: Path) -> None:
-    page = html_report.render(reports)
+    page = html.render(reports)
     figure = re.search(r'data-chart="chart-tradeoff">(.*?)</script>', page, re.DOTALL)
     assert figure is not None
     traces = json.loads(figure[1])["data"]
@@ -99,7 +99,7 @@ def test_the_star_lies_on_the_line_of_what_was_compared(reports: Path) -> None:
 def test_a_damaged_report_is_named_the_others_are_shown_and_the_page_of_one_is_refused(reports: Path) -> None:
     answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
     other = replace(FOUND, run_id="20260502-030000-tiny-0000000b")
-    report.write(reports, other, {row.variant: answers for row in other.variants})
+    tables.write(reports, other, {row.variant: answers for row in other.variants})
     path = reports / "variants" / f"run_id={FOUND.run_id}" / "part-0.parquet"
     path.write_bytes(path.read_bytes().replace(b"small", b"smalL"))
     home = reports.parent / "home"

@@ -4,14 +4,14 @@ import pytest
 import yaml
 from prefect.utilities.callables import parameter_schema
 
-from flows import dashboard
+from flows.hosting import dashboard
 from flows.parameters import find_recipe, packaged_recipes
 from flows.ptq import ptq
 from flows.qat import qat
 from flows.quantize import quantize
 from quantlib.errors import RecipeError
-from quantlib.recipe import Recipe
-from quantlib.recipe_file import override_recipe
+from quantlib.recipe.file import override_recipe
+from quantlib.recipe.schema import Recipe
 
 PROJECT = Path(__file__).parents[2]
 DEPLOYMENTS = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]

@@ -49,7 +49,7 @@ def given(name, place, users_home):
     places = {"HOME": str(users_home), "TMPDIR": str(place / "tmp")}
     own = own_environment(without=("XDG_", "ORT_", "DO_NOT_TRACK"), OMP_NUM_THREADS="1", **places)
     home = [] if name == "recipes" else ["--home", "home"]
-    return [sys.executable, "-m", "flows.cli", *COMMANDS[name], *home], {"cwd": place, "env": own}
+    return [sys.executable, "-m", "flows.cli.commands", *COMMANDS[name], *home], {"cwd": place, "env": own}
 
 
 @pytest.mark.parametrize("name", FAST)

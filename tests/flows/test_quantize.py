@@ -14,10 +14,11 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 
-from quantlib import evaluation, report
-from quantlib.journal import read_runs
-from quantlib.machine import default_engine, torchscript_on
-from quantlib.store import Store
+from quantlib.measure import evaluation
+from quantlib.report import tables
+from quantlib.runtimes.available import default_engine, torchscript_on
+from quantlib.store.journal import read_runs
+from quantlib.store.local import Store
 
 
 def test_shared_stages_run_once_whatever_the_number_of_branches(undisturbed):
@@ -69,11 +70,11 @@ def states_in_prefect(home, num_stages):
     raise AssertionError(f"not all states have arrived: {states}")
 
 
-@pytest.mark.parametrize("table", report.SCHEMAS)
+@pytest.mark.parametrize("table", tables.SCHEMAS)
 def test_each_table_is_read_by_pyarrow_pandas_and_duckdb_in_one_glob(table, undisturbed):
     home, _ = undisturbed
     place = home / "reports" / table
-    columns = {"run_id", *report.SCHEMAS[table].names}
+    columns = {"run_id", *tables.SCHEMAS[table].names}
     with_arrow = ds.dataset(place, partitioning="hive").to_table()
     with_pandas = pd.read_parquet(place)
     with_duckdb = duckdb.sql(f"SELECT * FROM '{place}/*/*.parquet'").fetchall()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from quantlib import recipe_file
 from quantlib.errors import MachineError, RecipeError
 from quantlib.helper import Helper
+from quantlib.recipe import file
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_it_computes_in_a_process_of_its_own(helper):
 
 def test_what_a_function_raises_is_raised_here_and_the_process_goes_on(helper):
     with pytest.raises(RecipeError, match="nowhere"):
-        helper.call(recipe_file.load_recipe, Path("/nowhere.toml"))
+        helper.call(file.load_recipe, Path("/nowhere.toml"))
     assert helper.call(abs, -1) == 1
 
 

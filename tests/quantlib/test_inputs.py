@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from quantlib import codehash, data, inputs
+from quantlib import inputs
+from quantlib.data import datasets, loading
+from quantlib.data.images import Split
+from quantlib.data.split import Selection, SplitInput
 from quantlib.errors import DataError, ModelError, RecipeError
-from quantlib.inputs import Inputs, Selection, SplitInput, find_inputs
-from quantlib.recipe import Recipe, parse_recipe
+from quantlib.inputs import Inputs, find_inputs
+from quantlib.recipe.schema import Recipe, parse_recipe
+from quantlib.store import codehash
 
 module_numbers = itertools.count()
 
@@ -154,7 +158,7 @@ def test_a_link_that_leads_nowhere_is_named(find: Callable[..., Inputs], own_fol
 
 def test_held_back_and_training_images_share_none_and_are_all(find: Callable[..., Inputs]) -> None:
     found = find()
-    held_back, training = (data.select(selection)[1].tolist() for selection in (found.held_back, found.training))
+    held_back, training = (loading.select(selection)[1].tolist() for selection in (found.held_back, found.training))
 
     assert len(held_back) == 10
     assert sorted(held_back + training) == list(range(36))
@@ -174,11 +178,11 @@ def test_validation_is_every_image_in_the_datasets_order(find: Callable[..., Inp
     found = find(evaluation={"max_images": max_images})
 
     assert found.validation.split.name == "val"
-    assert data.select(found.validation)[1].tolist() == list(range(18))
+    assert loading.select(found.validation)[1].tolist() == list(range(18))
 
 
 def test_a_part_of_the_validation_images_is_drawn_and_not_of_the_first_classes(find: Callable[..., Inputs]) -> None:
-    split, numbers = data.select(find(evaluation={"max_images": 9}).validation)
+    split, numbers = loading.select(find(evaluation={"max_images": 9}).validation)
 
     assert len(set(numbers.tolist())) == 9
     assert set(split.labels[numbers]) == set(split.labels)
@@ -266,7 +270,7 @@ def test_files_are_read_once(find: Callable[..., Inputs], monkeypatch: pytest.Mo
         raise AssertionError(f"{path} was read again")
 
     monkeypatch.setattr(inputs, "_hash_file", read)
-    monkeypatch.setattr(data, "open_split", read)
+    monkeypatch.setattr(datasets, "open_split", read)
 
     assert find() == first
     with pytest.raises(AssertionError, match="read again"):
@@ -312,14 +316,14 @@ def test_a_root_is_nothing_to_the_digits(own_folder: Path, tmp_path: Path) -> No
 def test_files_that_opening_unpacks_are_part_of_the_fingerprint(
     own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_split, kept = data.open_split, own_folder.rename(tmp_path / "archive")
+    open_split, kept = datasets.open_split, own_folder.rename(tmp_path / "archive")
 
-    def unpack(data_format: str, root: str, split: str) -> data.Split:
+    def unpack(data_format: str, root: str, split: str) -> Split:
         if not own_folder.exists():
             shutil.copytree(kept, own_folder)
         return open_split(data_format, root, split)
 
-    monkeypatch.setattr(data, "open_split", unpack)
+    monkeypatch.setattr(datasets, "open_split", unpack)
 
     first = find_inputs(_recipe(own_folder), tmp_path / "splits")
 

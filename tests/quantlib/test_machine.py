@@ -7,6 +7,7 @@ import pytest
 
 from quantlib import machine
 from quantlib.errors import MachineError
+from quantlib.runtimes import available
 
 
 def test_the_cpu_has_a_name() -> None:
@@ -25,14 +26,14 @@ def test_the_cpu_has_a_name_where_the_kernel_gives_none(monkeypatch: pytest.Monk
 def test_auto_is_the_engine_that_torch_prefers_on_this_kind_of_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, engine in (("x86_64", "x86"), ("AMD64", "x86"), ("aarch64", "qnnpack"), ("arm64", "qnnpack")):
         monkeypatch.setattr(platform, "machine", lambda name=name: name)
-        assert machine.find_engine("auto") == engine
-        assert machine.find_engine(engine) == engine
+        assert available.find_engine("auto") == engine
+        assert available.find_engine(engine) == engine
 
 
 def test_an_engine_of_this_machine_is_itself_and_another_is_refused() -> None:
-    assert machine.find_engine("qnnpack") == "qnnpack"
+    assert available.find_engine("qnnpack") == "qnnpack"
     with pytest.raises(MachineError, match="'cudnn' is not available"):
-        machine.find_engine("cudnn")
+        available.find_engine("cudnn")
 
 
 def test_keeping_freed_memory_is_no_error_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 import pytest
 
 from quantlib.errors import RecipeError
-from quantlib.recipe import PTQRecipe, QATRecipe, SearchRecipe, parse_recipe
-from quantlib.recipe_file import override_recipe
+from quantlib.recipe.branches import PTQRecipe, QATRecipe
+from quantlib.recipe.file import override_recipe
+from quantlib.recipe.schema import parse_recipe
+from quantlib.recipe.sections import SearchRecipe
 from quantlib.search import Trial, best_trial, next_trial
 
 FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "percentile"]

@@ -16,10 +16,11 @@ import pytest
 from schemes import scheme
 
 import quantlib
-from quantlib.inputs import ModelInput, Selection, SplitInput
-from quantlib.schedule import Schedule
-from quantlib.store import Ref
-from quantlib.transforms import EvalTransform, TrainTransform
+from quantlib.data.split import Selection, SplitInput
+from quantlib.data.transforms import EvalTransform, TrainTransform
+from quantlib.models.source import ModelInput
+from quantlib.recipe.schedule import Schedule
+from quantlib.store.artifacts import Ref
 from tasks import data, export, measure, model, quantize
 from tasks.caching import Stage, key_of
 
@@ -33,7 +34,7 @@ STAGES = {
 PRINT_CODE = """
 import json, sys
 from pathlib import Path
-from quantlib import codehash
+from quantlib.store import codehash
 import quantlib
 from tasks import data, export, measure, model, quantize
 from tasks.caching import Stage
@@ -45,10 +46,11 @@ def code():
     return {name: stage._code() for name, stage in stages.items()}
 found = {"": code()}
 for edit, text in (("code", "edited = 1"), ("comment", "# edited")):
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
+        module = ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__")
         before = path.read_text()
         path.write_text(before + "\\n" + text + "\\n")
-        found[f"{edit} {path.stem}"] = code()
+        found[f"{edit} {module}"] = code()
         path.write_text(before)
 json.dump(found, sys.stdout)
 """
@@ -81,7 +83,9 @@ def modules_behind(stage, graph):
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    return names | {m for name in names for m in graph.find_upstream_modules(name)} | {"quantlib"}
+    found = names | {m for name in names for m in graph.find_upstream_modules(name)}
+    # Importing a module runs the packages that it lies in.
+    return found | {name.rsplit(".", n)[0] for name in found for n in range(name.count(".") + 1)}
 
 
 def test_editing_a_module_changes_the_keys_of_exactly_the_stages_whose_work_imports_it(code_of_edits):
@@ -89,7 +93,7 @@ def test_editing_a_module_changes_the_keys_of_exactly_the_stages_whose_work_impo
     modules = sorted(name for name in graph.modules if name != "quantlib")
     assert len(modules) > 20
     for module in modules:
-        after = code_of_edits[f"code {module.removeprefix('quantlib.')}"]
+        after = code_of_edits[f"code {module}"]
         changed = {name for name in STAGES if after[name] != code_of_edits[""][name]}
         expected = {name for name, stage in STAGES.items() if module in modules_behind(stage, graph)}
         assert changed == expected, module
@@ -101,20 +105,35 @@ def test_editing_a_comment_changes_no_key(code_of_edits):
     assert all(code_of_edits[edit] == code_of_edits[""] for edit in edits)
 
 
-@pytest.mark.parametrize("module", ["report", "verdict", "journal", "retention", "recipe"])
+def test_decoding_images_depends_on_no_code_of_models_or_quantization(code_of_edits):
+    modules = {name.removeprefix("code.") for name in code_of_edits[""]["decode"] if name.startswith("code.quantlib.")}
+    packages = {name.split(".")[1] for name in modules}
+    assert "data" in packages
+    assert packages <= {"data", "errors", "imports", "progress"}
+
+
+def test_how_qat_trains_a_convolution_is_in_no_key_of_an_evaluation_or_a_benchmark(code_of_edits):
+    after, before = code_of_edits["code quantlib.eager.training"], code_of_edits[""]
+    assert {name for name in STAGES if after[name] != before[name]} == {"start_qat", "qat_epoch"}
+
+
+@pytest.mark.parametrize(
+    "module", ["report.tables", "report.verdict", "store.journal", "store.retention", "recipe.schema"]
+)
 def test_what_only_reports_or_reads_the_recipe_is_in_no_key(module, code_of_edits):
-    assert code_of_edits[f"code {module}"] == code_of_edits[""]
+    assert code_of_edits[f"code quantlib.{module}"] == code_of_edits[""]
 
 
 def test_no_stage_computes_with_what_is_imported_at_the_top_of_its_file():
     allowed = {
-        "quantlib.inputs",
-        "quantlib.machine",
-        "quantlib.recipe",
-        "quantlib.schedule",
-        "quantlib.scheme",
-        "quantlib.store",
-        "quantlib.transforms",
+        "quantlib.data.split",
+        "quantlib.data.transforms",
+        "quantlib.models.source",
+        "quantlib.recipe.schedule",
+        "quantlib.recipe.scheme",
+        "quantlib.recipe.sections",
+        "quantlib.runtimes.available",
+        "quantlib.store.artifacts",
     }
     for module in (data, export, measure, model, quantize):
         tree = ast.parse(Path(module.__file__).read_text())

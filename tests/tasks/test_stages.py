@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from prefect.states import State
 
-from quantlib import data, images, predictions
+from quantlib.data import loading, shards
+from quantlib.data.transforms import EvalTransform
 from quantlib.errors import ModelError, QuantflowError
-from quantlib.inputs import ModelInput, find_inputs
-from quantlib.machine import torch_runtime
-from quantlib.predictions import Predictions
-from quantlib.recipe import parse_recipe
-from quantlib.store import Ref
-from quantlib.transforms import EvalTransform
+from quantlib.inputs import find_inputs
+from quantlib.measure import predictions
+from quantlib.measure.predictions import Predictions
+from quantlib.models.source import ModelInput
+from quantlib.recipe.schema import parse_recipe
+from quantlib.runtimes.available import torch_runtime
+from quantlib.store.artifacts import Ref
 from tasks.caching import stage
 from tasks.data import decode
 from tasks.findings import read_samples
@@ -58,7 +60,7 @@ def test_a_stage_that_fails_leaves_no_record_and_is_tried_again(run, monkeypatch
         raise ModelError("broken")
 
     with monkeypatch.context() as broken:
-        broken.setattr("quantlib.models.check_logits", fail)
+        broken.setattr("quantlib.models.registry.check_logits", fail)
         with pytest.raises(QuantflowError):
             load_float.reuse_or_compute(SOURCE, 10, 16, 1, None)
     assert list(run.store.records()) == []
@@ -78,7 +80,7 @@ def test_code_is_parsed_again_where_another_threads_parser_came_between(monkeypa
             raise SystemError("AST constructor recursion depth mismatch (before=72, after=102)")
         return "0" * 64
 
-    monkeypatch.setattr("quantlib.codehash.hash_tree", hash_tree)
+    monkeypatch.setattr("quantlib.store.codehash.hash_tree", hash_tree)
     assert stage("work")(_work)._code() == {"code._work": "0" * 64}
     assert len(asked) == 2
 
@@ -99,10 +101,10 @@ def test_calibration_in_shards_is_calibration_in_one_piece(run, tmp_path):
 
 def test_a_decoded_shard_holds_the_images_that_were_selected(run, tmp_path):
     selection = replace(find_inputs(RECIPE, tmp_path / "splits").held_back, start=5, stop=25)
-    pixels, labels = images.open_shard(
+    pixels, labels = shards.open_shard(
         run.store.path(decode.reuse_or_compute(selection, EvalTransform(16, 16), 1, branch="x"))
     )
-    split, indices = data.select(selection)
+    split, indices = loading.select(selection)
     assert pixels.shape == (20, 16, 16, 3)
     assert np.array_equal(labels.numpy(), split.labels[indices])
 

@@ -3,7 +3,7 @@ import uuid
 import prefect.artifacts
 import pytest
 
-from tasks.run import Silence
+from tasks.listener import NullListener
 from tasks.tracking import ProgressArtifacts, artifact_key
 
 
@@ -32,7 +32,7 @@ def told(monkeypatch):
 
 def test_a_short_stage_makes_no_artifact(told):
     clock = Clock()
-    progress = ProgressArtifacts(Silence(), clock)
+    progress = ProgressArtifacts(NullListener(), clock)
     progress.stage_started("calibrate")
     for done in range(1, 101):
         clock.now += 0.01
@@ -43,7 +43,7 @@ def test_a_short_stage_makes_no_artifact(told):
 
 def test_a_long_stage_is_told_every_few_seconds_and_at_its_end(told):
     clock = Clock()
-    progress = ProgressArtifacts(Silence(), clock)
+    progress = ProgressArtifacts(NullListener(), clock)
     progress.stage_started("calibrate")
     for done in range(1, 101):
         clock.now += 0.12
@@ -54,7 +54,7 @@ def test_a_long_stage_is_told_every_few_seconds_and_at_its_end(told):
 
 def test_the_next_stage_has_an_artifact_of_its_own(told):
     clock = Clock()
-    progress = ProgressArtifacts(Silence(), clock)
+    progress = ProgressArtifacts(NullListener(), clock)
     for label in ("calibrate", "evaluate"):
         progress.stage_started(label)
         clock.now += 60
@@ -72,7 +72,7 @@ def test_a_server_that_refuses_does_not_stop_the_run(monkeypatch):
 
     monkeypatch.setattr(prefect.artifacts, "create_progress_artifact", refuse)
     clock = Clock()
-    progress = ProgressArtifacts(Silence(), clock)
+    progress = ProgressArtifacts(NullListener(), clock)
     progress.stage_started("calibrate")
     clock.now = 60
     progress.stage_progressed("calibrate", 1, 2)
@@ -90,7 +90,7 @@ def test_a_server_that_is_gone_is_not_asked_at_each_step_of_a_stage(monkeypatch)
         raise ConnectionError("no server")
 
     monkeypatch.setattr(prefect.artifacts, "create_progress_artifact", wait_in_vain)
-    progress = ProgressArtifacts(Silence(), clock)
+    progress = ProgressArtifacts(NullListener(), clock)
     progress.stage_started("calibrate")
     for done in range(300):
         clock.now += 1

@@ -1,0 +1,5 @@
+"""`python -m flows.cli`, as `quantflow`."""
+
+from flows.cli.commands import command
+
+command()

@@ -1,0 +1,355 @@
+"""The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `dashboard`, `recipes`, `cache`.
+
+Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
+Nothing heavy is imported before a command needs it.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from flows.hosting import processes
+from quantlib.errors import QuantflowError, StoreError, explain_refusal
+
+if TYPE_CHECKING:
+    from quantlib.recipe.schema import Recipe
+
+_INTERRUPTED = "Interrupted. Run the same command again: finished stages are kept."
+NO_WINNER, WRONG_INPUT, FAILURE, INTERRUPTED = 3, 2, 1, 130
+
+home_option = click.option(
+    "--home",
+    envvar="QUANTFLOW_HOME",
+    default=".quantflow",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the store, the reports, the models and Prefect's files.",
+)
+recipe_argument = click.argument("recipe", default="digits")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe, as qat.0.epochs=2."
+)
+verbose_option = click.option("--verbose", is_flag=True, help="Show Prefect's log, and the traceback of a failure.")
+
+
+def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
+    """Turn a command's errors into one message and an exit status."""
+
+    @wraps(command)
+    def run_command(*args: Any, **kwargs: Any) -> None:
+        try:
+            status = command(*args, **kwargs)
+        except (click.UsageError, BrokenPipeError):
+            raise  # click shows the one, and ends quietly on the other, as with `quantflow recipes | head -1`.
+        except StoreError as error:
+            status = _complain(str(error), FAILURE)
+        except QuantflowError as error:
+            status = _complain(str(error), WRONG_INPUT)
+        except KeyboardInterrupt:
+            status = _complain(_INTERRUPTED, INTERRUPTED)
+        except Exception as error:
+            status = _explain(error, kwargs.get("home"), verbose=bool(kwargs.get("verbose")))
+        sys.exit(status)
+
+    return run_command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("quantflow"), prog_name="quantflow")
+def main() -> None:
+    """Turn a float PyTorch image classifier into the int8 model to ship."""
+    # A recipe's "package.module:function" may lie in the folder that the user is in.
+    sys.path.append(str(Path.cwd()))
+
+
+@main.command()
+@recipe_argument
+@set_option
+@home_option
+@verbose_option
+@reports_errors
+def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:
+    """Quantize the model of RECIPE.
+
+    RECIPE is a TOML file, or a name that `quantflow recipes` lists; without it, the embedded digits are taken.
+    """
+    from flows.parameters import find_recipe
+
+    return _run("quantize", find_recipe(recipe, overrides), home, run_id=None, verbose=verbose)
+
+
+@main.command()
+@recipe_argument
+@set_option
+@home_option
+@reports_errors
+def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
+    """Show which stages a run of RECIPE would reuse, which it would run, and why. Nothing is run."""
+    from flows.parameters import find_recipe
+
+    loaded = find_recipe(recipe, overrides)
+    from flows.hosting.server import set_defaults
+
+    set_defaults(home.resolve() / "prefect", verbose=False)
+    from flows.graphs.planning import plan_run
+
+    stages = plan_run(loaded, home.resolve())
+    for stage in stages:
+        click.echo(f"  {stage.label:<42} {'reuse' if stage.reused else f'run    {stage.reason}'}")
+    num_reused = sum(stage.reused for stage in stages)
+    click.echo(f"{num_reused} stages would be reused, {len(stages) - num_reused} would run.")
+    return 0
+
+
+@main.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@home_option
+@verbose_option
+@reports_errors
+def resume(run_id: str | None, home: Path, verbose: bool) -> int:
+    """Go on with RUN, or without it with the newest run that is unfinished, with the recipe it had."""
+    from quantlib.store.journal import find_unfinished
+
+    unfinished = find_unfinished(home / "runs", run_id)
+    click.echo(f"Run {unfinished.file.run_id} goes on; it was {unfinished.state} at {unfinished.stage or 'its start'}.")
+    return _run(unfinished.file.flow, unfinished.recipe, home, run_id=unfinished.file.run_id, verbose=verbose)
+
+
+@main.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@home_option
+@reports_errors
+def runs(run_id: str | None, home: Path) -> int:
+    """List all runs: state, age, stage, and what to do next; or tell all about RUN, as why it failed."""
+    from rich.console import Console
+
+    from flows.cli.console import run_details, runs_table
+    from quantlib.store.journal import find_run, read_runs
+
+    if run_id is not None:
+        click.echo(run_details(find_run(home / "runs", run_id)))
+        return 0
+    found = read_runs(home / "runs")
+    console = Console()
+    if found:
+        console.print(runs_table(found, console.width))
+    else:
+        console.print(f"No run below {home}. Start one with `quantflow run`.", soft_wrap=True)
+    return 0
+
+
+@main.group()
+def cache() -> None:
+    """Look into the store, check it, and free space."""
+
+
+@cache.command("list")
+@home_option
+@reports_errors
+def cache_list(home: Path) -> int:
+    """List every stored stage: age, size, and the runs that used it."""
+    from rich.console import Console
+
+    from flows.cli.console import cache_table
+    from quantlib.store.journal import read_runs
+    from quantlib.store.local import Store
+    from quantlib.store.retention import list_entries
+
+    Console().print(cache_table(list_entries(Store(home / "store"), read_runs(home / "runs"))))
+    return 0
+
+
+@cache.command("verify")
+@home_option
+@reports_errors
+def cache_verify(home: Path) -> int:
+    """Read every artifact, and name those that are missing or damaged (exit status 1 if there are any)."""
+    from quantlib.store.local import Store
+    from quantlib.store.retention import find_damage
+
+    num_read, damage = find_damage(Store(home / "store"))
+    for record, ref in damage:
+        click.echo(f"{record.stage}: {ref.kind} {ref.sha256} is missing or damaged; the next run makes it again.")
+    click.echo(f"{num_read} artifacts were read, and {len(damage)} are damaged.")
+    return FAILURE if damage else 0
+
+
+@cache.command("free")
+@click.option("--unused-for", metavar="DAYS", type=click.FloatRange(min=0), help="Free what no run used for so long.")
+@click.option("--max-size", metavar="GB", type=click.FloatRange(min=0), help="Free the least recently used above this.")
+@click.option(
+    "--keep-runs",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Free what neither the newest N runs use, nor an unfinished one.",
+)
+@home_option
+@reports_errors
+def cache_free(unused_for: float | None, max_size: float | None, keep_runs: int | None, home: Path) -> int:
+    """Free stored stages; reports and laid-out models stay."""
+    from datetime import timedelta
+
+    from quantlib.store.journal import read_runs
+    from quantlib.store.local import Store
+    from quantlib.store.retention import free
+
+    if unused_for is None and max_size is None and keep_runs is None:
+        raise click.UsageError("Say what to free: --unused-for DAYS, --max-size GB or --keep-runs N.")
+    freed = free(
+        Store(home / "store"),
+        read_runs(home / "runs"),
+        unused_for=None if unused_for is None else timedelta(days=unused_for),
+        max_size=None if max_size is None else int(max_size * 1e9),
+        keep_runs=keep_runs,
+    )
+    click.echo(f"Freed {freed.size / 1e6:.1f} MB: {freed.num_records} stages, {freed.num_blobs} artifacts.")
+    return 0
+
+
+@main.command()
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one run's page to this file instead: tables and plots, for any browser, without network.",
+)
+@click.option("--run", "run_id", help="The run for --html; by default the newest.")
+@click.option(
+    "--intervals", is_flag=True, help="Also show how sure each drop is: its 95% interval and McNemar's p-value."
+)
+@home_option
+@reports_errors
+def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -> int:
+    """Show the results of all runs, the newest first; or write one run's page with --html."""
+    if html is not None:
+        from quantlib.report.html import write_html
+
+        write_html(home / "reports", html, run_id)
+        click.echo(f"Report written to {html}")
+        return 0
+
+    from itertools import groupby
+
+    from rich.console import Console
+
+    from flows.cli.console import interval_table, result_table, why
+    from quantlib.report.diagnosis import diagnose
+    from quantlib.report.tables import Report, read_layers, read_variants
+
+    console = Console()
+    damage: list[StoreError] = []
+    rows = read_variants(home / "reports", damage.append)
+    if not rows and not damage:
+        console.print(f"No run has finished below {home}. Start one with `quantflow run`.", soft_wrap=True)
+    for name, group in groupby(rows, key=lambda row: row[0]):
+        variants = [variant for _, variant in group]
+        title = f"\n{name}  recipe {variants[0].recipe}, {variants[0].cpu_model}, torch {variants[0].torch_version}"
+        console.print(title, highlight=False, markup=False, style="bold")
+        console.print(result_table(variants, console.width))
+        if intervals:
+            console.print(interval_table(variants))
+        try:
+            layers = read_layers(home / "reports", name)
+        except StoreError as error:
+            damage.append(error)
+            layers = ()
+        found = Report(run_id=name, variants=tuple(variants), epochs=(), latency=(), stages=(), layers=layers)
+        for part in why(diagnose(found)):
+            console.print(part, highlight=False, markup=False)
+    for found_damaged in damage:
+        _complain(str(found_damaged), FAILURE)
+    return FAILURE if damage else 0
+
+
+@main.command()
+@home_option
+@click.option("--port", default=4200, show_default=True, help="Of the web interface, on this machine; 0: any free one.")
+@click.option(
+    "--runs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Runs at a time; more than one disturb each other's timings.",
+)
+@reports_errors
+def dashboard(home: Path, port: int, runs: int) -> int:
+    """Watch, schedule, start and retry runs in the browser, until Ctrl-C."""
+    from flows.hosting.dashboard import serve
+
+    serve(home, port, runs, click.echo)
+    return 0
+
+
+@main.command()
+@reports_errors
+def recipes() -> int:
+    """List the recipes that come with quantflow."""
+    from flows.parameters import find_recipe, packaged_recipes
+
+    for name, path in packaged_recipes().items():
+        click.echo(f"{name:<20} {find_recipe(str(path)).description}")
+    return 0
+
+
+def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose: bool) -> int:
+    from rich.console import Console
+
+    from flows.cli.console import StageDisplay, conclusion, result_table
+    from flows.cli.running import run_here
+
+    console = Console()
+    with StageDisplay(console) as display:
+        report = run_here(name, recipe, home, display, _warn, run_id=run_id, verbose=verbose)
+    console.print(result_table(report.variants, console.width))
+    console.print(conclusion(report, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
+    console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
+    return 0 if report.winner else NO_WINNER
+
+
+def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
+    """Say what an error is that nothing in quantflow raised; the exit status."""
+    if _is_interrupt(error):
+        return _complain(_INTERRUPTED, INTERRUPTED)
+    refusal = explain_refusal(error, error.filename or home) if isinstance(error, OSError) else None
+    if refusal is not None:
+        return _complain(str(refusal), WRONG_INPUT)
+    if verbose:
+        traceback.print_exception(error)
+    hint = "" if verbose else " Run with --verbose for the traceback."
+    return _complain(
+        f"{type(error).__name__}: {error}\nThis is a failure of quantflow or of what it uses.{hint}", FAILURE
+    )
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a compiled module whose import is interrupted says ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _warn(message: str) -> None:
+    click.echo(f"quantflow: {message}", err=True)
+
+
+def _complain(message: str, status: int) -> int:
+    _warn(message)
+    return status
+
+
+def command() -> NoReturn:
+    """`main` as a process of its own."""
+    try:
+        main()
+    except SystemExit as ended:
+        processes.end(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    processes.end(0)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,290 @@
+"""What `quantflow` shows in a terminal: the stages of a run as they pass, and the tables of a report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from quantlib.report.diagnosis import Diagnosis
+    from quantlib.report.tables import Report, VariantRow
+    from quantlib.store.journal import RunStatus
+    from quantlib.store.retention import Entry
+
+# What the columns of `result_table` beside the name take, where the figures are as long as they get.
+_FIGURES_WIDTH = 65
+
+
+class StageDisplay:
+    """Shows each stage as it starts, with a bar while it works, and what became of it.
+
+    Args:
+        console: Where to; without a terminal behind it, a line a stage and no bars.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StageDisplay:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage_started(self, label: str) -> None:
+        """Show a bar that has no end yet."""
+        if self._console.is_terminal:
+            self._bars[label] = self._progress.add_task(label, total=None)
+        else:
+            self._console.print(f"  {label} …", highlight=False)
+
+    def stage_progressed(self, label: str, done: int, total: int) -> None:
+        """Move the bar."""
+        if self._console.is_terminal:
+            if label not in self._bars:
+                self._bars[label] = self._progress.add_task(label, total=total)
+            self._progress.update(self._bars[label], completed=done, total=total)
+
+    def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
+        """Replace the bar by a line that stays."""
+        if label in self._bars:
+            self._progress.remove_task(self._bars.pop(label))
+        outcome = "[cyan]cached[/]" if cached else f"[green]{seconds:.1f} s[/]"
+        self._console.print(f"  {label:<42} {outcome}", highlight=False)
+
+
+def result_table(variants: Sequence[VariantRow], width: int = 80) -> Table:
+    """The variants of a run: the file of each that the verdict is about, its runtime, accuracy, size and speed.
+
+    Args:
+        variants: A row each.
+        width: Of the terminal, in characters.
+    """
+    table = _narrow_table()
+    table.add_column("variant", overflow="fold")  # A name is never cut short.
+    table.add_column("runtime")
+    for name in ("top-1", "change", "MB", "ms", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in variants:
+        table.add_row(
+            _in_lines(row.title, width - _FIGURES_WIDTH),
+            _short(row.runtime),
+            f"{row.top1:.2%}",
+            "" if row.method == "float" else row.change,
+            f"{row.size_bytes / 1e6:.2f}",
+            f"{row.latency_p50_ms:.2f}",
+            f"{row.speedup:.2f}x",
+            row.verdict,
+            style="bold green" if row.winner else None,
+        )
+    return table
+
+
+def _in_lines(name: str, width: int) -> Text:
+    """A name in lines of no more than `width`, each of which ends between two of its words."""
+    lines = [""]
+    for word in re.findall(r"[^-_. ]*[-_. ]*", name):
+        if len(lines[-1] + word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return Text("\n".join(line.rstrip(" ") for line in lines if line))
+
+
+def interval_table(variants: Sequence[VariantRow]) -> Table:
+    """How sure the change of each variant of a run is, in points of top-1."""
+    table = _narrow_table()
+    table.add_column("variant", overflow="fold")
+    for name in ("change", "95% interval", "McNemar p", "images"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in variants:
+        if row.method == "float":
+            continue
+        table.add_row(
+            row.title,
+            row.change,
+            row.interval,
+            "" if row.p_value is None else f"{row.p_value:.2g}",
+            f"{row.num_images:,}",
+        )
+    return table
+
+
+def _narrow_table() -> Table:
+    """A table without borders: a terminal has 80 columns."""
+    return Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _short(runtime: str | None) -> str:
+    """A runtime's name, so that a table fits into a terminal."""
+    return (runtime or "torchscript").replace("torchscript", "torch").replace("-", " ")
+
+
+def why(found: Sequence[Diagnosis]) -> list[Table | str]:
+    """What costs the variants of a run their accuracy: weights or activations, which layers, and what to try."""
+    parts: list[Table | str] = []
+    simulated = [diagnosis.variant for diagnosis in found if diagnosis.variant.top1_simulated is not None]
+    if simulated:
+        table = Table(header_style="bold", title="What is quantized (simulated in float)", title_justify="left")
+        table.add_column("variant")
+        for name in ("weights only", "activations only", "both", "int8"):
+            table.add_column(name, justify="right")
+        for row in simulated:
+            figures = (row.top1_weights_only, row.top1_activations_only, row.top1_simulated, row.top1)
+            table.add_row(row.variant, *("" if value is None else f"{value:.2%}" for value in figures))
+        parts.append(table)
+    for diagnosis in found:
+        if diagnosis.worst:
+            parts += [_worst_table(diagnosis), *(f"  try {line}" for line in diagnosis.advice)]
+    return parts
+
+
+def _worst_table(diagnosis: Diagnosis) -> Table:
+    first = diagnosis.worst[0]
+    images = "training images held back" if first.measured_on == "held_back" else "validation images"
+    title = f"{diagnosis.variant.variant}: the layers that cost most ({first.num_images} {images})"
+    if first.top1_float is not None and first.top1_int8 is not None:
+        title += f"\ntop-1 {first.top1_float:.2%} in float, {first.top1_int8:.2%} with all layers int8"
+    table = Table(header_style="bold", title=title, title_justify="left")
+    table.add_column("layer")
+    for name in ("SQNR", "clipped", "top-1 only it", "all but it"):
+        table.add_column(name, justify="right")
+    for row in diagnosis.worst:
+        table.add_row(
+            row.layer,
+            "" if row.sqnr_db is None else f"{row.sqnr_db:.1f} dB",
+            "" if row.saturation is None else f"{row.saturation:.3%}",
+            f"{row.top1_only:.2%}",
+            f"{row.top1_all_but:.2%}",
+        )
+    return table
+
+
+# What to do next with a run, in a word and as a command.
+_NEXT = {
+    "running": ("wait", "wait until it is done"),
+    "completed": ("report", "quantflow report --html report.html --run {run}"),
+    "crashed": ("resume", "quantflow resume {run}"),
+    "failed": ("resume", "mend what the message says, then quantflow resume {run}"),
+    "damaged": ("run again", "run its recipe again: what it has computed is reused"),
+}
+
+
+def runs_table(runs: Sequence[RunStatus], width: int = 80) -> Table:
+    """Runs with their state, age, stage, and what to do next: a line each.
+
+    Args:
+        runs: A row each.
+        width: Of the terminal, in characters.
+    """
+    table = _narrow_table()
+    rows = [
+        (
+            run.file.run_id,
+            run.state,
+            _age(datetime.fromisoformat(run.file.started_at)),
+            str(run.num_stages),
+            _NEXT[run.state][0],
+            run.stage,
+        )
+        for run in runs
+    ]
+    names = ("run", "state", "age", "stages", "next", "last stage")
+    widths = [max(len(name), *(len(row[number]) for row in rows)) for number, name in enumerate(names)]
+    # The last stage is cut to what is left, and told whole by `quantflow runs RUN`.
+    widths[-1] = max(len(names[-1]), width - sum(widths[:-1]) - 2 * len(names))
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_cut(text, most)) for text, most in zip(row, widths, strict=True)))  # It is no markup.
+    return table
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def run_details(run: RunStatus) -> str:
+    """All that is known of one run."""
+    recipe = run.file.recipe.get("name", "unknown")
+    lines = [
+        f"run      {run.file.run_id}",
+        f"recipe   {recipe}, flow {run.file.flow or 'unknown'}",
+        f"state    {run.state}" + (f": {run.message}" if run.message else ""),
+        f"started  {run.file.started_at} on {run.file.host or 'unknown'}, process {run.file.pid}",
+        f"stages   {run.num_stages} done" + (f", the last one met was {run.stage}" if run.stage else ""),
+        f"next     {_NEXT[run.state][1].format(run=run.file.run_id)}",
+    ]
+    return "\n".join(lines)
+
+
+def cache_table(entries: Sequence[Entry]) -> Table:
+    """Stored stages with their age, size and runs."""
+    table = Table("stage", "age", "size", "used by", header_style="bold")
+    for entry in entries:
+        used_by = (
+            f"{entry.runs[0]}{f' and {len(entry.runs) - 1} more' if len(entry.runs) > 1 else ''}" if entry.runs else ""
+        )
+        created = datetime.fromisoformat(entry.record.created_at)
+        table.add_row(entry.record.stage, _age(created), f"{entry.size / 1e6:.2f} MB", used_by)
+    return table
+
+
+def _age(since: datetime) -> str:
+    seconds = (datetime.now(UTC) - since).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def conclusion(report: Report, max_top1_drop: float) -> str:
+    """What to ship, why, and how to load it; or that nothing is inside the gate."""
+    best, lines = report.best, []
+    figures = (
+        f"{best.variant} in {best.runtime}, {best.change} points of top-1 against float ({best.evidence}), "
+        f"{best.speedup:.2f}x as fast."
+    )
+    if report.winner:
+        lines += [f"Winner: {figures}", f"Why: {best.reason}."]
+    else:
+        lines.append(f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far: {figures}")
+    if best.selected_on == "validation":
+        lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
+    lines += [f"Warning: {warning}" for warning in report.warnings]
+    lines += report.remarks
+    lines += [
+        f"  file    {best.artifact_path}",
+        f"  load    {best.load}",
+        f"          {best.top1:.2%} of top-1, {best.latency_p50_ms:.2f} ms an image on one thread, "
+        f"{best.size_bytes / 1e6:.2f} MB",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""Running a flow in this process, for the command line."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.hosting.processes import imports_uncollected
+from flows.hosting.server import prefect_server
+from quantlib.errors import MachineError, QuantflowError, explain_full_disk
+
+# All else is imported while the server starts.
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quantlib.recipe.schema import Recipe
+    from quantlib.report.tables import Report
+    from tasks.listener import Listener
+
+_REACH_SECONDS = 20.0
+
+
+def run_here(
+    name: str,
+    recipe: Recipe,
+    home: Path,
+    listener: Listener,
+    say: Callable[[str], None],
+    *,
+    run_id: str | None = None,
+    verbose: bool = False,
+) -> Report:
+    """Run a flow to its end.
+
+    Args:
+        name: quantize, ptq or qat.
+        recipe: What is run.
+        home: The home folder.
+        listener: Is told of each stage.
+        say: Is given what a person must know that is no error.
+        run_id: Of a run to go on with; None begins one.
+        verbose: Show Prefect's own log.
+    """
+    home = home.resolve()
+    os.environ["QUANTFLOW_HOME"] = str(home)
+    with prefect_server(home, say, verbose=verbose) as wait_for_server:
+        with imports_uncollected():
+            import httpx
+
+            from quantlib.inputs import find_inputs
+            from quantlib.runtimes import available
+            from tasks.run import FINISHED, LISTENER, RUN_ID
+
+            # What can be wrong is found while the server starts; the flow finds the same again, in no time.
+            find_inputs(recipe, home / "splits")
+            available.find_engine(recipe.engine)
+            available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+
+            from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+            from flows.hosting.crashes import mark_crashed_runs
+            from flows.ptq import ptq
+            from flows.qat import qat
+            from flows.quantize import quantize
+
+        # Else Prefect prints of each part of its log that it could not be sent.
+        logging.raiseExceptions = verbose
+        LISTENER.set(listener)
+        if run_id is not None:
+            RUN_ID.set(run_id)
+        if wait_for_server is not None:
+            # What computes takes seconds to import; a server that starts takes longer, on another core.
+            with imports_uncollected():
+                importlib.import_module("quantlib.eager.modules")
+            wait_for_server()
+        flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[name]
+        finished: list[Report] = []
+        FINISHED.set(finished)
+        try:
+            # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                _reach_server()
+                mark_crashed_runs(home)
+                return flow(recipe)
+        except Exception as error:
+            # The journal says that the run is completed, and all is written: Prefect alone was not told.
+            if finished:
+                return finished[0]
+            if isinstance(error, httpx.HTTPError):
+                raise _find_cause(error, home) from error
+            raise
+
+
+def _reach_server() -> None:
+    """Let Prefect compare its version with the server's: it does so once, and without patience.
+
+    Raises:
+        MachineError: If there is no server for longer than one needs to be started again, or it is of another version.
+    """
+    from prefect.client.orchestration import get_client
+
+    deadline = time.monotonic() + _REACH_SECONDS
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                client.raise_for_api_version_mismatch_once()
+        except RuntimeError as error:
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"Prefect's server cannot be used: {error}. Start it, or unset PREFECT_API_URL: a run then has one "
+                    "of its own."
+                ) from None
+            time.sleep(0.2)
+        else:
+            return
+
+
+def _find_cause(error: Exception, home: Path) -> Exception:
+    """What a run failed with, or else why Prefect's server could not be told of it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, QuantflowError):
+        cause = cause.__context__
+    if isinstance(cause, QuantflowError):
+        return cause
+    return explain_full_disk(home) or MachineError(
+        f"Prefect's server does not answer as it should: {str(error).splitlines()[0]} What it said is in "
+        f"{home / 'prefect' / 'server.log'}. Run again: finished stages are kept."
+    )

@@ -1,0 +1,30 @@
+"""What a run would do: the flow's wiring, walked with a planner in the place of its stages."""
+
+from pathlib import Path
+
+from flows.graphs.run import measure_branches
+from quantlib.inputs import find_inputs
+from quantlib.recipe.schema import Recipe
+from quantlib.store.journal import Journal, read_runs
+from quantlib.store.local import Store
+from tasks.caching import PLANNER
+from tasks.planning import Plan, PlannedStage
+
+
+def plan_run(recipe: Recipe, home: Path) -> list[PlannedStage]:
+    """Which stages a run would reuse, and why it would run the others, in the order of the flow.
+
+    Args:
+        recipe: Of the run.
+        home: The home folder; only the note of the dataset's content is written to it.
+    """
+    runs = [run for run in read_runs(home / "runs") if run.file.recipe.get("name") == recipe.name]
+    lines = Journal(home / "runs" / runs[0].file.run_id).stages() if runs else []
+    finished = {line["key"] for line in lines if "cached" in line}
+    plan = Plan(Store(home / "store"), {line["label"]: line["key"] for line in lines}, finished)
+    token = PLANNER.set(plan)
+    try:
+        measure_branches(recipe, find_inputs(recipe, home / "splits"))
+    finally:
+        PLANNER.reset(token)
+    return plan.stages

@@ -1,0 +1,1 @@
+"""Datasets: their images, found, selected, transformed and decoded."""

@@ -1,0 +1,1 @@
+"""torch's eager-mode quantization, announced for removal: nothing else touches `torch.ao.quantization`."""

@@ -1,0 +1,120 @@
+"""Export: the TorchScript and ONNX files that are shipped and measured, and the loader for both."""
+
+import io
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from quantlib import temporary
+from quantlib.data import shards
+from quantlib.errors import ModelError
+from quantlib.export import torchscript
+from quantlib.quantize import conversion
+from quantlib.runtimes import available, classifiers
+from quantlib.runtimes.engine import use_engine
+
+# The newest that torch's exporter of quantized operations was tried with.
+_OPSET = 17
+_NUM_CHECKED = 32
+# Of accurate int8 models it is about 0.001, of bad ones 0.05: each rounding that differs is enlarged on its way.
+_MAX_ERROR = 0.1
+_MAX_FLOAT_ERROR = 1e-4
+
+
+def script(model: nn.Module, engine: str | None = None) -> bytes:
+    """A model as a TorchScript file; `torch.jit.load` reads it without this package.
+
+    The same model gives the same bytes.
+
+    Args:
+        model: Fused float, or int8.
+        engine: The one that the int8 weights are packed for; None for float.
+
+    Raises:
+        ModelError: If the architecture uses Python that TorchScript cannot express.
+    """
+    buffer = io.BytesIO()
+    try:
+        with use_engine(engine or "auto"):
+            torchscript.forget_classes()
+            torch.jit.save(torch.jit.script(model.eval()), buffer)
+    except (RuntimeError, NotImplementedError, OSError) as error:
+        raise ModelError(
+            f"The model cannot be scripted: {error}\nUse operations that torch.jit.script supports in its forward()."
+        ) from None
+    return torchscript.canonical(buffer.getvalue())
+
+
+def script_saved(content: bytes) -> bytes:
+    """A stored model, as `conversion.load_deployable` reads it, as a TorchScript file.
+
+    Raises:
+        ModelError: As `script`.
+        MachineError: If this machine lacks the model's engine.
+    """
+    return script(*conversion.load_deployable(content))
+
+
+def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:
+    """A TorchScript file as an ONNX file, for any number of images; int8 as QuantizeLinear and DequantizeLinear.
+
+    The same model gives the same bytes.
+
+    Args:
+        torchscript: As `script` made it.
+        engine: Whose packed weights are unpacked; None: float.
+        crop: Side of the model's input in pixels.
+
+    Raises:
+        ModelError: If it has an operation that ONNX cannot express.
+    """
+    buffer = io.BytesIO()
+    try:
+        with use_engine(engine or "auto"), torch.inference_mode():
+            torch.onnx.export(
+                torch.jit.load(str(torchscript), map_location="cpu").eval(),
+                (torch.zeros(1, 3, crop, crop),),
+                cast("Any", buffer),  # It takes one; its annotation names paths alone.
+                opset_version=_OPSET,
+                dynamo=False,  # The newer exporter cannot express eager mode's quantized operations.
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            )
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"The model cannot be written as ONNX: {str(error).splitlines()[0]}") from None
+    return buffer.getvalue()
+
+
+def check_onnx(content: bytes, torchscript: Path, engine: str | None, runtime: str, shard: Path) -> None:
+    """Compare an ONNX file's logits with those of the TorchScript file that it was made of, on real images.
+
+    They are not equal to the bit: runtimes round sums in different places, and int8 models enlarge that.
+
+    Args:
+        content: The ONNX file.
+        torchscript: The TorchScript file.
+        engine: That it runs on; None: float.
+        runtime: That the ONNX file runs in.
+        shard: A file of decoded images; the first 32 are used.
+
+    Raises:
+        ModelError: If the difference has more than a tenth of the logits' power, of float a ten-thousandth; a wrong
+            scale, zero point or layer has more than all of it.
+    """
+    pixels, _ = shards.open_shard(shard)
+    x = shards.to_input(pixels[:_NUM_CHECKED])
+    with temporary.new_folder() as folder:
+        (folder / "model.onnx").write_bytes(content)
+        got = classifiers.open_model(folder / "model.onnx", runtime)(x)
+    expected = classifiers.open_model(torchscript, available.torchscript_on(engine))(x)
+    error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
+    allowed = _MAX_FLOAT_ERROR if engine is None else _MAX_ERROR
+    if not error <= allowed:
+        advice = "" if engine is None else " On a CPU whose int8 arithmetic saturates, set activation_bits = 7."
+        raise ModelError(
+            f"In {runtime} the logits are {error:.2%} of their power away from those of TorchScript, and at most "
+            f"{allowed:.2%} are allowed.{advice}"
+        )

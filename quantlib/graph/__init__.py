@@ -1,0 +1,1 @@
+"""A model as a graph of modules: which of them are fused."""

@@ -1,0 +1,74 @@
+"""Fusion: Conv, BatchNorm and ReLU become one module, which int8 needs and float likes."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from quantlib.eager.fusing import FuseMode, fuse_modules
+from quantlib.models import checkpoint, registry
+
+# What eager-mode quantization can fuse, longest first.
+_PATTERNS: tuple[tuple[type[nn.Module], ...], ...] = (
+    (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+    (nn.Conv2d, nn.BatchNorm2d),
+    (nn.Conv2d, nn.ReLU),
+    (nn.Linear, nn.ReLU),
+)
+
+
+def fuse_model(model: nn.Module, mode: FuseMode) -> nn.Module:
+    """A fused copy of a float model.
+
+    Args:
+        model: Its fusible chains lie next to each other in nn.Sequential; other chains are named by a method
+            `modules_to_fuse() -> list[list[str]]` of the model, which then decides alone.
+        mode: "eval" folds BatchNorm into the convolution, for inference and PTQ; "qat" keeps it live, so that
+            it can be trained, then frozen.
+    """
+    return _fuse(copy.deepcopy(model), mode)
+
+
+def find_groups(model: nn.Module) -> list[list[str]]:
+    """The chains of submodules to fuse, by dotted path."""
+    own = getattr(model, "modules_to_fuse", None)
+    if own is not None:
+        return [list(group) for group in own()]
+    return [
+        group
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Sequential)
+        for group in _groups_of(module, prefix=f"{name}." if name else "")
+    ]
+
+
+def load(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
+    """A fused model and its header from what `models.save` made with `header["fused"]` set."""
+    header, state = checkpoint.open_saved(content)
+    fused = rebuild(header)
+    fused.load_state_dict(state)
+    return fused, header
+
+
+def rebuild(header: Mapping[str, Any]) -> nn.Module:
+    """A fused model of the shape that a header describes, its weights still to be loaded."""
+    return _fuse(registry.build(header["architecture"], header["arguments"]), header["fused"])
+
+
+def _fuse(model: nn.Module, mode: FuseMode) -> nn.Module:
+    """In place."""
+    fuse_modules(model, find_groups(model), mode)
+    return model.train(mode == "qat")
+
+
+def _groups_of(chain: nn.Sequential, prefix: str) -> list[list[str]]:
+    names, kinds = list(chain._modules), [type(module) for module in chain]
+    groups = []
+    position = 0
+    while position < len(names):
+        length = next((len(p) for p in _PATTERNS if tuple(kinds[position : position + len(p)]) == p), 1)
+        if length > 1:
+            groups.append([prefix + name for name in names[position : position + length]])
+        position += length
+    return groups

@@ -1,0 +1,62 @@
+"""The user's own functions, which a recipe names as "package.module:function"."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from quantlib.errors import ModelError, QuantflowError, RecipeError
+
+if TYPE_CHECKING:
+    pass
+
+
+T = TypeVar("T")
+
+
+def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function that "package.module:function" names.
+
+    Raises:
+        RecipeError: If `name` is neither that nor known; `key` is the recipe's key that holds it.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        raise RecipeError(f'{key} = {name!r} is unknown. Allowed: {", ".join(known)}, or "package.module:function".')
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f"{key} = {name!r} cannot be imported: {error}. Modules are looked for where Python looks, "
+            "and in the folder that quantflow is started in."
+        ) from None
+    except Exception as error:
+        raise RecipeError(f"{key} = {name!r} cannot be imported: its module {_raised(error)}.") from None
+    if not callable(function):
+        raise RecipeError(f"{key} = {name!r} is a {type(function).__name__}: it must be a function or a class.")
+    return function
+
+
+def call_function(function: Callable[..., T], name: str, *arguments: Any, **named: Any) -> T:
+    """What a function gives that a recipe names.
+
+    Raises:
+        ModelError: If it raises; with the place in its own file.
+    """
+    try:
+        return function(*arguments, **named)
+    except QuantflowError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name} {_raised(error)}. Mend it there, or change what the recipe gives it.") from None
+
+
+def _raised(error: Exception) -> str:
+    """What was raised and where, as "raised ValueError: no such depth (my/net.py, line 12)"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename}, line {error.lineno})"
+    return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}{place}"

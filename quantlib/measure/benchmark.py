@@ -1,0 +1,92 @@
+"""Benchmark: models timed in rounds, a call of each, so that a change of the machine's speed meets each alike.
+
+The order within a round is drawn anew. What ran before leaves its mark: in a fixed order, the same file opened twice
+differed by up to a quarter, always with the same sign, where it followed another runtime.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlib.progress import Progress, silent
+from quantlib.runtimes.classifiers import Classifier
+
+# Frozen models need two calls for their kernels to be chosen and their memory to be there.
+_NUM_WARM_UP = 2
+# A slow model at a large batch stops here, once it has ten samples.
+_MAX_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one model took for one batch size and number of threads."""
+
+    model: int
+    """Its place among the models that were timed."""
+    batch_size: int
+    num_threads: int
+    samples_ms: tuple[float, ...]
+    """Each call's wall-clock time in milliseconds, by round: those of one place were taken one after the other."""
+
+
+def time_models(
+    open_models: Callable[[int], Sequence[Classifier]],
+    inputs: Tensor,
+    batch_sizes: Sequence[int],
+    num_threads: Sequence[int],
+    num_samples: int,
+    progress: Progress = silent,
+) -> list[Timing]:
+    """Time every model with every number of threads and batch size.
+
+    Args:
+        open_models: Gives the models for a number of threads.
+        inputs: [N, 3, H, W]; repeated to fill a batch that is larger. Each model gets them in the layout it likes.
+        batch_sizes: Images a call.
+        num_threads: Threads of torch, and of the models' own.
+        num_samples: Timed calls of each.
+        progress: Called with (settings done, settings in all).
+    """
+    settings = [(threads, batch_size) for threads in num_threads for batch_size in batch_sizes]
+    threads_before = torch.get_num_threads()
+    timings: list[Timing] = []
+    try:
+        for done, (threads, batch_size) in enumerate(settings):
+            progress(done, len(settings))
+            torch.set_num_threads(threads)
+            if batch_size == batch_sizes[0]:
+                models = open_models(threads)
+            repeats = -(-batch_size // len(inputs))
+            batch = inputs.repeat(repeats, 1, 1, 1)[:batch_size]
+            samples = _time_in_turn(models, batch, num_samples)
+            timings += [Timing(n, batch_size, threads, tuple(ms)) for n, ms in enumerate(samples)]
+    finally:
+        torch.set_num_threads(threads_before)
+    progress(len(settings), len(settings))
+    return timings
+
+
+def _time_in_turn(models: Sequence[Classifier], batch: Tensor, num_samples: int) -> list[list[float]]:
+    """Milliseconds of each model's call in each round."""
+    samples: list[list[float]] = [[] for _ in models]
+    batches = [batch.contiguous(memory_format=model.layout) for model in models]
+    for model, own in zip(models, batches, strict=True):
+        for _ in range(_NUM_WARM_UP):
+            model(own)
+    deadline = time.perf_counter() + _MAX_SECONDS * len(models)
+    order = random.Random(0)  # The same in every run: what differs between runs is the machine.
+    while len(samples[0]) < num_samples and (len(samples[0]) < 10 or time.perf_counter() < deadline):
+        turns = list(zip(models, batches, samples, strict=True))
+        order.shuffle(turns)
+        for model, own, times in turns:
+            # Untimed: it brings weights into the caches, as a server has them, and outlasts the threads of the
+            # runtime before, which spin for a while.
+            model(own)
+            start = time.perf_counter()
+            model(own)
+            times.append((time.perf_counter() - start) * 1000)
+    return samples

@@ -1,0 +1,1 @@
+"""Where a float model comes from, and how a model is stored."""

@@ -1,0 +1,111 @@
+"""Architectures: MobileNetV2 in a form that can be quantized, and the registry that finds a user's own.
+
+A float model is stored as what it takes to build it again (architecture, arguments) and its state_dict.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlib.errors import ModelError
+
+if TYPE_CHECKING:
+    from quantlib.models.source import ModelInput
+from quantlib.imports import call_function, import_function
+from quantlib.models.mobilenet_v2 import mobilenet_v2
+from quantlib.models.weights import load_weights, read_weights
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2}
+"""The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES are their names."""
+
+
+def find_architecture(name: str) -> Callable[..., nn.Module]:
+    """The callable that builds an architecture.
+
+    Args:
+        name: A registered name, or "package.module:function".
+
+    Raises:
+        RecipeError: If there is none.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    return import_function(name, "model.architecture", ARCHITECTURES)
+
+
+def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model with its initial weights.
+
+    Raises:
+        RecipeError: If there is no such architecture.
+        ModelError: If it does not take these arguments, or is not an nn.Module.
+    """
+    function = find_architecture(architecture)
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ModelError(
+            f"model.arguments = {dict(arguments)} do not fit {architecture!r}: {error}. "
+            f"It is called as {architecture}{inspect.signature(function)}."
+        ) from None
+    model = call_function(function, architecture, **arguments)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{architecture!r} returned a {type(model).__name__}: it must return a torch.nn.Module.")
+    return model
+
+
+def arguments_of(source: ModelInput, num_classes: int) -> dict[str, Any]:
+    """What the architecture is called with: the recipe's arguments, and `num_classes` where it takes that."""
+    arguments: dict[str, Any] = json.loads(source.arguments)
+    if "num_classes" in inspect.signature(find_architecture(source.architecture)).parameters:
+        arguments = {"num_classes": num_classes} | arguments
+    return arguments
+
+
+def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a recipe names, and its header.
+
+    Args:
+        source: Its weights are loaded, unless they are "train".
+        num_classes: Passed to the architecture where it takes that and the recipe does not say.
+        seed: Of the initial weights.
+
+    Raises:
+        RecipeError, ModelError, MachineError: If there is no such model, or its weights do not fit.
+    """
+    arguments = arguments_of(source, num_classes)
+    torch.manual_seed(seed)
+    model = build(source.architecture, arguments)
+    if source.weights != "train":
+        load_weights(model, read_weights(source.weights, source.architecture), source.weights)
+    header = {"architecture": source.architecture, "arguments": arguments, "code": source.code}
+    return model.eval(), header
+
+
+def check_logits(model: nn.Module, num_classes: int, crop: int) -> None:
+    """Run one empty image through a model.
+
+    Raises:
+        ModelError: If that fails, or does not give [1, num_classes].
+    """
+    model.eval()
+    try:
+        with torch.inference_mode():
+            logits = model(torch.zeros(1, 3, crop, crop))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"The model cannot take an image of {crop} x {crop} pixels: {error}. "
+            "Set data.crop to the size it was trained with."
+        ) from None
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"The model gives {got} for one image, and the data has {num_classes} classes: it must give "
+            f"[1, {num_classes}]. Set num_classes in model.arguments, or use the dataset it was trained on."
+        )

@@ -1,0 +1,115 @@
+"""A float model's weights: where they are read from, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlib.errors import MachineError, ModelError
+
+if TYPE_CHECKING:
+    pass
+
+
+_PARALLEL = "module."
+
+
+def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
+    """The state_dict that a recipe's `weights` names, read in a way that runs no code.
+
+    Raises:
+        ModelError: If the file is missing or is no state_dict, or torchvision knows no such weights.
+        MachineError: If they would have to be downloaded and cannot be.
+    """
+    if weights.startswith("torchvision:"):
+        return _torchvision_weights(architecture, weights.removeprefix("torchvision:"))
+    path = Path(weights)
+    if not path.is_file():
+        raise ModelError(
+            f'No weights file {weights!r}: set model.weights to a state_dict file, "torchvision:NAME" or "train".'
+        )
+    state: Any
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"Weights {weights!r} cannot be read as a state_dict: {reason}. "
+            "Save it with torch.save(model.state_dict(), FILE); whole pickled models are refused, as they run code."
+        ) from None
+    # A checkpoint of a training script often holds the state_dict under one of these.
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    # DataParallel and DistributedDataParallel put this before every name.
+    if isinstance(state, dict) and state and all(str(name).startswith(_PARALLEL) for name in state):
+        state = {str(name).removeprefix(_PARALLEL): value for name, value in state.items()}
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ModelError(
+            f"Weights {weights!r} hold a {type(state).__name__}, not a state_dict of tensors. "
+            "Save it with torch.save(model.state_dict(), FILE)."
+        )
+    return state
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put a state_dict into a model.
+
+    Args:
+        model: Filled in place.
+        state: Must have the model's keys and shapes.
+        source: Named in the error.
+
+    Raises:
+        ModelError: If keys or shapes differ, or a value is not finite.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise ModelError(
+            f"Weights {source!r} do not fit the architecture: {_few('missing', missing)}{_few('unknown', unknown)}"
+            "use the architecture and arguments that they were trained with."
+        )
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise ModelError(
+                f"Weights {source!r} have another shape: {name} is {list(tensor.shape)}, and the architecture "
+                f"has {list(own[name].shape)}. Set num_classes, width_mult, … in model.arguments as in training."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"Weights {source!r} hold NaN or infinity in {name}: use a checkpoint that was not diverging."
+            )
+    model.load_state_dict(state)
+
+
+def _torchvision_weights(architecture: str, name: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
+
+    try:
+        choices = get_model_weights(architecture)
+    except ValueError:
+        raise ModelError(
+            f"torchvision has no model {architecture!r}, so no weights for it: give a state_dict file."
+        ) from None
+    if name not in choices.__members__:
+        raise ModelError(
+            f"torchvision has no weights {name!r} for {architecture!r}. Allowed: {', '.join(choices.__members__)}."
+        )
+    try:
+        state: dict[str, Tensor] = choices[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:
+        raise MachineError(
+            f"Weights torchvision:{name} are not on this machine and cannot be downloaded ({error}). "
+            f"Download {choices[name].url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints."
+        ) from None
+    return state
+
+
+def _few(word: str, names: Sequence[str]) -> str:
+    """As `2 missing (a, b); `, and nothing where there is none."""
+    return f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}); " if names else ""

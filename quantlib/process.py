@@ -1,0 +1,32 @@
+"""The settings of a process that computes."""
+
+import gc
+import warnings
+
+from quantlib import machine
+
+EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    # Eager-mode quantization and TorchScript are announced for removal; torch is pinned below the release that drops
+    # them.
+    ("torch.ao.quantization is deprecated", DeprecationWarning),
+    ("`torch.jit.(script|save|load|trace|freeze|optimize_for_inference)` is deprecated", FutureWarning),
+    ("torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning),
+    # The exporter of quantized operations is the legacy one, and says so in four ways.
+    ("You are using the legacy TorchScript-based ONNX export", DeprecationWarning),
+    ("The feature will be removed. Please remove usage of this function", DeprecationWarning),
+    ("The input to trace is already a ScriptModule", UserWarning),
+    ("no signature found for <torch.ScriptMethod object", UserWarning),
+    # torch's own qconfigs ask for reduce_range in the way that its own observers advise against.
+    ("Please use quant_min and quant_max to specify the range", UserWarning),
+)
+"""What torch is known to warn of here: start of the message, and category. pyproject.toml lists the same."""
+
+
+def prepare_process() -> None:
+    """Make the process fit to compute."""
+    machine.keep_freed_memory()
+    for message, category in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    # A model is built of many thousand objects that live for a stage: looking for garbage each time a few hundred are
+    # new took a fifth of converting and scripting.
+    gc.set_threshold(20_000)

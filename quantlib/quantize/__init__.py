@@ -1,0 +1,1 @@
+"""A fused float model becomes an int8 one: observers, calibration, training, conversion."""

@@ -1,0 +1,306 @@
+"""Cross-layer equalization: channels rescaled from layer to layer, so that one int8 scale suits all of them.
+
+Nagel et al. 2019 (arXiv:1906.04721), section 4.1. ReLU, pooling and addition let a positive factor a channel through
+unchanged: what a layer's output is divided by, the next layer's weights are multiplied by, and the model computes
+the same function.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantlib.eager.modules import DeQuantStub, QuantStub
+from quantlib.errors import ModelError
+
+Layer = nn.Conv2d | nn.Linear
+
+# Rounds go on until no factor of a round is further from 1 than this: MobileNetV2 takes 5.
+_CONVERGED = 1e-3
+_MAX_ROUNDS = 100
+# Float32 rounding of MobileNetV2's logits, rescaled by factors of up to 1000, stays ten times below this.
+_MAX_CHANGE = 1e-4
+
+# f(s x) = s f(x) for each s > 0, channel by channel.
+_HOMOGENEOUS_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Identity,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Flatten,
+    QuantStub,
+    DeQuantStub,
+)
+_HOMOGENEOUS_FUNCTIONS = {
+    torch.relu,
+    torch.relu_,
+    torch.flatten,
+    nn.functional.relu,
+    nn.functional.relu_,
+    nn.functional.leaky_relu,
+    nn.functional.dropout,
+    nn.functional.avg_pool2d,
+    nn.functional.max_pool2d,
+    nn.functional.adaptive_avg_pool2d,
+    nn.functional.adaptive_max_pool2d,
+}
+_HOMOGENEOUS_METHODS = {"relu", "relu_", "flatten", "contiguous"}
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+
+
+@dataclass
+class Producer:
+    """A layer whose output is rescaled, and the BatchNorm that follows it, where it is not folded."""
+
+    layer: Layer
+    batch_norm: nn.BatchNorm2d | None = None
+
+    def weight(self) -> Tensor:
+        """With BatchNorm folded in: [out_channels, ...], float64."""
+        weight = self.layer.weight.detach().double()
+        norm = self.batch_norm
+        if norm is None:
+            return weight
+        assert norm.running_var is not None
+        factor = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.affine:
+            factor = factor * norm.weight.detach().double()
+        return weight * factor.view(-1, *[1] * (weight.dim() - 1))
+
+    def can_rescale(self) -> bool:
+        """Whether its output has a factor of its own a channel."""
+        return self.batch_norm is None or (self.batch_norm.affine and self.batch_norm.running_var is not None)
+
+    def divide(self, factors: Tensor) -> None:
+        """Divide each output channel, factors [out_channels]."""
+        scaled: nn.Module = self.layer if self.batch_norm is None else self.batch_norm
+        for parameter in (scaled.weight, scaled.bias):
+            if parameter is not None:
+                assert isinstance(parameter, nn.Parameter)
+                shape = (-1, *[1] * (parameter.dim() - 1))
+                parameter.data = (parameter.detach().double() / factors.view(shape)).to(parameter.dtype)
+
+
+@dataclass(eq=False)
+class Tie:
+    """Tensors that can only be rescaled together: by their channels, all by the same factors."""
+
+    producers: list[Producer] = field(default_factory=list)
+    consumers: list[Layer] = field(default_factory=list)
+    fixed: bool = False
+    """Something else reads or makes one of the tensors: the model's input, its output, an unknown operation."""
+
+    def can_rescale(self) -> bool:
+        """Whether the factors are free, and it is certain whose weights take them up."""
+        channels = {producer.layer.weight.shape[0] for producer in self.producers}
+        channels |= {_in_channels(layer) for layer in self.consumers}
+        return (
+            not self.fixed
+            and bool(self.producers)
+            and bool(self.consumers)
+            and len(channels) == 1
+            and all(producer.can_rescale() for producer in self.producers)
+        )
+
+
+def equalize(model: nn.Module, crop: int) -> nn.Module:
+    """A copy of a float model that computes the same, with the channel ranges of consecutive layers made equal.
+
+    Args:
+        model: Float, fused in mode "eval" or not fused; BatchNorm that is not folded takes up the factors, so that
+            the model can still be fused for training.
+        crop: Side in pixels of the model's input.
+
+    Raises:
+        ModelError: If the copy does not compute the same: what the model does with its layers is not what its
+            structure says.
+    """
+    equal = copy.deepcopy(model).eval()
+    ties = [tie for tie in find_ties(equal) if tie.can_rescale()]
+    with torch.no_grad():
+        for _ in range(_MAX_ROUNDS):
+            if not ties or max(_equalize(tie) for tie in ties) < _CONVERGED:
+                break
+    _check_same(model, equal, crop)
+    return equal.train(model.training)
+
+
+def find_ties(model: nn.Module) -> list[Tie]:
+    """What of a model's tensors can be rescaled, from the graph of its operations.
+
+    A model that torch.fx cannot trace is looked at module by module, each of which keeps its input and its output.
+    """
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    uses: dict[int, int] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        uses[id(module)] = uses.get(id(module), 0) + 1
+    shared = {key for key, count in uses.items() if count > 1}
+    return [tie for graph_of in _graphs(model) for tie in _Ties(*graph_of, shared=shared).found()]
+
+
+class _Tracer(fx.Tracer):
+    """Goes into fused modules, and into torch's own containers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is taken as a whole."""
+        known = isinstance(m, _HOMOGENEOUS_MODULES)
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
+    """The graph of a model, or of the largest parts of it that can be traced."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # noqa: BLE001, RUF100 (a user's forward() may raise anything when run on symbols)
+        for child in model.children():
+            yield from _graphs(child)
+    else:
+        yield model, graph
+
+
+class _Ties:
+    """Follows a graph's tensors from layer to layer."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, shared: set[int]) -> None:
+        self.modules = dict(model.named_modules())
+        self.graph = graph
+        targets = [node.target for node in graph.nodes if node.op == "call_module"]
+        repeated = {id(self.modules[str(t)]) for t in targets if targets.count(t) > 1}
+        # The weights of a layer that runs twice, or whose parameters are read beside it, serve two masters.
+        read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+        self.untouchable = shared | repeated | {id(self.modules[name]) for name in read if name in self.modules}
+        self.tie_of: dict[fx.Node, Tie] = {}
+
+    def found(self) -> list[Tie]:
+        """Every tie of the graph, in the order of its nodes."""
+        for node in self.graph.nodes:
+            self.tie_of[node] = self._visit(node)
+        return list(dict.fromkeys(self.tie_of.values()))
+
+    def _visit(self, node: fx.Node) -> Tie:
+        """The tie of a node's output."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        inputs = list(node.all_input_nodes)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            return self._layer(module, inputs)
+        if isinstance(module, nn.BatchNorm2d) and self._follows_layer(node):
+            return self._batch_norm(module, inputs[0])
+        if len(inputs) == 1 and self._is_homogeneous(node, module):
+            return self.tie_of[inputs[0]]
+        if len(inputs) == 2 and self._is_addition(node):
+            return self._join(*inputs)
+        if node.op == "call_method" and node.target == "size":
+            return Tie(fixed=True)  # A number; it does not change with the factors.
+        for tensor in inputs:
+            self.tie_of[tensor].fixed = True
+        return Tie(fixed=True)
+
+    def _layer(self, layer: Layer, inputs: list[fx.Node]) -> Tie:
+        before, after = self.tie_of[inputs[0]], Tie()
+        if id(layer) in self.untouchable or len(inputs) != 1:
+            before.fixed = after.fixed = True
+        before.consumers.append(layer)
+        after.producers.append(Producer(layer))
+        return after
+
+    def _follows_layer(self, node: fx.Node) -> bool:
+        before = node.all_input_nodes[0]
+        layer = self.modules.get(str(before.target)) if before.op == "call_module" else None
+        return isinstance(layer, nn.Conv2d) and len(before.users) == 1 and len(node.all_input_nodes) == 1
+
+    def _batch_norm(self, norm: nn.BatchNorm2d, before: fx.Node) -> Tie:
+        """The layer's output before BatchNorm keeps its range; what is rescaled is BatchNorm's output."""
+        (producer,) = self.tie_of[before].producers
+        fixed = self.tie_of[before].fixed or id(norm) in self.untouchable
+        self.tie_of[before].fixed = True
+        return Tie([Producer(producer.layer, norm)], fixed=fixed)
+
+    def _is_homogeneous(self, node: fx.Node, module: nn.Module | None) -> bool:
+        if node.op == "call_module":
+            return isinstance(module, _HOMOGENEOUS_MODULES)
+        if node.op == "call_function":
+            return node.target in _HOMOGENEOUS_FUNCTIONS or (node.target is torch.mean and _over_pixels(node))
+        return node.op == "call_method" and (
+            node.target in _HOMOGENEOUS_METHODS or (node.target == "mean" and _over_pixels(node))
+        )
+
+    def _is_addition(self, node: fx.Node) -> bool:
+        plain = not node.kwargs
+        return plain and (node.target in _ADDITIONS if node.op == "call_function" else node.target in {"add", "add_"})
+
+    def _join(self, first: fx.Node, second: fx.Node) -> Tie:
+        """Both terms of a sum are rescaled alike, as is the sum."""
+        one, other = self.tie_of[first], self.tie_of[second]
+        if one is other:
+            return one
+        one.producers += other.producers
+        one.consumers += other.consumers
+        one.fixed = one.fixed or other.fixed
+        for node, tie in self.tie_of.items():
+            if tie is other:
+                self.tie_of[node] = one
+        return one
+
+
+def _over_pixels(node: fx.Node) -> bool:
+    """Whether a mean is taken over height and width alone."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return isinstance(dims, list | tuple) and set(dims) in ({2, 3}, {-1, -2})
+
+
+def _in_channels(layer: Layer) -> int:
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+
+
+def _by_input(layer: Layer, weight: Tensor) -> Tensor:
+    """A layer's weight as [groups, out_channels / groups, in_channels / groups, pixels]."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def _equalize(tie: Tie) -> float:
+    """Rescale the channels of a tie; how far from 1 the furthest factor was, as a natural logarithm.
+
+    Eq. 11 of the paper, s_i = sqrt(r1_i r2_i) / r2_i, with the largest range where there are several layers.
+    """
+    out_range = torch.stack([p.weight().flatten(1).abs().amax(1) for p in tie.producers]).amax(0)  # (channels,)
+    in_range = torch.stack(
+        [_by_input(layer, layer.weight.detach().double()).abs().amax((1, 3)).flatten() for layer in tie.consumers]
+    ).amax(0)  # (channels,)
+    # A channel that is never filled, or never read, has nothing to equalize.
+    dead = (out_range == 0) | (in_range == 0)
+    factors = torch.where(dead, 1.0, (out_range / in_range.clamp_min(1e-300)).sqrt())
+    for producer in tie.producers:
+        producer.divide(factors)
+    for layer in tie.consumers:
+        weight = layer.weight.detach().double()
+        by_input = _by_input(layer, weight)
+        groups, channels = by_input.shape[0], by_input.shape[2]
+        scaled = by_input * factors.view(groups, 1, channels, 1)
+        layer.weight.data = scaled.reshape(weight.shape).to(layer.weight.dtype)
+    return float(factors.clamp_min(1e-300).log().abs().max())
+
+
+def _check_same(model: nn.Module, equal: nn.Module, crop: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, crop, crop, generator=generator)
+    original = copy.deepcopy(model).eval()
+    with torch.inference_mode():
+        logits = original(x)
+        change = float((equal(x) - logits).abs().max() / logits.abs().max().clamp_min(1.0))
+    if not change <= _MAX_CHANGE:
+        raise ModelError(
+            f"Equalization changed the model's logits by {change:.1e} (at most {_MAX_CHANGE:.0e} is rounding): its "
+            "forward() uses layers in a way that their order does not show. Set equalize = false in the recipe."
+        )

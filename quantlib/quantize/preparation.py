@@ -1,0 +1,150 @@
+"""Preparation: observers or fake quantization put into a fused model, as a scheme says."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlib.eager.fusing import FuseMode
+from quantlib.eager.modules import (
+    DeQuantStub,
+    FusedModule,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    ObserverBase,
+    QuantStub,
+)
+from quantlib.eager.preparing import prepare_ptq, prepare_qat, ptq_qconfig, qat_qconfig
+from quantlib.errors import ModelError, suggest
+from quantlib.graph import fusion
+from quantlib.quantize import observers
+from quantlib.quantize.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
+from quantlib.recipe.scheme import ObserverName, Scheme
+
+OBSERVERS: dict[ObserverName, type[ObserverBase]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageMinMaxObserver,
+    "histogram": HistogramObserver,
+    "percentile": observers.PercentileObserver,
+    "mse": observers.MSEObserver,
+}
+
+
+def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
+    """A copy of a fused model with observers (mode "eval") or fake quantization (mode "qat") put in.
+
+    Args:
+        fused: Fused in the same mode.
+        scheme: In mode "qat", ranges are moving averages whatever its observer, because the model moves as well.
+        mode: As it was fused.
+
+    Raises:
+        ModelError: If the model has none of the scheme's `float_layers`.
+    """
+    return _prepare(copy.deepcopy(fused), scheme, mode)
+
+
+def rebuild(header: Mapping[str, Any], scheme: Scheme) -> nn.Module:
+    """A prepared model of the shape that a header describes, its weights and ranges still to be loaded."""
+    return _prepare(fusion.rebuild(header), scheme, header["fused"])
+
+
+def _prepare(model: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
+    """In place."""
+    _keep_in_float(model, scheme.float_layers)
+    per_channel, reduce_range = scheme.weights == "per_channel", scheme.activation_bits == 7
+    if mode == "qat":
+        return prepare_qat(model, _qat_qconfig(reduce_range, per_channel))
+    activation = OBSERVERS[scheme.observer].with_args(reduce_range=reduce_range)
+    return prepare_ptq(model, ptq_qconfig(activation, per_channel))
+
+
+def observe(fused: nn.Module, float_layers: Iterable[str]) -> nn.Module:
+    """A copy of a model fused in mode "eval" with observers that collect for every scheme of these `float_layers`.
+
+    Raises:
+        ModelError: If the model has none of the `float_layers`.
+    """
+    model = copy.deepcopy(fused)
+    _keep_in_float(model, float_layers)
+    for module in model.modules():
+        if isinstance(module, FusedModule) and isinstance(module[-1], nn.ReLU):
+            # Nobody else sees what it is given. A pass that writes where it reads took a tenth off calibration.
+            module[-1].inplace = True
+    return prepare_ptq(model, ptq_qconfig(observers.ActivationStatistics, True))
+
+
+def _keep_in_float(model: nn.Module, float_layers: Iterable[str]) -> None:
+    for path in find_layers(model, float_layers):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, KeptInFloat(model.get_submodule(path)))
+
+
+def _qat_qconfig(reduce_range: bool, per_channel: bool) -> Any:
+    activation: Any = ActivationFakeQuantize
+    weight: Any = WeightFakeQuantize
+    return qat_qconfig(
+        activation.with_args(
+            observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=reduce_range
+        ),
+        weight.with_args(
+            observer=MovingAveragePerChannelMinMaxObserver,
+            quant_min=-128,
+            quant_max=127,
+            dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+        )
+        if per_channel
+        else None,
+    )
+
+
+class KeptInFloat(nn.Module):
+    """A module that computes in float, between int8 neighbours."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.dequant = DeQuantStub()
+        self.module = module
+        self.quant = QuantStub()
+        # Preparation hands a qconfig down to every module but those that have one already.
+        module_: Any = module
+        module_.qconfig = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the module, int8 in and int8 out."""
+        return self.quant(self.module(self.dequant(x)))
+
+
+def find_layers(model: nn.Module, wanted: Iterable[str]) -> list[str]:
+    """Paths of the modules that are named, by dotted path or by class; of those inside one another, the outermost.
+
+    A fused module counts as what it was fused from, too.
+
+    Raises:
+        ModelError: If the model has none of one name.
+    """
+    found: dict[str, None] = {}
+    for name in wanted:
+        paths = [path for path, module in model.named_modules() if path and name in (path, *_classes(module))]
+        if not paths:
+            known = [
+                path for path, module in model.named_modules() if path and isinstance(module, nn.Conv2d | nn.Linear)
+            ]
+            raise ModelError(
+                f"float_layers names {name!r}, and the model has no module of that path or class"
+                f"{suggest(name, known)} Its layers are {', '.join(known[:3])}, …"
+            )
+        found.update(dict.fromkeys(paths))
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+
+
+def _classes(module: nn.Module) -> set[str]:
+    parts = list(module.children()) if isinstance(module, FusedModule) else []
+    return {type(part).__name__ for part in [module, *parts]} | {
+        base.__name__ for base in type(module).__mro__ if base in {nn.Conv2d, nn.Linear}
+    }

@@ -1,0 +1,35 @@
+"""int8 accuracy without int8 kernels: fake quantization in float, of weights, activations, or both."""
+
+import copy
+from typing import Literal
+
+from torch import nn
+
+from quantlib.eager.fusing import FuseMode
+from quantlib.eager.rounding import fake_quantize_ptq, fake_quantize_qat
+from quantlib.quantize import calibration
+
+Parts = Literal["both", "weights", "activations"]
+
+
+def simulate(prepared: nn.Module, mode: FuseMode, parts: Parts) -> nn.Module:
+    """A float copy of a prepared model that rounds what int8 would round.
+
+    Args:
+        prepared: Calibrated (mode "eval") or quantization-aware trained (mode "qat").
+        mode: In which it was prepared.
+        parts: What is rounded; what is left out stays float, and so shows what the other costs.
+    """
+    model = copy.deepcopy(prepared).eval()
+    switches = {"weights": parts != "activations", "activations": parts != "weights"}
+    if mode == "qat":
+        fake_quantize_qat(model, **switches)
+    else:
+        fake_quantize_ptq(model, **switches)
+    return model
+
+
+def load(content: bytes, parts: Parts) -> nn.Module:
+    """The simulation of a stored prepared model."""
+    prepared, header = calibration.load_prepared(content)
+    return simulate(prepared, header["fused"], parts)

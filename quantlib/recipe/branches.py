@@ -1,0 +1,111 @@
+"""The recipe's branches: one way each to quantize the model."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from quantlib.recipe.fields import MAX_INT, MAX_ITEMS, BranchName, Count, Flag, Fraction, Line
+from quantlib.recipe.schedule import LearningRateDecay
+from quantlib.recipe.scheme import BUNDLES, ActivationBits, ObserverName, QConfigName, Scheme, WeightGrid
+from quantlib.recipe.sections import Section, _BatchOfTwo, _LearningRate, check_scale
+
+_LastEpoch = Annotated[int, Field(ge=-2, le=MAX_INT, strict=True)]
+
+
+class BranchRecipe(Section):
+    """What post-training quantization and quantization-aware training have in common."""
+
+    name: BranchName
+    """The variant's name in the report."""
+    qconfig: QConfigName = "accurate"
+    """`accurate` is what keeps accuracy best; the others are torch's own: `default` is min/max per tensor, the rest
+    the engines', weights per channel (qnnpack: per tensor). Each option below takes the place of one of these."""
+    observer: ObserverName | None = None
+    """How activation ranges are found; absent: as `qconfig` says."""
+    weights: WeightGrid | None = None
+    """One scale a weight tensor, or one an output channel; absent: as `qconfig` says."""
+    activation_bits: ActivationBits | Literal["auto"] | None = None
+    """8, or 7 where the CPU's int8 arithmetic would saturate; "auto": what this CPU can; absent: as `qconfig` says."""
+    equalize: Flag | None = None
+    """Cross-layer equalization first; absent: as `qconfig` says."""
+    bias_correction: Flag | None = None
+    """Correct each layer's mean output, on the calibration images; absent: as `qconfig` says."""
+    float_layers: Annotated[tuple[Line, ...], Field(max_length=MAX_ITEMS)] = ()
+    """Layers that stay float, by dotted path or by class."""
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether the float model is equalized first."""
+        return BUNDLES[self.qconfig].equalize if self.equalize is None else self.equalize
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether biases are corrected after calibration."""
+        return BUNDLES[self.qconfig].bias_correction if self.bias_correction is None else self.bias_correction
+
+    def scheme(self, cpu_bits: ActivationBits) -> Scheme:
+        """What is put into the model.
+
+        Args:
+            cpu_bits: What "auto" stands for.
+        """
+        bundle = BUNDLES[self.qconfig]
+        bits = self.activation_bits or bundle.activation_bits
+        return Scheme(
+            observer=self.observer or bundle.observer,
+            weights=self.weights or bundle.weights,
+            activation_bits=cpu_bits if bits == "auto" else bits,
+            float_layers=self.float_layers,
+        )
+
+
+class PTQRecipe(BranchRecipe):
+    """One post-training quantization branch."""
+
+
+class QATRecipe(BranchRecipe):
+    """One quantization-aware training branch."""
+
+    start: Literal["calibrated", "float"] = "calibrated"
+    """calibrated: from what PTQ with the same options gives; float: from the float model, its ranges still to be
+    found while training (`observer` and `bias_correction` then have no effect, and are refused)."""
+    epochs: Count = 8
+    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept, or the start where none is better."""
+    patience: Count | None = None
+    """Stop after so many epochs without a new best (the start counts as one); absent: train all."""
+    batches_per_epoch: Count | None = None
+    """Training batches an epoch; absent: the whole training split."""
+    batch_size: _BatchOfTwo = 30
+    """Images a training step (BatchNorm needs two at least)."""
+    learning_rate: _LearningRate = 1e-4
+    """Of plain SGD, at the start."""
+    learning_rate_decay: LearningRateDecay = "cosine"
+    """cosine: to zero at the last epoch's end; constant: none."""
+    distill: Flag = True
+    """Learn what the float model says of each image, not the labels."""
+    train_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
+    """As [data] train_scale, of this branch. The nearer to the images that the float model was trained on, the less
+    BatchNorm moves."""
+    freeze_batch_norm_after_epoch: _LastEpoch = -2
+    """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the
+    start, as so few images are worse statistics than what the float model brings."""
+    freeze_observer_after_epoch: _LastEpoch = -2
+    """Observers are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the start."""
+
+    @model_validator(mode="after")
+    def _starts_with_ranges(self) -> Self:
+        if self.start == "float":
+            given = [name for name in ("observer", "bias_correction") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f'{given[0]} is of calibration, and start = "float" skips it: remove one of them')
+            if self.freeze_observer_after_epoch == -2:
+                raise ValueError(
+                    'start = "float" has no ranges yet: set freeze_observer_after_epoch to the epoch that ends '
+                    "their search"
+                )
+        return self
+
+    @field_validator("train_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        return check_scale(scale)

@@ -1,0 +1,99 @@
+"""The recipe's file: TOML, paths relative to it, and changes from the command line."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantlib.errors import RecipeError
+from quantlib.recipe.schema import Recipe, parse_recipe
+from quantlib.recipe.sections import is_weights_file
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: A TOML file. Relative paths in it are relative to its folder.
+        overrides: "KEY=VALUE" each, as `qat.0.epochs=2`; the value is TOML, or else a plain string, and a path
+            in it is relative to the working directory.
+
+    Raises:
+        RecipeError: If the file is missing or not TOML, or a key or value is not allowed.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"No recipe {str(path)!r}: give the path of a TOML file, or a name that `quantflow recipes` lists."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"Recipe {str(path)!r} cannot be read as TOML: {error}.") from None
+    _resolve_paths(tables, path.resolve().parent)
+    for override in overrides:
+        _override(tables, override)
+    _resolve_paths(tables, Path.cwd())
+    return parse_recipe(tables)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some values changed, as `load_recipe` does it.
+
+    Raises:
+        RecipeError: If a key or value is not allowed.
+    """
+    if not overrides:
+        return recipe
+    tables = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    if recipe.search is not None:
+        # The search has the budget: were it here as well, a new one could not be set in one place.
+        tables["gate"].pop("max_top1_drop")
+    for override in overrides:
+        _override(tables, override)
+    _resolve_paths(tables, Path.cwd())
+    return parse_recipe(tables)
+
+
+def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a recipe absolute; what is absolute already stays."""
+    model, data = tables.get("model"), tables.get("data")
+    if isinstance(model, dict) and isinstance(model.get("weights"), str) and is_weights_file(model["weights"]):
+        model["weights"] = str(folder / Path(model["weights"]).expanduser())
+    if isinstance(data, dict) and isinstance(data.get("root"), str):
+        data["root"] = str(folder / Path(data["root"]).expanduser())
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r} has no value: write KEY=VALUE, as in --set qat.0.epochs=2.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text
+    *parents, last = key.split(".")
+    place: Any = tables
+    for part in parents:
+        place = _step(place, part, override)
+    if isinstance(place, list):
+        place[_index(place, last, override)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise RecipeError(f"--set {override!r}: {'.'.join(parents)!r} is a value, not a table, in this recipe.")
+
+
+def _step(place: Any, part: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, override)]
+    if isinstance(place, dict):
+        return place.setdefault(part, {})
+    raise RecipeError(f"--set {override!r}: {part!r} lies below a value, not a table, in this recipe.")
+
+
+def _index(place: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise RecipeError(
+            f"--set {override!r}: {part!r} is no branch of this recipe; it has {len(place)}, counted from 0."
+        )
+    return int(part)

@@ -1,0 +1,196 @@
+"""The recipe's tables, but for its branches."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from quantlib.recipe.fields import (
+    MAX_INT,
+    Arguments,
+    Count,
+    Flag,
+    Fraction,
+    Line,
+    PathName,
+    Pixels,
+)
+
+EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
+
+
+RuntimeName = Literal["torchscript", "onnxruntime", "openvino"]
+
+
+_BatchOfTwo = Annotated[int, Field(gt=1, le=MAX_INT, strict=True)]
+
+
+_LearningRate = Annotated[float, Field(gt=0.0, le=1000.0, strict=True)]
+
+
+_Runtimes = Annotated[tuple[RuntimeName, ...], Field(max_length=16)]
+
+
+_MAX_BRANCHES = 1000
+
+
+class Section(BaseModel):
+    """A frozen table of the recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
+    """The least and the most of an image that a random crop takes, as they are.
+
+    Raises:
+        ValueError: If they are out of order.
+    """
+    if not 0.0 < scale[0] <= scale[1]:
+        raise ValueError("must be [least, most] with 0 < least <= most <= 1")
+    return scale
+
+
+class TrainingRecipe(Section):
+    """How to train the float model from nothing, when `weights = "train"`."""
+
+    epochs: Count = 12
+    """Passes over the training split."""
+    batch_size: _BatchOfTwo = 64
+    """Images a step."""
+    learning_rate: _LearningRate = 0.05
+    """Peak learning rate of SGD with Nesterov momentum 0.9 and a one-cycle schedule."""
+
+
+class ModelRecipe(Section):
+    """The float model: its architecture and where its weights come from."""
+
+    architecture: Line = "mobilenet_v2"
+    """A registered name, or "package.module:function", which returns an nn.Module."""
+    arguments: Arguments = {}
+    """Keyword arguments of the architecture; `num_classes` is taken from the data where it is not given."""
+    weights: PathName
+    """A state_dict file; "torchvision:NAME"; or "train"."""
+    training: TrainingRecipe = TrainingRecipe()
+    """Used when `weights = "train"`."""
+
+
+class DataRecipe(Section):
+    """The images, and how they become the model's input."""
+
+    format: Line
+    """digits, imagefolder, imagenet, cifar10, or "package.module:function" called as f(root, split)."""
+    root: PathName | None = None
+    """The dataset's folder; relative to the recipe's file."""
+    resize: Pixels = 256
+    """Shorter side in pixels before the centre crop (evaluation)."""
+    crop: Pixels = 224
+    """Side in pixels of the model's input."""
+    train_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Share of the image's area that a random training crop takes: least and most."""
+    train_flip: Fraction = 0.5
+    """Probability that a training image is mirrored."""
+
+    @field_validator("train_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        return check_scale(scale)
+
+    @model_validator(mode="after")
+    def _crop_inside_resize(self) -> Self:
+        if self.crop > self.resize:
+            raise ValueError(f"crop = {self.crop} does not fit into resize = {self.resize}; lower crop")
+        return self
+
+
+class EvaluationRecipe(Section):
+    """How accuracy is measured, and which images the run may choose by."""
+
+    batch_size: Count = 50
+    """Images a forward pass."""
+    max_images: Count | None = None
+    """Evaluate only so many validation images, drawn by `seed`; absent: all of them."""
+    select_on: Literal["held_back", "validation"] = "held_back"
+    """What QAT's best epoch and the winner are chosen by: training images held back from calibration and
+    training, or the validation split itself (then its figures are optimistic, and the report says so)."""
+    num_held_back: Count | None = None
+    """Training images held back, with `select_on = "held_back"`; absent: a tenth of them, and 1000 at most."""
+    simulate: Flag = False
+    """Also measure every quantized model with fake quantization in float: both, weights only, activations only. Shows
+    which of the two costs accuracy. Weights only: as they ship, with the biases that were corrected for them.
+    Activations only: with float's weights and biases; of QAT, with those that were trained."""
+    num_examples: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 12
+    """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
+    than float. 0: none."""
+    layers: Flag = False
+    """Also measure every layer of every quantized model (the table `layers`), on 256 of the images that choices are
+    made by: two forward passes for each layer."""
+
+
+class CalibrationRecipe(Section):
+    """The training images that activation ranges are taken from."""
+
+    batch_size: Count = 30
+    """Images a forward pass."""
+    num_batches: Count = 32
+    """Batches; the images come from the training split, never from validation."""
+    transform: Literal["eval", "train"] = "eval"
+    """"eval": resize and centre crop; "train": random crops and flips."""
+
+
+class BenchmarkRecipe(Section):
+    """What is timed: every batch size with every number of threads."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Field(max_length=64)] = (1,)
+    """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
+    num_threads: Annotated[tuple[Annotated[int, Field(gt=0, le=1024, strict=True)], ...], Field(max_length=64)] = (1,)
+    """Threads of torch; 1 is always timed."""
+    runtimes: _Runtimes | None = None
+    """What models are exported for and timed in: torchscript, on each of torch's engines, is always among them;
+    absent: and every runtime for ONNX that is installed."""
+    num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
+    """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
+
+
+class SearchRecipe(Section):
+    """Variants that are found by trial: the fastest that loses no more than a budget; `quantlib.search` says how."""
+
+    max_top1_drop: Fraction = 0.002
+    """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too: given in [gate], it
+    may be absent here. Trials are judged on the images that choices are made by, the winner by the gate."""
+    max_trials: Annotated[int, Field(gt=0, le=_MAX_BRANCHES, strict=True)] = 12
+    """Variants to try at most; each is a branch of the report."""
+    max_minutes: Annotated[float, Field(gt=0.0, le=1_000_000.0, strict=True)] = 120.0
+    """No trial begins once the search's stages took so many minutes; one that has begun goes to its end. A stage that
+    is reused counts as long as it took to compute, so that a search that is resumed or repeated ends where it would
+    have ended at once."""
+
+
+class GateRecipe(Section):
+    """What the winner may lose."""
+
+    max_top1_drop: Fraction = 0.01
+    """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point. With a [search]: its budget."""
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
+    """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
+    its drop is inside; absent: the drop itself is what counts."""
+    runtimes: _Runtimes | None = None
+    """What the model may be shipped for: a file is judged, and recommended, in one of these; absent: in any that
+    `benchmark.runtimes` times."""
+
+    @field_validator("runtimes")
+    @classmethod
+    def _one_at_least(cls, runtimes: tuple[RuntimeName, ...] | None) -> tuple[RuntimeName, ...] | None:
+        if runtimes == ():
+            raise ValueError("name one runtime at least, or leave it out")
+        return runtimes
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a recipe's value names a Python function, as "package.module:function"."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def is_weights_file(weights: str) -> bool:
+    """Whether `[model] weights` names a file."""
+    return weights != "train" and not weights.startswith("torchvision:")

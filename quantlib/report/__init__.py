@@ -1,0 +1,1 @@
+"""The report: its tables, the verdict, and the pages made of them."""

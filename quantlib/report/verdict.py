@@ -1,0 +1,429 @@
+"""The verdict: what was measured of each variant, the rows that say so, and which file to ship for which runtime.
+
+A verdict is about a file in a runtime: runtimes round in different places, so the same file has another accuracy in
+each, and another speed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from quantlib.measure import significance
+from quantlib.measure.predictions import Predictions
+from quantlib.recipe.scheme import Scheme
+from quantlib.recipe.sections import GateRecipe
+from quantlib.report.tables import EpochRow, FileRow, LatencyRow, VariantRow
+from quantlib.runtimes.available import Runtime
+
+# What latencies are compared at: batch size, and threads.
+_SETTING = (1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What was measured of an epoch of quantization-aware training."""
+
+    metrics: Mapping[str, Any]
+    """`quantlib.qat.EpochMetrics` as JSON."""
+    validation: Predictions
+    selection: Predictions
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file of a variant in the runtime that it is fastest in, of those that the recipe allows."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+    runtime: str
+    validation: Predictions
+    """Its answers in that runtime; of float, those of TorchScript."""
+    selection: Predictions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured of a variant."""
+
+    name: str
+    method: str
+    qconfig: str | None
+    engine: str | None
+    scheme: Scheme | None = None
+    """None: float."""
+    equalized: bool = False
+    bias_corrected: bool = False
+    files: Sequence[File]
+    """Those that the recipe allows to be shipped; TorchScript on `engine` where it allows none."""
+    available: bool = True
+    """Whether it allows any."""
+    layers: Sequence[Sequence[Mapping[str, Any]]] = ()
+    """`quantlib.layers.LayerSums` of every layer as JSON, for each part of the images; empty where not asked for."""
+    simulated: Mapping[str, Predictions]
+    """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
+    epochs: tuple[Epoch, ...]
+    start_validation: Predictions | None = None
+    """Of the int8 model that QAT started from, where it started from one."""
+    kept_start: bool | None = None
+    """Whether that is what this is, as no epoch was better."""
+    samples_ms: Mapping[tuple[str, int, int], Sequence[float]]
+    """By (runtime, batch size, threads); those of one setting were taken in the same rounds, over all variants."""
+    torchscript_path: str
+    onnx_path: str | None = None
+    onnx_refusal: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What the rows of a run have in common."""
+
+    recipe: str
+    selected_on: str
+    torch_version: str
+    cpu_model: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several files, and why."""
+
+    place: int
+    """Which."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A file in a runtime, as it is compared with others."""
+
+    name: str
+    samples_ms: Sequence[float]
+    """Of one image on one thread; in the same rounds as the others'."""
+    selection: np.ndarray
+    """[N], bool: on which of the images that choices are made by it is right."""
+    size_bytes: int
+
+    @property
+    def p50_ms(self) -> float:
+        """The median time."""
+        return float(np.median(self.samples_ms))
+
+    def is_slower(self, other: "Contender") -> bool:
+        """Beyond the noise of timing."""
+        return significance.is_slower(self.samples_ms, other.samples_ms)
+
+    def is_less_accurate(self, other: "Contender") -> bool:
+        """Beyond chance."""
+        return significance.is_less_accurate(self.selection, other.selection)
+
+    def is_beaten_by(self, other: "Contender") -> bool:
+        """Beyond noise: in speed or accuracy, and in the other not behind."""
+        slower, less_accurate = self.is_slower(other), self.is_less_accurate(other)
+        return (slower and not other.is_less_accurate(self)) or (less_accurate and not other.is_slower(self))
+
+
+def choose(contenders: Sequence[Contender]) -> Choice:
+    """Which of several files to ship: a fastest, of those an accurate one, of those the smallest, then the first.
+
+    As fast as the fastest is whatever is not slower beyond the noise of timing; as accurate as the most accurate of
+    these, on the images that choices are made by, whatever is not less accurate beyond chance.
+
+    Args:
+        contenders: In the order of the recipe, one at least.
+    """
+    places = range(len(contenders))
+    fastest = min(places, key=lambda place: contenders[place].p50_ms)
+    fast = [place for place in places if not contenders[place].is_slower(contenders[fastest])]
+    best = max(fast, key=lambda place: contenders[place].selection.mean())
+    accurate = [place for place in fast if not contenders[place].is_less_accurate(contenders[best])]
+    chosen = min(accurate, key=lambda place: contenders[place].size_bytes)
+    return Choice(chosen, _reason(contenders, chosen, fast, accurate))
+
+
+def _reason(contenders: Sequence[Contender], chosen: int, fast: Sequence[int], accurate: Sequence[int]) -> str:
+    """Why a file was chosen, as "as fast as qat and tutorial (within noise), as accurate, smallest"."""
+    if len(contenders) == 1:
+        return "the only file inside the gate"
+    if len(fast) == 1:
+        return "the fastest inside the gate"
+    own = contenders[chosen].name
+    names = [contenders[place].name for place in fast if place != chosen]
+    rivals = list(dict.fromkeys("its other file" if name == own else name for name in names))
+    parts = [f"as fast as {_list(rivals)} (within noise)"]
+    if len(accurate) == 1:
+        return f"{parts[0]}, and more accurate"
+    parts.append("as accurate" if len(accurate) == len(fast) else "among the most accurate of them")
+    sizes = [contenders[place].size_bytes for place in accurate]
+    parts.append("smallest" if sizes.count(min(sizes)) == 1 else "as small, and first in the recipe")
+    return ", ".join(parts)
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def fastest_runtime(samples_ms: Mapping[Runtime, Sequence[float]]) -> Runtime:
+    """The runtime that a file is fastest in: of those that are so within noise, the first.
+
+    Args:
+        samples_ms: By runtime, in the order of preference; taken in the same rounds.
+    """
+    fastest = min(samples_ms.values(), key=np.median)
+    return next(runtime for runtime, samples in samples_ms.items() if not significance.is_slower(samples, fastest))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Every file judged, one chosen for each variant, and the one to ship."""
+
+    _files: tuple["_Entry", ...]
+    _chosen: tuple["_Entry", ...]
+    """For each variant; float's is the first."""
+    _winner: "_Entry | None"
+    _reason: str | None
+
+    @property
+    def reported(self) -> tuple[File, ...]:
+        """The file that each variant's row is about."""
+        return tuple(entry.file for entry in self._chosen)
+
+    def variant_rows(self, circumstances: Circumstances) -> tuple[VariantRow, ...]:
+        """A row for each variant."""
+        float_ms, compared = self._chosen[0].p50_ms, [entry for entry in self._chosen[1:] if entry.accepted]
+        return tuple(
+            entry.variant_row(
+                circumstances,
+                float_ms=float_ms,
+                reason=self._reason if entry is self._winner else None,
+                pareto=not any(entry.contender.is_beaten_by(other.contender) for other in compared)
+                if entry in compared
+                else None,
+            )
+            for entry in self._chosen
+        )
+
+    def file_rows(self) -> tuple[FileRow, ...]:
+        """A row for each file that may be shipped."""
+        float_ms = self._chosen[0].p50_ms
+        return tuple(
+            entry.file_row(float_ms=float_ms, reported=entry in self._chosen)
+            for entry in self._files
+            if entry.variant is not entry.baseline and entry.variant.available
+        )
+
+
+def judge(variants: Sequence[Measured], gate: GateRecipe) -> Verdict:
+    """Judge every file, choose one for each variant, and the one to ship.
+
+    A variant's row is about the file that wins, or that would of its own: of those inside the gate where there is one.
+
+    Args:
+        variants: The float model first.
+        gate: What a file may lose.
+    """
+    baseline = variants[0]
+    entries = tuple(_Entry(variant, file, baseline, gate) for variant in variants for file in variant.files)
+    inside = [entry for entry in entries if entry.accepted and entry.variant is not baseline]
+    won = choose([entry.contender for entry in inside]) if inside else None
+    winner = inside[won.place] if won else None
+    chosen = tuple(_reported(variant, entries, winner) for variant in variants)
+    return Verdict(entries, chosen, winner, won.reason if won else None)
+
+
+def _reported(variant: Measured, entries: Sequence["_Entry"], winner: "_Entry | None") -> "_Entry":
+    own = [entry for entry in entries if entry.variant is variant]
+    if winner in own:
+        return winner
+    candidates = [entry for entry in own if entry.accepted] or own
+    return candidates[choose([entry.contender for entry in candidates]).place]
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A file of a variant, and the gate that judges it."""
+
+    variant: Measured
+    file: File
+    baseline: Measured
+    gate: GateRecipe
+
+    @property
+    def p50_ms(self) -> float:
+        """Of one image on one thread."""
+        return self.contender.p50_ms
+
+    @cached_property
+    def contender(self) -> Contender:
+        """As it is compared with others."""
+        return Contender(
+            self.variant.name,
+            self.variant.samples_ms[self.file.runtime, *_SETTING],
+            self.file.selection.top1_correct,
+            self.file.size_bytes,
+        )
+
+    @property
+    def accepted(self) -> bool:
+        """Inside the gate, and for a runtime that is allowed."""
+        return self.outcome == "inside"
+
+    @property
+    def outcome(self) -> str:
+        """inside, outside, undecided or unavailable."""
+        return self._judged[0] if self.variant.available else "unavailable"
+
+    @cached_property
+    def _judged(self) -> tuple[str, int | None]:
+        """Whether it is inside the gate, outside, or undecided; then, about how many images would tell."""
+        if self.variant is self.baseline:
+            return "inside", None
+        # A drop of exactly the gate is not to be lost to float64's rounding; one image is far more than this.
+        limit = self.gate.max_top1_drop + 1e-9
+        if self.gate.confidence is None:
+            return ("inside" if self._drop().drop <= limit else "outside"), None
+        paired = self._drop(self.gate.confidence)
+        if paired.high <= limit:
+            return "inside", None
+        if paired.low > limit:
+            return "outside", None
+        return "undecided", significance.images_to_tell(paired, len(self.file.validation), limit)
+
+    def _drop(self, confidence: float = 0.95) -> significance.PairedDrop:
+        """Of top-1 against float."""
+        before, after = self.baseline.files[0].validation, self.file.validation
+        return significance.paired_drop(before.top1_correct, after.top1_correct, confidence)
+
+    def file_row(self, *, float_ms: float, reported: bool) -> FileRow:
+        """The file's row."""
+        paired, (outcome, num_to_decide) = self._drop(), self._judged
+        return FileRow(
+            variant=self.variant.name,
+            path=self.file.path,
+            sha256=self.file.sha256,
+            size_bytes=self.file.size_bytes,
+            runtime=self.file.runtime,
+            top1=self.file.validation.top1,
+            top1_drop=paired.drop,
+            top1_drop_low=paired.low,
+            top1_drop_high=paired.high,
+            p_value=paired.p_value,
+            top1_selection=self.file.selection.top1,
+            latency_p50_ms=self.p50_ms,
+            speedup=float_ms / self.p50_ms,
+            gate=outcome,
+            num_images_to_decide=num_to_decide,
+            reported=reported,
+        )
+
+    def variant_row(
+        self, circumstances: Circumstances, *, float_ms: float, reason: str | None, pareto: bool | None
+    ) -> VariantRow:
+        """The variant's row; with a reason, the winner's."""
+        variant, file, scheme = self.variant, self.file, self.variant.scheme
+        paired, by_runtime = self._drop(), _latencies(variant)
+        fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
+        simulated = {parts: predictions.top1 for parts, predictions in variant.simulated.items()}
+        onnx = next((each for each in variant.files if each.path == variant.onnx_path), None)
+        return VariantRow(
+            recipe=circumstances.recipe,
+            variant=variant.name,
+            method=variant.method,
+            qconfig=variant.qconfig,
+            engine=variant.engine,
+            observer=scheme.observer if scheme else None,
+            weights=scheme.weights if scheme else None,
+            activation_bits=scheme.activation_bits if scheme else None,
+            float_layers=list(scheme.float_layers) if scheme else None,
+            equalized=variant.equalized,
+            bias_corrected=variant.bias_corrected,
+            top1=file.validation.top1,
+            top5=file.validation.top5_accuracy,
+            loss=file.validation.mean_loss,
+            num_images=len(file.validation),
+            top1_drop=paired.drop,
+            top1_drop_low=paired.low,
+            top1_drop_high=paired.high,
+            p_value=paired.p_value,
+            top1_selection=file.selection.top1,
+            selected_on=circumstances.selected_on,
+            top1_simulated=simulated.get("both"),
+            top1_weights_only=simulated.get("weights"),
+            top1_activations_only=simulated.get("activations"),
+            best_epoch=next((epoch.metrics["epoch"] for epoch in variant.epochs if epoch.chosen), None),
+            top1_start=variant.start_validation.top1 if variant.start_validation else None,
+            kept_start=variant.kept_start,
+            size_bytes=file.size_bytes,
+            runtime=file.runtime,
+            latency_p50_ms=self.p50_ms,
+            speedup=float_ms / self.p50_ms,
+            fastest_runtime=fastest,
+            fastest_p50_ms=by_runtime[fastest],
+            accepted=self.accepted,
+            gate=self.outcome,
+            num_images_to_decide=self._judged[1],
+            winner=reason is not None,
+            reason=reason,
+            pareto=pareto,
+            artifact_sha256=file.sha256,
+            artifact_path=file.path,
+            torchscript_path=variant.torchscript_path,
+            onnx_path=variant.onnx_path,
+            onnx_top1=onnx.validation.top1 if onnx else None,
+            onnx_refusal=variant.onnx_refusal,
+            torch_version=circumstances.torch_version,
+            cpu_model=circumstances.cpu_model,
+            created_at=circumstances.created_at,
+        )
+
+
+def _latencies(variant: Measured) -> dict[str, float]:
+    """Median milliseconds of each runtime for one image on one thread."""
+    return {
+        runtime: float(np.median(samples))
+        for (runtime, *setting), samples in variant.samples_ms.items()
+        if tuple(setting) == _SETTING
+    }
+
+
+def epoch_rows(variants: Sequence[Measured]) -> tuple[EpochRow, ...]:
+    """A row for each epoch of each variant."""
+    return tuple(
+        EpochRow(
+            variant=variant.name,
+            epoch=epoch.metrics["epoch"],
+            loss=epoch.metrics["loss"],
+            train_top1=epoch.metrics["train_top1"],
+            top1=epoch.validation.top1,
+            top1_selection=epoch.selection.top1,
+            best=epoch.chosen,
+            observers_frozen=epoch.metrics["observers_frozen"],
+            batch_norm_frozen=epoch.metrics["batch_norm_frozen"],
+        )
+        for variant in variants
+        for epoch in variant.epochs
+    )
+
+
+def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
+    """A row for each variant, batch size and number of threads."""
+    return tuple(
+        LatencyRow(
+            variant=variant.name,
+            runtime=runtime,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            p50_ms=float(np.percentile(samples, 50)),
+            p95_ms=float(np.percentile(samples, 95)),
+            images_per_second=batch_size / float(np.percentile(samples, 50)) * 1000,
+            num_samples=len(samples),
+        )
+        for variant in variants
+        for (runtime, batch_size, num_threads), samples in variant.samples_ms.items()
+    )

@@ -1,0 +1,143 @@
+"""What runs an exported model: TorchScript on each of torch's int8 engines, ONNX Runtime, OpenVINO."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args
+
+import torch
+from torch import Tensor
+
+from quantlib.errors import MachineError, ModelError
+from quantlib.runtimes.available import resolve_engine
+from quantlib.runtimes.engine import use_engine
+
+ONNXRuntimeName = Literal["onnxruntime", "openvino"]
+
+
+class Classifier(Protocol):
+    """A model that is ready to be called."""
+
+    layout: torch.memory_format
+    """Of the images that are fastest for it; it takes any."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
+
+
+class TorchScriptClassifier:
+    """A TorchScript file, frozen. It runs on as many threads as torch is set to.
+
+    Args:
+        path: Of the file.
+        engine: What int8 weights are packed for; float models do without.
+
+    Raises:
+        MachineError: If this machine lacks the engine.
+    """
+
+    layout = torch.channels_last
+
+    def __init__(self, path: Path, engine: str) -> None:
+        self.engine = resolve_engine(engine)
+        with use_engine(self.engine):
+            # Freezes, and gives float convolutions to oneDNN with their weights in its own layout.
+            self.model = torch.jit.optimize_for_inference(torch.jit.load(str(path), map_location="cpu").eval())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
+        with torch.inference_mode(), use_engine(self.engine):
+            return self.model(images.contiguous(memory_format=self.layout))
+
+
+class ONNXRuntimeClassifier:
+    """An ONNX file in ONNX Runtime.
+
+    Args:
+        path: Of the file.
+        num_threads: Of its own; 0: as many as there are cores.
+    """
+
+    layout = torch.contiguous_format
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        # Its import puts an id of the device into the user's cache, and some seconds later reports to Microsoft.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # Errors: it warns of every shape that it cannot know.
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
+        return torch.from_numpy(self.session.run(None, {self.input: images.contiguous().numpy()})[0])
+
+
+class OpenVINOClassifier:
+    """An ONNX file in OpenVINO.
+
+    Args:
+        path: Of the file.
+        num_threads: Of its own; 0: as many as it likes.
+    """
+
+    layout = torch.contiguous_format
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        # OpenVINO's import reports itself to Google; where this module is missing it does not, and works the same.
+        cast("dict[str, Any]", sys.modules).setdefault("openvino_telemetry", None)
+        import openvino
+
+        # What is float stays float32: OpenVINO would take bfloat16 where the CPU has it.
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if num_threads:
+            settings["INFERENCE_NUM_THREADS"] = num_threads
+        core = openvino.Core()
+        self.request = core.compile_model(core.read_model(str(path)), "CPU", settings).create_infer_request()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
+        outputs = self.request.infer([images.contiguous().numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(outputs[0].copy())  # It writes the next answer into the same memory.
+
+
+def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
+    """An exported model in a runtime.
+
+    Args:
+        path: A TorchScript or an ONNX file.
+        runtime: torchscript, torchscript-ENGINE, onnxruntime or openvino.
+        num_threads: Of an ONNX runtime; 0: as many as it likes. TorchScript runs on torch's.
+
+    Raises:
+        ModelError: If the file cannot be read, or is not for that runtime.
+        MachineError: If the runtime is not installed, or this machine lacks the engine.
+    """
+    kind, _, engine = runtime.partition("-")
+    if kind not in {"torchscript", *get_args(ONNXRuntimeName)}:
+        raise MachineError(
+            f"Runtime {runtime!r} is unknown: torchscript, torchscript-ENGINE, "
+            f"{' and '.join(get_args(ONNXRuntimeName))} are allowed."
+        )
+    if kind != "torchscript" and importlib.util.find_spec(kind) is None:
+        raise MachineError(f"Runtime {runtime!r} is not installed: pip install {kind}.")
+    try:
+        if kind == "torchscript":
+            return TorchScriptClassifier(path, engine or "auto")
+        if kind == "openvino":
+            return OpenVINOClassifier(path, num_threads)
+        return ONNXRuntimeClassifier(path, num_threads)
+    except Exception as error:
+        if isinstance(error, MachineError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"{path} does not load in {runtime}: {reason} A .pt file is TorchScript, an .onnx file ONNX."
+        ) from None

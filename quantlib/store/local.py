@@ -1,0 +1,224 @@
+"""Content-addressed artifacts on disk, and the records that say which stage made which.
+
+    blobs/ab/abcdef…     an artifact, named by the SHA-256 of its bytes, read-only
+    records/KEY.json     what the stage with this key made, and out of what
+
+Everything is written to a temporary file, flushed to the disk, then renamed: a reader sees a whole file or none. The
+umask decides who may read it.
+"""
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from quantlib.errors import MachineError, StoreError
+from quantlib.files import _hash_file, _new_file, _publish, lockable, read_file, seal, unseal, write_atomically
+from quantlib.store.artifacts import Record, Ref
+
+
+class Store:
+    """Artifacts and records below one folder.
+
+    Args:
+        folder: Made when it is first written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # (size, mtime, inode) of each blob that was read whole and found right: hashing it again tells nothing new.
+        self._verified: dict[str, tuple[int, int, int]] = {}
+
+    def put(self, kind: str, content: bytes) -> Ref:
+        """Store bytes; the same bytes are stored once."""
+        return self.write(kind, lambda file: file.write(content))
+
+    def put_json(self, kind: str, value: Any) -> Ref:
+        """Store a dataclass, or a list of them, as JSON."""
+        return self.put(kind, json.dumps(value, default=asdict, sort_keys=True).encode())
+
+    def read_json(self, ref: Ref) -> Any:
+        """What `put_json` stored, as dicts and lists.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        return json.loads(self.read(ref))
+
+    def write(self, kind: str, fill: Callable[[IO[bytes]], Any]) -> Ref:
+        """Store what `fill` writes to the file it is given.
+
+        Raises:
+            MachineError: If the disk is full.
+        """
+        with _new_file(self.folder / "blobs") as file:
+            fill(file)
+            file.flush()
+            sha256 = _hash_file(Path(file.name))
+            ref = Ref(kind, sha256, Path(file.name).stat().st_size)
+            if self.holds(ref):
+                Path(file.name).unlink()
+            else:
+                _publish(file, self._blob(sha256), read_only=True)
+        return ref
+
+    def path(self, ref: Ref) -> Path:
+        """The artifact's file, after its bytes were checked.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        blob = self._blob(ref.sha256)
+        try:
+            status = blob.stat()
+            seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+            if self._verified.get(ref.sha256) != seen:
+                if status.st_size != ref.size or _hash_file(blob) != ref.sha256:
+                    raise StoreError(
+                        f"Artifact {blob} is damaged: its content is no longer what was written. "
+                        "Run the recipe again: the stage that made it is computed anew."
+                    )
+                self._verified[ref.sha256] = seen
+        except OSError as error:
+            raise _unreadable(blob, error) from None
+        return blob
+
+    def read(self, ref: Ref) -> bytes:
+        """The artifact's bytes, checked.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        try:
+            return read_file(self.path(ref))
+        except OSError as error:
+            raise _unreadable(self._blob(ref.sha256), error) from None
+
+    def lay_out(self, ref: Ref, place: Path) -> Path:
+        """Give an artifact a file of its own at `place`, which outlives it in the store.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        write_atomically(place, self.read(ref))
+        return place
+
+    def holds(self, ref: Ref) -> bool:
+        """Whether the artifact is here and whole."""
+        try:
+            self.path(ref)
+        except StoreError:
+            return False
+        return True
+
+    def add_record(self, record: Record) -> None:
+        """Keep what a stage made. Its artifacts must be stored before."""
+        with _new_file(self.folder / "records") as file:
+            file.write(seal(asdict(record)))
+            file.flush()
+            _publish(file, self._record(record.key), read_only=True)
+
+    def find_record(self, key: str) -> Record | None:
+        """The record under `key`, or None where it or one of its artifacts is missing or damaged."""
+        record = self.read_record(key)
+        if record is None or not all(self.holds(ref) for ref in record.outputs):
+            return None
+        return record
+
+    def read_record(self, key: str) -> Record | None:
+        """The record under `key`, or None where it is missing or damaged; its artifacts are not looked at."""
+        try:
+            fields = unseal(read_file(self._record(key)))
+            outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
+            record = Record(outputs=outputs, **fields)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            # Damaged in whatever way: the stage is computed again, and that writes it anew.
+            return None
+        return record if record.key == key else None
+
+    def records(self) -> Iterator[Record]:
+        """Every record that can be read, in no order; their artifacts are not looked at."""
+        for path in (self.folder / "records").glob("*.json"):
+            record = self.read_record(path.stem)
+            if record is not None:
+                yield record
+
+    def remove_record(self, key: str) -> None:
+        """Forget what a stage made; its artifacts stay. Only inside `freeing`."""
+        self._record(key).unlink(missing_ok=True)
+        self.lock_file(key).unlink(missing_ok=True)
+
+    def remove_blobs_except(self, kept: set[str]) -> list[int]:
+        """Remove every artifact but those with these hashes, and what a crash left unfinished. Only inside `freeing`.
+
+        Returns:
+            The size in bytes of each that was removed.
+        """
+        sizes = []
+        for path in [*(self.folder / "blobs").rglob("*"), *(self.folder / "records").glob(".writing-*")]:
+            status = path.lstat()
+            if path.name not in kept and not stat.S_ISDIR(status.st_mode):
+                sizes.append(status.st_size if stat.S_ISREG(status.st_mode) else 0)
+                path.unlink()
+        return sizes
+
+    @contextmanager
+    def freeing(self) -> Iterator[None]:
+        """Nobody else is inside `in_use` inside the block.
+
+        Raises:
+            MachineError: If somebody is.
+        """
+        try:
+            with self._lock_uses(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                yield
+        except BlockingIOError:
+            raise MachineError(
+                "A flow is running on this home, and may need what would be freed: try again when it has ended."
+            ) from None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Nothing is freed from the store inside the block; any number of processes may be inside one."""
+        with self._lock_uses(fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def _lock_uses(self, operation: int) -> Iterator[None]:
+        """Hold a flock(2), which the kernel frees when the process ends in whatever way."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.open(lockable(self.folder / "in-use"), flags, 0o666)
+        try:
+            fcntl.flock(file, operation)
+            yield
+        finally:
+            os.close(file)
+
+    def lock_file(self, key: str) -> Path:
+        """The file to lock while the stage with this key is computed.
+
+        Raises:
+            MachineError: If something else is in its place.
+        """
+        folder = self.folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return lockable(folder / key)
+
+    def _blob(self, sha256: str) -> Path:
+        return self.folder / "blobs" / sha256[:2] / sha256
+
+    def _record(self, key: str) -> Path:
+        return self.folder / "records" / f"{key}.json"
+
+
+def _unreadable(blob: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"Artifact {blob} cannot be read ({error.strerror}). "
+        "Run the recipe again: the stage that made it is computed anew."
+    )

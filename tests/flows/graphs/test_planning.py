@@ -1,0 +1,50 @@
+"""`quantflow plan`: what would be reused, what would run, and why."""
+
+import harness
+
+from flows.graphs.planning import plan_run
+from quantlib.recipe.schema import parse_recipe
+
+
+def test_a_finished_recipe_would_reuse_every_stage(home_copy, undisturbed, equally_fast):
+    planned = plan_run(parse_recipe(harness.RECIPE), home_copy)
+    assert {stage.label for stage in planned} == set(undisturbed[1].stages)
+    assert [stage for stage in planned if not stage.reused] == []
+
+
+def test_whichever_record_is_missing_its_stage_would_run_and_the_plan_goes_on(home_copy, equally_fast):
+    recipe = parse_recipe(harness.RECIPE)
+    for label, key in harness.keys_done(home_copy).items():
+        record = home_copy / "store" / "records" / f"{key}.json"
+        hidden = record.rename(record.with_suffix(".hidden"))
+        planned = {stage.label: stage.reused for stage in plan_run(recipe, home_copy)}
+        assert planned[label] is False
+        hidden.rename(record)
+
+
+def test_fewer_calibration_batches_recompute_calibration_and_what_follows_and_say_why(home_copy):
+    changed = harness.RECIPE | {"calibration": {"batch_size": 16, "num_batches": 1}}
+    reasons = {s.label: s.reason for s in plan_run(parse_recipe(changed), home_copy) if not s.reused}
+    assert reasons["decode-calibration-0"].startswith("images.stop: ")
+    assert reasons["calibrate-per_channel"] == "follows decode-calibration-0"
+    assert not {"load_float", "fuse-eval", "evaluate_baseline-float", "decode-validation-0"} & set(reasons)
+
+
+def test_activations_alone_are_rounded_in_a_model_whose_biases_are_floats(tmp_path):
+    recipe = harness.RECIPE | {"evaluation": harness.RECIPE["evaluation"] | {"simulate": True}}
+    reasons = {s.label: s.reason for s in plan_run(parse_recipe(recipe), tmp_path)}
+    follows = {"both": "correct_bias", "weights": "correct_bias", "activations": "choose_ranges"}
+    for parts, stage in follows.items():
+        assert reasons[f"simulate-per_channel-{parts}"] == f"follows {stage}-per_channel"
+        assert reasons[f"simulate-qat-{parts}"] == "follows choose_epoch-qat"
+
+
+def test_a_stage_that_was_interrupted_is_not_called_damaged(tmp_path):
+    held = harness.start_run(tmp_path / "home", hold_at="inside load_float")
+    while not held.held.exists():
+        assert held.is_alive()
+        held.join(0.05)
+    held.kill()
+    held.join()
+    reasons = {s.label: s.reason for s in plan_run(parse_recipe(harness.RECIPE), tmp_path / "home")}
+    assert reasons["load_float"] == "the last run did not finish it"

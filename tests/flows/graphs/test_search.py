@@ -1,0 +1,199 @@
+"""The search as a run: its trials are branches like any other, and a killed one goes on."""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import harness
+import pandas as pd
+import pytest
+
+from flows.graphs import search as flow
+from flows.graphs.planning import plan_run
+from quantlib.data.split import Selection
+from quantlib.inputs import Inputs
+from quantlib.recipe.schema import parse_recipe
+from quantlib.recipe.sections import SearchRecipe
+from quantlib.search import Trial
+from quantlib.store.artifacts import Ref
+from quantlib.store.local import Store
+from tasks.findings import NotYetKnownError
+from tasks.report import VariantRefs
+
+BRANCHES = {"ptq", "qat"}
+RECIPE = {key: value for key, value in harness.RECIPE.items() if key not in BRANCHES}
+RECIPE |= {"search": {"max_trials": 2, "max_top1_drop": 0.0}, "gate": {}}
+RECIPE |= {"evaluation": RECIPE["evaluation"] | {"layers": True}}
+TRIALS = ["search-1-minmax", "search-2-equalized"]
+
+
+@pytest.fixture(scope="module")
+def searched(prefect_server, tmp_path_factory):
+    """The home of a search of two trials that was killed in the second, and gone on with."""
+    home = tmp_path_factory.mktemp("search") / "home"
+    killed = harness.start_run(home, recipe=RECIPE, hold_at="before convert-search-2-equalized")
+    while not killed.held.exists():
+        assert killed.is_alive()
+        killed.join(0.05)
+    saved = (home / "models" / harness.run_id_of(home) / "search-best.pt").read_bytes()
+    killed.kill()
+    killed.join()
+    outcome = harness.run(home, recipe=RECIPE, run_id=harness.run_id_of(home))
+    assert outcome.error == ""
+    return home, outcome, saved
+
+
+def test_trials_are_variants_of_the_report(searched):
+    home, _, _ = searched
+    variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
+    assert list(variants.index) == ["float", *TRIALS]
+    assert list(variants.equalized) == [False, False, True]
+    assert variants.winner.sum() == (variants.gate[TRIALS] == "inside").any()
+
+
+def test_the_best_so_far_is_saved_at_every_step(searched):
+    home, _, saved = searched
+    models = home / "models" / harness.run_id_of(home)
+    assert saved == (models / "search-1-minmax.pt").read_bytes()
+    variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
+    best = variants.loc[TRIALS].top1_selection.idxmax()  # Of equals, the first.
+    assert hashlib.sha256((models / "search-best.pt").read_bytes()).hexdigest() == (
+        hashlib.sha256(Path(variants.torchscript_path[best]).read_bytes()).hexdigest()
+    )
+
+
+def test_a_killed_search_goes_on_where_it_stopped(searched):
+    _, outcome, _ = searched
+    assert outcome.stages["evaluate-search-1-minmax-held_back"]
+    assert not outcome.stages["convert-search-2-equalized"]
+
+
+def test_a_plan_follows_the_trials_that_were_made(searched, equally_fast):
+    home, outcome, _ = searched
+    planned = plan_run(parse_recipe(RECIPE), home)
+    assert {stage.label for stage in planned} == set(outcome.stages)
+    assert all(stage.reused for stage in planned)
+
+
+def test_a_plan_of_a_new_search_ends_with_its_first_trial(tmp_path):
+    labels = [stage.label for stage in plan_run(parse_recipe(RECIPE), tmp_path)]
+    assert "evaluate-search-1-minmax" in labels
+    assert not any("search-2" in label for label in labels)
+
+
+def test_time_that_reused_stages_once_took_counts(searched, tmp_path):
+    home, outcome, _ = searched
+    records = {record.key: record.seconds for record in Store(home / "store").records()}
+    # What is evaluated once all was timed is no part of the search.
+    searching = {k: key for k, key in harness.keys_done(home).items() if not re.search("-(pt|onnx)(-held_back)?$", k)}
+    seconds = sum(records[key] for label, key in searching.items() if "search-1" in label)
+    recipe = RECIPE | {"search": RECIPE["search"] | {"max_minutes": 0.9 * seconds / 60}}
+    assert not any("search-2" in stage.label for stage in plan_run(parse_recipe(recipe), home))
+    copied = shutil.copytree(home, tmp_path / "home")
+    stages = harness.run(copied, recipe=recipe).stages
+    assert all(stages[label] for label in outcome.stages if "search-1" in label)
+    assert not any("search-2" in label for label in stages)
+
+
+def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
+    home, _, _ = searched
+    layers = pd.read_parquet(home / "reports" / "layers")
+    assert set(layers.variant) == set(TRIALS)
+    assert not layers.duplicated(["variant", "layer"]).any()
+    assert set(layers.num_images) == {40}
+    assert set(layers.measured_on) == {"held_back"}
+
+
+# The loop alone
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    """Runs the loop with trials that have a drop each, by the end of their names; what it saved and measured."""
+    monkeypatch.setattr(flow, "stages_met", frozenset)
+    monkeypatch.setattr(flow, "seconds_of", lambda keys: 0.0)
+
+    def run(drops, **settings):
+        saved, ranked = [], []
+
+        def make(trunk, branch):
+            return VariantRefs(
+                name=branch.name,
+                method="",
+                qconfig=None,
+                engine=None,
+                scheme=None,
+                equalized=False,
+                bias_corrected=False,
+                simulated={},
+                artifact=Ref("torchscript", branch.name, 1),
+                prepared=Ref("model", branch.name, 1),
+            )
+
+        def measure(trunk, prepared, name, *, equalized):
+            ranked.append(name)
+            return (Ref("layers", name, 1),)
+
+        def judge(branch, baseline, variant):
+            drop = drops.get(branch.name.split("-", 2)[2], 0.1)
+            if drop is None:
+                raise NotYetKnownError
+            return Trial(branch, drop, 1.0)
+
+        monkeypatch.setattr(flow, "ptq_branch", make)
+        monkeypatch.setattr(flow, "qat_branch", make)
+        monkeypatch.setattr(flow, "layers_of", measure)
+        monkeypatch.setattr(flow, "judge", judge)
+        monkeypatch.setattr(flow, "rank_layers", lambda parts: [f"layer{n}" for n in range(9)])
+        monkeypatch.setattr(flow, "save_best", lambda ref: saved.append(ref.sha256))
+        images = Selection(None, 0, 0, 1000)
+        trunk = SimpleNamespace(
+            recipe=SimpleNamespace(search=SearchRecipe(**settings)),
+            inputs=Inputs(None, None, None, images, images, images),
+        )
+        variants, best, note = flow.search_branches(trunk, make(trunk, SimpleNamespace(name="float")))
+        assert best is None or f"{best}, " in note
+        return variants, note, saved, ranked
+
+    return run
+
+
+def test_the_file_that_is_saved_is_always_the_best_so_far(loop):
+    _, _, saved, _ = loop({"equalized": 0.05, "corrected": 0.06, "float-1": 0.0, "qat": 0.2})
+    assert [name.split("-", 2)[2] for name in saved] == ["minmax", *["equalized"] * 5, "float-1", "float-1"]
+
+
+def test_the_layers_of_the_trial_that_is_refined_are_measured_once_and_reported(loop):
+    variants, _, _, ranked = loop({"corrected": 0.05})
+    assert ranked == ["search-3-corrected"]
+    assert [variant.name for variant in variants if variant.layers] == ["search-3-corrected"]
+
+
+def test_a_budget_that_cannot_be_met_is_missed_by_so_much(loop):
+    _, note, _, _ = loop({"mse": 0.005})
+    assert "11 trials 0.30 points outside its budget of 0.20; its best is search-5-mse, -0.50 points" in note
+
+
+def test_a_budget_that_is_met_says_by_which_trial(loop):
+    assert "6 trials inside its budget: search-5-mse, -0.10 points" in loop({"mse": 0.001})[1]
+
+
+def test_no_trial_begins_when_the_time_is_over(loop, monkeypatch):
+    met = iter([{"shared"}, {"shared"}, {"shared", "a"}, {"shared", "a", "b"}])
+    monkeypatch.setattr(flow, "stages_met", lambda: next(met))
+    monkeypatch.setattr(flow, "seconds_of", lambda keys: sum({"shared": 600.0, "a": 59.0, "b": 1.0}[k] for k in keys))
+    variants, note, _, _ = loop({}, max_minutes=1.0)
+    assert len(variants) == 2
+    assert "after 2 trials, at its limit of 1 minute," in note
+
+
+def test_one_trial_is_one_trial(loop):
+    assert "after 1 trial, at its limit, 9.80 points outside" in loop({}, max_trials=1)[1]
+
+
+def test_a_run_that_is_only_planned_ends_where_it_cannot_know(loop):
+    variants, _, saved, _ = loop({"corrected": None})
+    assert [variant.name for variant in variants][-1] == "search-3-corrected"
+    assert len(saved) == 2

@@ -1,0 +1,73 @@
+"""Shards of decoded images."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from quantlib.data import shards
+
+
+def _shard(path: Path, num_images: int) -> tuple[Path, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (num_images, 9, 9, 3), dtype=np.uint8)
+    labels = rng.integers(0, 5, num_images)
+    with path.open("wb") as file:
+        shards.save([pixels[:4], pixels[4:]], labels, file)
+    return path, pixels, labels
+
+
+def test_inputs_are_bit_for_bit_torchvisions() -> None:
+    # Every value of every channel.
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    pixels = np.concatenate([pixels, np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)])
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(shards.MEAN, shards.STD)])
+
+    got = shards.to_input(torch.from_numpy(pixels))
+
+    assert torch.equal(got, torch.stack([theirs(Image.fromarray(image)) for image in pixels]))
+    assert got.shape == (4, 3, 16, 16)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_making_inputs_leaves_the_pixels_as_they_were() -> None:
+    pixels = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
+    before = pixels.clone()
+
+    shards.to_input(pixels)
+
+    assert torch.equal(pixels, before)
+
+
+def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path, pixels, labels = _shard(tmp_path / "shard", 7)
+
+    got_pixels, got_labels = shards.open_shard(path)
+
+    assert shards.count(path) == 7
+    assert np.array_equal(got_pixels.numpy(), pixels)
+    assert np.array_equal(got_labels.numpy(), labels)
+
+
+def test_a_shard_has_the_same_bytes_each_time() -> None:
+    pixels, labels = np.zeros((2, 4, 4, 3), dtype=np.uint8), np.zeros(2, dtype=np.int64)
+    first, second = io.BytesIO(), io.BytesIO()
+    shards.save([pixels], labels, first)
+    shards.save([pixels[:1], pixels[1:]], labels.copy(), second)
+
+    assert first.getvalue() == second.getvalue()
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(3, [3, 3, 1]), (7, [7]), (50, [7])])
+def test_batches_hold_every_image_once_and_in_order(tmp_path: Path, batch_size: int, sizes: list[int]) -> None:
+    path, pixels, labels = _shard(tmp_path / "shard", 7)
+
+    parts = list(shards.batches(path, batch_size))
+
+    assert [len(x) for x, _ in parts] == sizes
+    assert torch.equal(torch.cat([x for x, _ in parts]), shards.to_input(torch.from_numpy(pixels)))
+    assert np.array_equal(torch.cat([y for _, y in parts]).numpy(), labels)

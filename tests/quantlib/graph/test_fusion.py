@@ -1,0 +1,160 @@
+"""Fusion of Conv, BatchNorm and ReLU."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantlib.eager.fusing import FuseMode, fuse_modules
+from quantlib.graph import fusion
+from quantlib.models import checkpoint
+
+MODES: tuple[FuseMode, ...] = ("eval", "qat")
+
+
+def _count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def test_fusing_for_inference_keeps_logits_within_1e_5(tiny_model: nn.Module, val_inputs: torch.Tensor) -> None:
+    with torch.inference_mode():
+        before, after = tiny_model(val_inputs), fusion.fuse_model(tiny_model, "eval")(val_inputs)
+
+    assert before.std() > 1e-2
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_fusing_for_training_keeps_logits_within_1e_5_in_eval_mode(
+    tiny_model: nn.Module, val_inputs: torch.Tensor
+) -> None:
+    with torch.inference_mode():
+        after = fusion.fuse_model(tiny_model, "qat").eval()(val_inputs)
+        torch.testing.assert_close(after, tiny_model(val_inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_no_batch_norm_is_left_after_fusing_for_inference(tiny_model: nn.Module) -> None:
+    fused = fusion.fuse_model(tiny_model, "eval")
+
+    assert _count(tiny_model, nn.BatchNorm2d) == 13  # first, last, 2 in the block that does not expand, 3 in the others
+    assert _count(fused, nn.BatchNorm2d) == 0
+    assert _count(fused, nn.ReLU) == 9  # all but the projections', each inside a fused convolution
+    assert not any(module.training for module in fused.modules())
+
+
+def test_batch_norm_stays_live_when_fusing_for_training(tiny_model: nn.Module, val_inputs: torch.Tensor) -> None:
+    fused = fusion.fuse_model(tiny_model, "qat")
+    before = {name: value.clone() for name, value in fused.named_buffers() if name.endswith("running_mean")}
+
+    fused(val_inputs)
+
+    assert len(before) == _count(tiny_model, nn.BatchNorm2d)
+    assert all(not torch.equal(value, dict(fused.named_buffers())[name]) for name, value in before.items())
+    assert fused.training
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fusing_leaves_the_given_model_as_it_was(tiny_model: nn.Module, mode: FuseMode) -> None:
+    before = copy.deepcopy(tiny_model)
+
+    fusion.fuse_model(tiny_model, mode)
+
+    assert repr(tiny_model) == repr(before)
+    assert not any(module.training for module in tiny_model.modules())
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, tiny_model.state_dict()[name]), name
+
+
+def test_chains_are_found_longest_first_and_once() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.ReLU(),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
+    )
+
+    assert fusion.find_groups(model) == [["0", "1", "2"], ["3", "4"], ["5", "6"], ["9.0", "9.1"]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_linear_layer_and_its_relu_become_one(mode: FuseMode) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(5, 4)
+
+    fused = fusion.fuse_model(model, mode)
+
+    assert type(fused[0]).__name__ == "LinearReLU"
+    assert type(fused[1]) is nn.Identity
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_a_model_without_chains_is_copied(val_inputs: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+
+    fused = fusion.fuse_model(model, "eval")
+
+    assert fused is not model
+    assert torch.equal(fused(val_inputs), model(val_inputs))
+
+
+class _OwnGroups(nn.Module):
+    """Its chains are attributes, which nobody else could know to be chains."""
+
+    def __init__(self, groups: list[list[str]]) -> None:
+        super().__init__()
+        self.groups = groups
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        self.tail = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.relu(self.norm(self.conv(x))))
+
+    def modules_to_fuse(self) -> list[list[str]]:
+        return self.groups
+
+
+def test_a_models_own_list_of_chains_decides_alone(
+    stir_batch_norm: Callable[[nn.Module], nn.Module], val_inputs: torch.Tensor
+) -> None:
+    model = stir_batch_norm(_OwnGroups([["conv", "norm", "relu"]])).eval()
+
+    fused = fusion.fuse_model(model, "eval")
+
+    assert type(fused.conv).__name__ == "ConvReLU2d"
+    assert type(fused.tail[0]) is nn.Conv2d  # not on the list
+    torch.testing.assert_close(fused(val_inputs), model(val_inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_may_want_nothing_fused() -> None:
+    fused = fusion.fuse_model(_OwnGroups([]), "eval")
+
+    assert _count(fused, nn.BatchNorm2d) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_saved_fused_model_comes_back_exactly(
+    tiny_model: nn.Module, tiny_header: dict[str, Any], val_inputs: torch.Tensor, mode: FuseMode
+) -> None:
+    fused = fusion.fuse_model(tiny_model, mode)
+
+    loaded, header = fusion.load(checkpoint.save(fused, tiny_header | {"fused": mode}))
+
+    assert header["fused"] == mode
+    assert loaded.training == (mode == "qat")
+    assert loaded.state_dict().keys() == fused.state_dict().keys()
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(val_inputs), fused.eval()(val_inputs))
+
+
+def test_fusing_nothing_is_no_error(tiny_model: nn.Module) -> None:
+    fuse_modules(tiny_model, [], "eval")
+
+    assert _count(tiny_model, nn.BatchNorm2d) == 13

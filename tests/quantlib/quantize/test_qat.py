@@ -1,0 +1,269 @@
+"""Quantization-aware training, epoch by epoch."""
+
+import copy
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from schemes import header_of, scheme
+from torch import Tensor, nn
+
+from quantlib.data import loading, shards
+from quantlib.data.images import Split
+from quantlib.data.transforms import EvalTransform, TrainTransform
+from quantlib.graph import fusion
+from quantlib.measure import evaluation
+from quantlib.models import checkpoint
+from quantlib.quantize import calibration, conversion, qat
+from quantlib.quantize.qat import EpochMetrics
+from quantlib.recipe.schedule import Schedule
+from quantlib.runtimes.engine import use_engine
+
+TRANSFORM = TrainTransform(32, (0.5, 1.0), 0.5)
+SCHEDULE = Schedule(
+    batches_per_epoch=2,
+    batch_size=6,
+    epochs=None,
+    learning_rate=0.01,
+    decay="constant",
+    freeze_batch_norm_after_epoch=0,
+    freeze_observer_after_epoch=1,
+    seed=7,
+)
+
+
+@pytest.fixture(scope="module")
+def fused_content(trained_model: nn.Module, tiny_header: dict[str, Any]) -> bytes:
+    """The trained net, fused in mode "qat"."""
+    return checkpoint.save(fusion.fuse_model(trained_model, "qat"), tiny_header | {"fused": "qat"})
+
+
+def _load(content: bytes, qconfig: str = "fbgemm") -> nn.Module:
+    return calibration.load_or_prepare(content, scheme(qconfig))[0]
+
+
+def _save(model: nn.Module, header: dict[str, Any], qconfig: str = "fbgemm") -> bytes:
+    return checkpoint.save(model, header | {"fused": "qat"} | header_of(qconfig))
+
+
+def _train(model: nn.Module, epoch: int, split: Split, schedule: Schedule = SCHEDULE, **kwargs: Any) -> EpochMetrics:
+    return qat.train_epoch(model, epoch, schedule, split, np.arange(len(split)), TRANSFORM, **kwargs)
+
+
+def _assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name, value in got.items() if not torch.equal(value, expected[name])] == []
+
+
+def _pick(model: nn.Module, *endings: str) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if name.endswith(endings)}
+
+
+def _batch_norm(model: nn.Module) -> dict[str, Tensor]:
+    return _pick(model, "running_mean", "running_var")
+
+
+def _ranges(model: nn.Module) -> dict[str, Tensor]:
+    return _pick(model, "min_val", "max_val", "scale", "zero_point")
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("qconfig", ["fbgemm", "default"])
+def test_epochs_resumed_from_saved_bytes_are_bit_for_bit_those_of_an_uninterrupted_run(
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split, qconfig: str
+) -> None:
+    straight = _load(fused_content, qconfig)
+    content = fused_content
+    for epoch in range(4):  # BatchNorm is frozen in epoch 2, observers in epoch 3
+        expected = _train(straight, epoch, train_split)
+        torch.rand(3)  # another process has another random state
+        resumed = _load(content, qconfig)
+        got = _train(resumed, epoch, train_split)
+        content = _save(resumed, tiny_header, qconfig)
+
+        assert got == expected
+        _assert_equal(resumed.state_dict(), straight.state_dict())
+        assert content == _save(straight, tiny_header, qconfig)
+
+
+def test_an_epoch_depends_on_its_number_and_the_seed(fused_content: bytes, train_split: Split) -> None:
+    losses = {
+        _train(_load(fused_content), epoch, train_split, replace(SCHEDULE, seed=seed)).loss
+        for epoch, seed in ((0, 7), (1, 7), (0, 1000))
+    }
+
+    assert len(losses) == 3
+
+
+def test_a_saved_state_is_read_without_running_code(
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split
+) -> None:
+    model = _load(fused_content)
+    _train(model, 0, train_split)
+
+    saved = torch.load(io.BytesIO(_save(model, tiny_header)), weights_only=True)
+
+    assert saved["header"]["scheme"] == header_of("fbgemm")["scheme"]
+    _assert_equal(saved["state"], model.state_dict())
+
+
+def test_a_saved_epoch_converts_and_is_nearly_as_accurate(
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split, val_shard: Path, engine: str
+) -> None:
+    model = _load(fused_content)
+    _train(model, 0, train_split)
+
+    prepared, header = calibration.load_prepared(_save(model, tiny_header))
+    int8 = conversion.convert(prepared, engine)
+
+    assert header["fused"] == "qat"
+    with use_engine(engine):
+        assert evaluation.evaluate(int8, val_shard, batch_size=18).top1 > 0.9
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_an_epoch_handed_over_converts_to_the_bytes_of_one_read_back(
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split, engine: str, epochs: int
+) -> None:
+    model = _load(fused_content)
+    for epoch in range(epochs):  # BatchNorm and observers are frozen in the last of four.
+        _train(model, epoch, train_split)
+
+    content = checkpoint.hand_over(model, tiny_header | {"fused": "qat"} | header_of("fbgemm"))
+    handed_over, read_back = (conversion.convert_saved(content, engine, 32) for _ in range(2))
+
+    assert handed_over == read_back
+
+
+# Freezing
+
+
+def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: bytes, train_split: Split) -> None:
+    model = _load(fused_content)
+    moved: list[tuple[bool, bool]] = []
+    for epoch in range(4):
+        batch_norm, ranges = _batch_norm(model), _ranges(model)
+        weight = model.features[0][0].weight.clone()
+        metrics = _train(model, epoch, train_split)
+        assert metrics.batch_norm_frozen == (epoch >= 1)
+        assert metrics.observers_frozen == (epoch >= 2)
+        assert not torch.equal(weight, model.features[0][0].weight)  # weights go on learning
+        moved.append(
+            tuple(
+                any(not torch.equal(value, after[name]) for name, value in before.items())
+                for before, after in ((batch_norm, _batch_norm(model)), (ranges, _ranges(model)))
+            )
+        )
+
+    # Frozen at the end of epochs 1 and 2, so still from epochs 2 and 3 on.
+    assert moved == [(True, True), (True, True), (False, True), (False, False)]
+
+
+def test_frozen_batch_norm_normalizes_with_its_statistics_also_after_a_resume(
+    fused_content: bytes, tiny_header: dict[str, Any], train_split: Split
+) -> None:
+    model = _load(fused_content)
+    for epoch in range(2):
+        _train(model, epoch, train_split)
+    before = _batch_norm(model)
+    resumed = _load(_save(model, tiny_header))
+
+    _train(resumed, 2, train_split)
+
+    _assert_equal(_batch_norm(resumed), before)
+    assert all(module.freeze_bn for module in resumed.modules() if hasattr(module, "freeze_bn"))
+
+
+def test_evaluating_an_epoch_changes_nothing_in_it(fused_content: bytes, train_split: Split, engine: str) -> None:
+    model = _load(fused_content)
+    _train(model, 0, train_split)
+    before = copy.deepcopy(model.state_dict())
+
+    conversion.convert(model, engine)
+
+    _assert_equal(model.state_dict(), before)
+
+
+# What is trained on, and what is reported
+
+
+def test_a_full_epoch_sees_every_image_once(fused_content: bytes, train_split: Split) -> None:
+    seen: list[int] = []
+    watched = replace(train_split, open=lambda index: seen.append(index) or train_split.open(index))
+    calls: list[tuple[int, int]] = []
+    metrics = _train(
+        _load(fused_content),
+        0,
+        watched,
+        replace(SCHEDULE, batches_per_epoch=None, batch_size=8),
+        progress=lambda done, total: calls.append((done, total)),
+    )
+
+    assert sorted(seen) == list(range(36))
+    assert metrics.num_images == 36
+    assert calls == [(step, 5) for step in range(1, 6)]  # four of 8 images, one of 4
+
+
+def test_a_last_batch_of_one_image_is_dropped(fused_content: bytes, train_split: Split) -> None:
+    metrics = _train(_load(fused_content), 0, train_split, replace(SCHEDULE, batches_per_epoch=None, batch_size=7))
+
+    assert metrics.num_images == 35
+
+
+def test_an_epoch_takes_its_batches_from_the_given_images_alone(fused_content: bytes, train_split: Split) -> None:
+    seen: list[int] = []
+    watched = replace(train_split, open=lambda index: seen.append(index) or train_split.open(index))
+
+    metrics = qat.train_epoch(_load(fused_content), 0, SCHEDULE, watched, np.arange(10, 30), TRANSFORM)
+
+    assert metrics.num_images == 12
+    assert len(set(seen)) == 12
+    assert set(seen) <= set(range(10, 30))
+
+
+class _Fixed(nn.Module):
+    """Gives the same logits for every image, whatever is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([2.0, 0.0, 0.0]).expand(len(x), 3) + 0 * self.scale
+
+
+def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_split: Split) -> None:
+    schedule = replace(SCHEDULE, batches_per_epoch=None, batch_size=5)
+    indices = np.concatenate([np.arange(5), np.arange(12, 14)])  # five of class 0, two of class 1: batches of 5 and 2
+
+    metrics = qat.train_epoch(_Fixed(), 3, schedule, train_split, indices, EvalTransform(32, 32))
+
+    # Cross-entropy of softmax([2, 0, 0]), in nats.
+    normalizer = np.log(np.exp(2) + 2)
+    assert metrics.loss == pytest.approx((5 * (normalizer - 2) + 2 * normalizer) / 7)
+    assert metrics.train_top1 == pytest.approx(5 / 7)
+    assert metrics.epoch == 3
+
+
+def test_a_step_is_plain_gradient_descent(fused_content: bytes, train_split: Split) -> None:
+    schedule = replace(SCHEDULE, batches_per_epoch=1)
+    model, twin = _load(fused_content), _load(fused_content)
+    _train(model, 0, train_split, schedule)
+
+    torch.manual_seed(schedule.seed)
+    order = loading.shuffled(len(train_split), schedule.seed)[: schedule.batch_size]
+    pixels, labels = next(loading.batches(train_split, order, TRANSFORM, schedule.seed, schedule.batch_size))
+    twin.train().to(memory_format=torch.channels_last)
+    logits = twin(shards.to_input(torch.from_numpy(pixels)))
+    nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
+    weight = twin.classifier[1].weight
+
+    expected = (weight - schedule.learning_rate * weight.grad).detach()
+    torch.testing.assert_close(model.classifier[1].weight.detach(), expected)

@@ -1,0 +1,390 @@
+"""The verdict: rows from measurements, and the winner."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quantlib.measure.predictions import Predictions
+from quantlib.recipe.sections import GateRecipe
+from quantlib.report import verdict
+from quantlib.report.tables import FileRow, VariantRow
+from quantlib.report.verdict import Circumstances, Epoch, File, Measured
+from quantlib.runtimes.available import Runtime
+
+CIRCUMSTANCES = Circumstances(
+    recipe="test",
+    selected_on="held_back",
+    torch_version="2.15.0",
+    cpu_model="a CPU",
+    created_at=datetime(2025, 1, 2, tzinfo=UTC),
+)
+
+
+def _predictions(num_correct: int, num_images: int = 100) -> Predictions:
+    """Six classes; those that are wrong have the label second."""
+    labels = np.arange(num_images) % 6
+    likeliest = np.where(np.arange(num_images) < num_correct, labels, (labels + 1) % 6)
+    rest = [np.where(likeliest == labels, (labels + n) % 6, (labels + n - 1) % 6) for n in (1, 2, 3, 4)]
+    return Predictions(labels, np.stack([likeliest, *rest], axis=1), np.full(num_images, 0.5, np.float32))
+
+
+def _file(name: str, num_correct: int, **changes: Any) -> File:
+    values: dict[str, Any] = {
+        "path": f"models/{name}.pt",
+        "sha256": "ab" * 32,
+        "size_bytes": 1000,
+        "runtime": "torchscript" if name == "float" else "torchscript-x86",
+        "validation": _predictions(num_correct),
+        "selection": _predictions(num_correct),
+    }
+    return File(**values | changes)
+
+
+def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes: Any) -> Measured:
+    """A variant with one file; `selection` and `size_bytes` are that file's."""
+    of_file = {key: changes.pop(key) for key in ("selection", "size_bytes") if key in changes}
+    file = _file(name, num_correct, **of_file)
+    values: dict[str, Any] = {
+        "name": name,
+        "method": "float" if name == "float" else "ptq",
+        "qconfig": None if name == "float" else "fbgemm",
+        "engine": None if name == "float" else "x86",
+        "files": (file,),
+        "simulated": {},
+        "epochs": (),
+        "samples_ms": {(file.runtime, 1, 1): [milliseconds] * 20},
+        "torchscript_path": file.path,
+    }
+    return Measured(**values | changes)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All that a verdict says."""
+
+    variants: tuple[VariantRow, ...]
+    files: tuple[FileRow, ...]
+    reported: tuple[File, ...]
+
+
+def _verdict(*variants: Measured, **gate: Any) -> _Found:
+    judged = verdict.judge(variants, GateRecipe(**{"max_top1_drop": 0.01} | gate))
+    return _Found(judged.variant_rows(CIRCUMSTANCES), judged.file_rows(), judged.reported)
+
+
+def _rows(*variants: Measured, gate: float = 0.01) -> dict[str, VariantRow]:
+    return {row.variant: row for row in _verdict(*variants, max_top1_drop=gate).variants}
+
+
+def _won(*variants: Measured, gate: float = 0.01) -> VariantRow | None:
+    rows = _rows(_measured("float", 90, 4.0), *variants, gate=gate).values()
+    return next((row for row in rows if row.winner), None)
+
+
+def _winner(*variants: Measured, gate: float = 0.01) -> str | None:
+    row = _won(*variants, gate=gate)
+    return row.variant if row else None
+
+
+def _noisy(milliseconds: float, seed: int) -> dict[tuple[str, int, int], list[float]]:
+    """Timings with much noise around a median."""
+    return {("torchscript-x86", 1, 1): list(milliseconds * np.random.default_rng(seed).lognormal(0, 0.1, 50))}
+
+
+# Rows
+
+
+def test_a_row_says_what_was_measured() -> None:
+    rows = _rows(_measured("float", 90, 4.0), _measured("a", 88, 1.6, selection=_predictions(70), size_bytes=250))
+    row = rows["a"]
+
+    assert (row.top1, row.top5, row.loss, row.num_images) == (0.88, 1.0, 0.5, 100)
+    assert row.top1_drop == pytest.approx(0.02)
+    assert row.top1_selection == 0.7
+    assert row.latency_p50_ms == 1.6
+    assert row.speedup == pytest.approx(2.5)
+    assert row.size_bytes == 250
+    assert (row.recipe, row.selected_on, row.cpu_model) == ("test", "held_back", "a CPU")
+    assert (rows["float"].top1_drop, rows["float"].speedup, rows["float"].qconfig) == (0.0, 1.0, None)
+
+
+def test_the_latency_is_the_median_of_a_batch_of_one_on_one_thread() -> None:
+    ours = "torchscript-x86"
+    samples = {(ours, 1, 1): [9.0, 1.0, 2.0], (ours, 50, 1): [0.1] * 3, (ours, 1, 2): [0.2] * 3}
+    variants = (
+        _measured("float", 90, samples_ms={("torchscript", 1, 1): [4.0] * 3}),
+        _measured("a", 90, samples_ms=samples),
+    )
+
+    assert _rows(*variants)["a"].latency_p50_ms == 2.0
+
+
+def _with_onnx(name: str, *, pt: int, onnx: int, pt_ms: float, onnx_ms: float, engine: str | None = "x86") -> Measured:
+    """A variant as TorchScript and as ONNX in OpenVINO."""
+    own = "torchscript" if engine is None else f"torchscript-{engine}"
+    return _measured(
+        name,
+        pt,
+        files=(
+            _file(name, pt),
+            _file(name, onnx, path=f"models/{name}.onnx", sha256="cd" * 32, size_bytes=1100, runtime="openvino"),
+        ),
+        samples_ms={(own, 1, 1): [pt_ms] * 20, ("openvino", 1, 1): [onnx_ms] * 20, ("onnxruntime", 1, 1): [9.0] * 20},
+        onnx_path=f"models/{name}.onnx",
+    )
+
+
+def test_accuracy_size_latency_and_speedup_are_of_the_file_to_ship_in_its_runtime() -> None:
+    float_model = _with_onnx("float", pt=90, onnx=90, pt_ms=8.0, onnx_ms=3.0, engine=None)
+    found = _verdict(float_model, _with_onnx("a", pt=91, onnx=89, pt_ms=2.0, onnx_ms=1.0))
+    row = found.variants[1]
+
+    assert (row.runtime, row.artifact_path, row.artifact_sha256) == ("openvino", "models/a.onnx", "cd" * 32)
+    assert (row.top1, row.size_bytes, row.latency_p50_ms) == (0.89, 1100, 1.0)
+    assert row.speedup == 3.0  # Against float in its own fastest runtime, not in the slow one.
+    assert (row.torchscript_path, row.onnx_path, row.onnx_top1) == ("models/a.pt", "models/a.onnx", 0.89)
+    assert row.load == 'quantlib.api.load("models/a.onnx", "openvino")'
+    assert found.reported[1].path == "models/a.onnx"
+    assert [(file.path, file.top1, file.reported) for file in found.files] == [
+        ("models/a.pt", 0.91, False),
+        ("models/a.onnx", 0.89, True),
+    ]
+
+
+def test_the_gate_judges_the_file_that_is_shipped_and_not_another_of_the_same_variant() -> None:
+    # As TorchScript inside the gate, in the faster runtime outside: the slower file is the one to ship.
+    found = _verdict(_measured("float", 90, 4.0), _with_onnx("a", pt=90, onnx=80, pt_ms=2.0, onnx_ms=1.0))
+    row = found.variants[1]
+
+    assert [(file.path, file.gate) for file in found.files] == [
+        ("models/a.pt", "inside"),
+        ("models/a.onnx", "outside"),
+    ]
+    assert (row.winner, row.runtime, row.top1, row.latency_p50_ms) == (True, "torchscript-x86", 0.9, 2.0)
+    assert (row.fastest_runtime, row.fastest_p50_ms) == ("openvino", 1.0)
+
+
+def test_a_variant_that_does_not_win_is_shown_by_its_file_inside_the_gate() -> None:
+    faster = _measured("b", 90, 0.5)
+    found = _verdict(_measured("float", 90, 4.0), _with_onnx("a", pt=90, onnx=80, pt_ms=2.0, onnx_ms=1.0), faster)
+
+    assert [row.winner for row in found.variants] == [False, False, True]
+    assert (found.variants[1].runtime, found.variants[1].accepted) == ("torchscript-x86", True)
+
+
+def test_a_variant_that_has_no_file_for_an_allowed_runtime_is_not_accepted() -> None:
+    found = _verdict(_measured("float", 90, 4.0), _measured("a", 90, available=False, onnx_refusal="no such operation"))
+
+    assert (found.variants[1].gate, found.variants[1].accepted, found.variants[1].winner) == (
+        "unavailable",
+        False,
+        False,
+    )
+    assert found.variants[1].onnx_refusal == "no such operation"
+    assert found.files == ()
+
+
+def test_a_file_is_meant_for_the_first_of_the_runtimes_that_are_fastest_within_noise() -> None:
+    x86, onednn, fbgemm = (Runtime(f"torchscript-{name}", "1") for name in ("x86", "onednn", "fbgemm"))
+    machine = np.random.default_rng(0).uniform(1, 2, 50)
+    noise = np.random.default_rng(1).lognormal(0, 0.1, 50)
+
+    assert verdict.fastest_runtime({x86: machine, onednn: machine * noise, fbgemm: machine * 1.2}) == x86
+    assert verdict.fastest_runtime({x86: machine, onednn: machine * 0.9}) == onednn
+
+
+def test_simulated_accuracies_are_there_where_they_were_asked_for() -> None:
+    parts = {"both": _predictions(80), "weights": _predictions(85), "activations": _predictions(82)}
+    rows = _rows(_measured("float", 90), _measured("a", 88, simulated=parts), _measured("b", 88))
+
+    assert (rows["a"].top1_simulated, rows["a"].top1_weights_only, rows["a"].top1_activations_only) == (0.8, 0.85, 0.82)
+    assert rows["b"].top1_simulated is rows["b"].top1_weights_only is rows["b"].top1_activations_only is None
+
+
+def _epoch(number: int, num_correct: int, *, chosen: bool) -> Epoch:
+    metrics = {
+        "epoch": number,
+        "loss": 0.3,
+        "train_top1": 0.9,
+        "num_images": 10,
+        "observers_frozen": number > 3,
+        "batch_norm_frozen": number > 2,
+    }
+    return Epoch(
+        metrics=metrics, validation=_predictions(num_correct), selection=_predictions(num_correct + 1), chosen=chosen
+    )
+
+
+def test_epochs_have_their_rows_and_the_best_is_marked() -> None:
+    epochs = (_epoch(0, 80, chosen=False), _epoch(1, 85, chosen=True), _epoch(4, 82, chosen=False))
+    variants = [_measured("float", 90), _measured("qat", 85, method="qat", epochs=epochs)]
+
+    rows = verdict.epoch_rows(variants)
+
+    assert [(row.variant, row.epoch, row.top1, row.top1_selection, row.best) for row in rows] == [
+        ("qat", 0, 0.80, 0.81, False),
+        ("qat", 1, 0.85, 0.86, True),
+        ("qat", 4, 0.82, 0.83, False),
+    ]
+    assert (rows[2].observers_frozen, rows[2].batch_norm_frozen, rows[2].loss) == (True, True, 0.3)
+    assert _rows(*variants)["qat"].best_epoch == 1
+    assert _rows(*variants)["float"].best_epoch is None
+
+
+def test_latency_rows_give_percentiles_of_a_call_and_images_per_second() -> None:
+    samples = {("torchscript", 1, 1): list(range(1, 102)), ("torchscript", 50, 2): [20.0] * 10}
+
+    single, batch = verdict.latency_rows([_measured("float", 90, samples_ms=samples)])
+
+    assert (single.batch_size, single.num_threads, single.num_samples) == (1, 1, 101)
+    assert (single.p50_ms, single.p95_ms) == (51.0, 96.0)
+    assert single.images_per_second == pytest.approx(1000 / 51)
+    assert (batch.batch_size, batch.num_threads, batch.images_per_second) == (50, 2, pytest.approx(2500))
+
+
+# The gate
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "gate", "accepted"),
+    [
+        (89, 0.01, True),  # exactly the gate
+        (88, 0.01, False),
+        (83, 0.07, True),  # 0.9 - 0.83 is 0.07000000000000006 in float64
+        (82, 0.07, False),
+        (88, 0.018, False),  # two images of a hundred are more than 1.8 points
+        (89, 0.018, True),
+        (90, 0.0, True),
+        (89, 0.0, False),
+        (95, 0.0, True),  # better than float
+    ],
+)
+def test_what_loses_no_more_than_the_gate_is_accepted(num_correct: int, gate: float, accepted: bool) -> None:
+    rows = _rows(_measured("float", 90), _measured("a", num_correct), gate=gate)
+
+    assert rows["a"].accepted == accepted
+    assert rows["a"].winner == accepted
+
+
+# The winner
+
+
+def test_float_never_wins() -> None:
+    assert _winner() is None
+
+
+def test_there_is_no_winner_where_none_is_accepted() -> None:
+    assert _winner(_measured("a", 80), _measured("b", 70)) is None
+
+
+def test_the_fastest_of_those_inside_the_gate_wins() -> None:
+    variants = _measured("slow", 90, 2.0), _measured("fast", 89, 1.0), _measured("fastest", 50, 0.5)
+
+    assert _winner(*variants) == "fast"
+
+
+def test_a_file_that_is_faster_in_nearly_every_round_wins_however_small_the_difference() -> None:
+    a, b = _measured("a", 89, 1.0), _measured("b", 95, 1.05)
+
+    assert _winner(a, b) == "a"
+    assert _won(a, b).reason == "the fastest inside the gate"
+
+
+def test_within_the_noise_of_timing_the_more_accurate_wins_if_chance_does_not_explain_it() -> None:
+    # Not so in a comparison of medians: there a is 3% faster.
+    a = _measured("a", 89, samples_ms=_noisy(1.0, 3))
+    b = _measured("b", 99, samples_ms=_noisy(1.03, 4))
+    c = _measured("c", 96, samples_ms=_noisy(1.03, 5), size_bytes=900)
+
+    assert _winner(a, b) == "b"
+    assert _won(a, b).reason == "as fast as a (within noise), and more accurate"
+    assert _winner(a, b, c) == "c"
+    assert _won(a, b, c).reason == "as fast as a and b (within noise), among the most accurate of them, smallest"
+
+
+@pytest.mark.parametrize(
+    ("confidence", "num_lost", "outcome"),
+    [
+        (None, 10, "inside"),  # Exactly the gate.
+        (None, 11, "outside"),
+        (0.95, 8, "undecided"),
+        (0.95, 40, "outside"),
+    ],
+)
+def test_the_gate_is_undecided_only_where_it_asks_for_confidence(confidence, num_lost, outcome) -> None:
+    before, after = _predictions(1000, 1000), _predictions(1000 - num_lost, 1000)
+    float_model = _measured("float", 0, 4.0, files=(_file("float", 0, validation=before, selection=before),))
+    variant = _measured("a", 0, files=(_file("a", 0, validation=after, selection=after),))
+    row = _verdict(float_model, variant, confidence=confidence).variants[1]
+
+    assert (row.gate, row.accepted) == (outcome, outcome == "inside")
+    assert (row.num_images_to_decide is not None and row.num_images_to_decide > 1000) == (outcome == "undecided")
+
+
+def test_what_is_drawn_as_the_front_holds_the_winner_and_nothing_that_is_beaten_beyond_noise() -> None:
+    rows = _rows(
+        _measured("float", 90, 8.0),
+        _measured("winner", 95, samples_ms=_noisy(1.03, 3), size_bytes=500),
+        _measured("as good", 96, samples_ms=_noisy(1.0, 4)),
+        _measured("slower", 95, samples_ms=_noisy(2.0, 5)),
+        _measured("slower and better", 100, samples_ms=_noisy(2.0, 6)),
+        _measured("outside", 50, samples_ms=_noisy(0.1, 7)),
+        gate=0.02,
+    )
+
+    assert {name: row.pareto for name, row in rows.items()} == {
+        "float": None,
+        "winner": True,
+        "as good": True,
+        "slower": False,
+        "slower and better": False,
+        "outside": None,
+    }
+    assert rows["winner"].winner
+
+
+def test_on_the_front_is_what_is_slower_but_surely_better_and_not_what_is_as_fast_but_surely_worse() -> None:
+    rows = _rows(
+        _measured("float", 95, 8.0),
+        _measured("best", 95, samples_ms=_noisy(1.0, 3)),
+        _measured("surely worse", 85, samples_ms=_noisy(1.0, 4)),
+        gate=0.2,
+    )
+    assert [rows[name].pareto for name in ("best", "surely worse")] == [True, False]
+    worse = _rows(
+        _measured("float", 95, 8.0),
+        _measured("fast", 85, samples_ms=_noisy(1.0, 3)),
+        _measured("surely better", 100, samples_ms=_noisy(2.0, 5)),
+        gate=0.2,
+    )
+    assert [worse[name].pareto for name in ("fast", "surely better")] == [True, True]
+
+
+def test_accuracy_is_compared_on_the_images_that_choices_are_made_by() -> None:
+    # b is better on validation: to choose it for that would make its reported accuracy optimistic.
+    variants = (
+        _measured("a", 89, selection=_predictions(80)),
+        _measured("b", 95, selection=_predictions(70)),
+    )
+
+    assert _winner(*variants) == "a"
+
+
+def test_a_tie_goes_to_the_smaller_file_then_to_the_first() -> None:
+    a, b, c = (_measured(name, 90, size_bytes=size) for name, size in (("a", 300), ("b", 200), ("c", 200)))
+
+    assert _winner(a, b) == "b"
+    assert _won(a, b).reason == "as fast as a (within noise), as accurate, smallest"
+    assert _winner(a, b, c) == "b"
+    assert _winner(a, c, b) == "c"
+    assert _won(a, c, b).reason == "as fast as a and b (within noise), as accurate, as small, and first in the recipe"
+    assert _won(a).reason == "the only file inside the gate"
+
+
+def test_a_qat_that_kept_its_start_says_so() -> None:
+    qat = _measured("qat", 99, method="qat", kept_start=True, start_validation=_predictions(99))
+    row = _rows(_measured("float", 99, method="float"), qat)["qat"]
+    assert (row.kept_start, row.best_epoch, row.top1_start) == (True, None, 0.99)

@@ -1,0 +1,203 @@
+"""Exported models in every runtime, the ONNX file, and the loader."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import traces
+from torch import nn
+
+from quantlib import api
+from quantlib.data import shards
+from quantlib.errors import MachineError, ModelError
+from quantlib.export import files
+from quantlib.quantize import conversion
+from quantlib.runtimes import available, classifiers
+
+Calibrated = Callable[[str], nn.Module]
+
+ONNX_RUNTIMES = [found.name for found in available.find_onnx_runtimes()]
+
+
+@pytest.fixture(scope="module")
+def exported(
+    calibrated: Calibrated, fused_model: nn.Module, engine: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder of int8.pt, int8.onnx and float.pt."""
+    pytest.importorskip("onnx", reason="the extra of an ONNX runtime is not installed")
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "int8.pt").write_bytes(files.script(conversion.convert(calibrated("accurate"), engine), engine))
+    (folder / "float.pt").write_bytes(files.script(fused_model))
+    (folder / "int8.onnx").write_bytes(files.to_onnx(folder / "int8.pt", engine, 32))
+    return folder
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_runtime_gives_the_logits_of_the_torchscript_file(
+    exported: Path, val_inputs: torch.Tensor, engine: str, layout: torch.memory_format
+) -> None:
+    expected = classifiers.open_model(exported / "int8.pt", f"torchscript-{engine}")(val_inputs)
+    x = val_inputs.contiguous(memory_format=layout)
+    supported = set(torch.backends.quantized.supported_engines)
+    for name in (f"torchscript-{engine}" for engine in available.engines() if engine in supported):
+        assert _error(classifiers.open_model(exported / "int8.pt", name)(x), expected) < 0.02, name
+    for name in ONNX_RUNTIMES:
+        model = classifiers.open_model(exported / "int8.onnx", name, num_threads=1)
+        assert _error(model(x), expected) < 0.02, name
+        # Answers are the caller's: the next call leaves them as they are, and takes another number of images.
+        first = model(x[:5])
+        kept = first.clone()
+        model(x[5:])
+        assert torch.equal(first, kept)
+        assert first.shape == (5, 3)
+
+
+def test_a_frozen_float_file_computes_the_same(
+    exported: Path, fused_model: nn.Module, val_inputs: torch.Tensor
+) -> None:
+    with torch.inference_mode():
+        expected = fused_model(val_inputs)
+    torch.testing.assert_close(classifiers.open_model(exported / "float.pt", "torchscript")(val_inputs), expected)
+
+
+def test_the_onnx_file_has_the_same_bytes_each_time(exported: Path, engine: str) -> None:
+    assert files.to_onnx(exported / "int8.pt", engine, 32) == (exported / "int8.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
+def test_an_onnx_file_that_answers_otherwise_is_refused(
+    exported: Path, calibrated: Calibrated, engine: str, runtime: str, val_shard: Path, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(calibrated("accurate"))
+    other.classifier[1].weight.data = other.classifier[1].weight.data.flip(0)
+    (tmp_path / "other.pt").write_bytes(files.script(conversion.convert(other, engine), engine))
+    right, wrong = (files.to_onnx(path, engine, 32) for path in (exported / "int8.pt", tmp_path / "other.pt"))
+
+    files.check_onnx(right, exported / "int8.pt", engine, runtime, val_shard)
+    with pytest.raises(ModelError, match=rf"In {runtime} the logits are [\d.]+% of their power away"):
+        files.check_onnx(wrong, exported / "int8.pt", engine, runtime, val_shard)
+
+
+@pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
+def test_float_as_onnx_answers_as_its_torchscript_file_to_a_hundredth_of_the_logits(
+    exported: Path, runtime: str, val_shard: Path, val_inputs: torch.Tensor, tmp_path: Path
+) -> None:
+    content = files.to_onnx(exported / "float.pt", None, 32)
+    files.check_onnx(content, exported / "float.pt", None, runtime, val_shard)
+    with pytest.raises(ModelError, match=r"at most 0.01% are allowed\.$"):
+        files.check_onnx((exported / "int8.onnx").read_bytes(), exported / "float.pt", None, runtime, val_shard)
+
+
+def test_what_onnx_cannot_express_is_refused(tmp_path: Path, engine: str) -> None:
+    class Unusual(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.matrix_exp(x)
+
+    (tmp_path / "model.pt").write_bytes(files.script(Unusual()))
+    with pytest.raises(ModelError, match="cannot be written as ONNX"):
+        files.to_onnx(tmp_path / "model.pt", engine, 32)
+
+
+@pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, None])
+def test_the_loader_takes_what_the_report_names(exported: Path, val_inputs: torch.Tensor, runtime: str | None) -> None:
+    name = "int8.pt" if runtime in {"torchscript", None} else "int8.onnx"
+    threads = torch.get_num_threads()
+    model = api.load(str(exported / name), runtime, num_threads=1)
+    assert model(val_inputs).shape == (len(val_inputs), 3)
+    assert torch.get_num_threads() == threads == 1
+
+
+@pytest.mark.skipif(not ONNX_RUNTIMES, reason="no runtime for ONNX is installed")
+def test_the_loader_finds_a_runtime_for_an_onnx_file(exported: Path, val_inputs: torch.Tensor) -> None:
+    assert api.load(exported / "int8.onnx")(val_inputs).shape == (len(val_inputs), 3)
+
+
+def test_the_loader_says_what_is_wrong(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"No file .*give the \.pt or \.onnx file"):
+        api.load(tmp_path / "none.pt")
+    with pytest.raises(MachineError, match=r"Runtime 'tensorrt' is unknown: torchscript, .* are allowed"):
+        api.load(exported / "int8.pt", "tensorrt")
+    with pytest.raises(MachineError, match=r"Engine 'neon' is not available"):
+        api.load(exported / "int8.pt", "torchscript-neon")
+    with pytest.raises(ModelError, match=r"does not load in torchscript.*an \.onnx file ONNX"):
+        api.load(exported / "int8.onnx", "torchscript")
+    (tmp_path / "half.pt").write_bytes((exported / "int8.pt").read_bytes()[:5000])
+    with pytest.raises(ModelError, match="does not load in torchscript"):
+        api.load(tmp_path / "half.pt")
+    monkeypatch.setattr(classifiers.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MachineError, match="pip install openvino"):
+        api.load(exported / "int8.onnx")
+
+
+def test_without_the_package_that_writes_onnx_there_are_no_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = available.importlib.util.find_spec
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
+    assert available.find_onnx_runtimes() == ()
+
+
+def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None if name == "openvino" else name)
+    monkeypatch.setattr(available.importlib.metadata, "version", lambda _: "1.0")
+    assert available.find_onnx_runtimes(("torchscript",)) == ()
+    assert [found.name for found in available.find_onnx_runtimes(("onnxruntime",))] == ["onnxruntime"]
+    assert [found.name for found in available.find_onnx_runtimes()] == ["onnxruntime"]
+    with pytest.raises(MachineError, match=r"names openvino, which is not installed: pip install onnx openvino,"):
+        available.find_onnx_runtimes(("torchscript", "openvino"))
+
+
+def test_logits_of_real_images_in_shards(exported: Path, val_shard: Path, engine: str) -> None:
+    pixels, _ = shards.open_shard(val_shard)
+    logits = classifiers.open_model(exported / "int8.pt", "torchscript")(shards.to_input(pixels))
+    assert logits.isfinite().all()
+    assert not logits.requires_grad
+
+
+_OPENED = """
+import sys, time, warnings
+warnings.simplefilter("ignore")
+import torch
+from quantlib import api
+for runtime in sys.argv[3:]:
+    api.load(sys.argv[2], runtime)(torch.zeros(1, 3, 32, 32))
+time.sleep(float(sys.argv[1]))
+print([name for name, module in sys.modules.items() if "telemetry" in name and hasattr(module, "Telemetry")])
+"""
+
+
+def _opened(exported: Path, home: Path, seconds: int) -> tuple[list[str], dict[str, str]]:
+    """A command that loads a file in every runtime, and waits; its environment, with an empty home."""
+    home.mkdir()
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    command = [sys.executable, "-c", _OPENED, str(seconds), str(exported / "int8.onnx"), *ONNX_RUNTIMES]
+    return command, own | {"HOME": str(home)}
+
+
+def test_no_runtime_loads_what_reports_to_its_maker_nor_writes_to_the_users_home(
+    exported: Path, tmp_path: Path
+) -> None:
+    command, environment = _opened(exported, tmp_path / "home", 0)
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    # OpenVINO has a stand-in of its own for where telemetry is not installed.
+    assert done.stdout.strip() in {"[]", "['openvino.tools.ovc.telemetry_stub']"}
+    assert list((tmp_path / "home").rglob("*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(traces.MISSING is not None, reason=str(traces.MISSING))
+def test_no_runtime_reports_to_its_maker_later_either(exported: Path, tmp_path: Path) -> None:
+    # ONNX Runtime waits some seconds before it does.
+    command, environment = _opened(exported, tmp_path / "home", 30)
+    seen = traces.trace(command, tmp_path / "trace", env=environment)
+    assert seen.returncode == 0, seen.said
+    assert seen.foreign() == []
+    assert list((tmp_path / "home").rglob("*")) == []
+    assert any("int8.onnx" in line for line in seen.calls), "nothing was traced"
