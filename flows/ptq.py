@@ -2,10 +2,11 @@
 
 from prefect import flow
 
-from flows.graphs.run import only, run_branches
+from flows.graphs.run import run_flow
 from flows.parameters import Changes, RecipeParameter
 from quantlib.recipe.file import override_recipe
 from quantlib.report.tables import Report
+from tasks.execution import home_folder
 
 
 @flow(name="ptq", flow_run_name="{recipe.name}", persist_result=False)
@@ -20,4 +21,4 @@ def ptq(recipe: RecipeParameter, changes: Changes = ()) -> Report:
     Raises:
         RecipeError: If the recipe has no [[ptq]] branch.
     """
-    return run_branches("ptq", only(override_recipe(recipe, changes), "ptq"))
+    return run_flow("ptq", override_recipe(recipe, changes), home_folder())

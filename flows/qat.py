@@ -2,10 +2,11 @@
 
 from prefect import flow
 
-from flows.graphs.run import only, run_branches
+from flows.graphs.run import run_flow
 from flows.parameters import Changes, RecipeParameter
 from quantlib.recipe.file import override_recipe
 from quantlib.report.tables import Report
+from tasks.execution import home_folder
 
 
 @flow(name="qat", flow_run_name="{recipe.name}", persist_result=False)
@@ -20,4 +21,4 @@ def qat(recipe: RecipeParameter, changes: Changes = ()) -> Report:
     Raises:
         RecipeError: If the recipe has no [[qat]] branch.
     """
-    return run_branches("qat", only(override_recipe(recipe, changes), "qat"))
+    return run_flow("qat", override_recipe(recipe, changes), home_folder())

@@ -2,10 +2,11 @@
 
 from prefect import flow
 
-from flows.graphs.run import run_branches
+from flows.graphs.run import run_flow
 from flows.parameters import Changes, RecipeParameter
 from quantlib.recipe.file import override_recipe
 from quantlib.report.tables import Report
+from tasks.execution import home_folder
 
 
 @flow(name="quantize", flow_run_name="{recipe.name}", persist_result=False)
@@ -17,4 +18,4 @@ def quantize(recipe: RecipeParameter, changes: Changes = ()) -> Report:
             try, field by field.
         changes: Values of the recipe to change, each as qat.0.epochs=2.
     """
-    return run_branches("quantize", override_recipe(recipe, changes))
+    return run_flow("quantize", override_recipe(recipe, changes), home_folder())

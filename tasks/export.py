@@ -2,24 +2,24 @@
 
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
-from tasks.caching import stage
-from tasks.run import current_run
-from tasks.side_by_side import aside
+from tasks.stage import Job, stage
 
 _REFUSAL = "refusal"
 
 
-@stage("script_and_save-{branch}", aside=True)
-def script_and_save(model: Ref, *, branch: str) -> Ref:
+@stage("script_and_save-{branch}")
+def script_and_save(job: Job, model: Ref, *, branch: str) -> Ref:
     """The TorchScript file of a fused float model, or of an int8 model."""
     from quantlib.export import files
 
-    store = current_run().store
-    return store.put("torchscript", aside(files.script_saved, store.read(model)))
+    store = job.store
+    return store.put("torchscript", files.script_saved(store.read(model)))
 
 
-@stage("save_onnx-{branch}", aside=True)
-def save_onnx(artifact: Ref, images: Ref, engine: str | None, runtime: Runtime, crop: int, *, branch: str) -> Ref:
+@stage("save_onnx-{branch}")
+def save_onnx(
+    job: Job, artifact: Ref, images: Ref, engine: str | None, runtime: Runtime, crop: int, *, branch: str
+) -> Ref:
     """The ONNX file of a TorchScript file, once it answers as that does; or why there is none.
 
     A model that ONNX cannot express, or that answers otherwise in an ONNX runtime, still has its TorchScript file.
@@ -27,10 +27,10 @@ def save_onnx(artifact: Ref, images: Ref, engine: str | None, runtime: Runtime, 
     from quantlib.errors import ModelError
     from quantlib.export import files
 
-    store = current_run().store
+    store = job.store
     try:
-        content = aside(files.to_onnx, store.path(artifact), engine, crop)
-        aside(files.check_onnx, content, store.path(artifact), engine, runtime.name, store.path(images))
+        content = files.to_onnx(store.path(artifact), engine, crop)
+        files.check_onnx(content, store.path(artifact), engine, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)

@@ -8,8 +8,7 @@ from quantlib.data.transforms import Transform
 from quantlib.models.source import ModelInput
 from quantlib.recipe.sections import TrainingRecipe
 from quantlib.store.artifacts import Ref
-from tasks.caching import stage
-from tasks.run import current_run
+from tasks.stage import Job, stage
 
 
 @dataclass(frozen=True)
@@ -22,38 +21,37 @@ class Training:
 
 
 @stage("load_float")
-def load_float(model: ModelInput, num_classes: int, crop: int, seed: int, training: Training | None) -> Ref:
+def load_float(job: Job, model: ModelInput, num_classes: int, crop: int, seed: int, training: Training | None) -> Ref:
     """Build the float model, and fill it with its weights; or train it, where `training` is given."""
     from quantlib.data import loading
     from quantlib.models import checkpoint, registry
     from quantlib.models import training as trainer
 
-    run = current_run()
     module, header = registry.from_input(model, num_classes, seed)
     registry.check_logits(module, num_classes, crop)
     if training is not None:
         split, indices = loading.select(training.images)
-        trainer.train(module, split, indices, training.transform, training.recipe, seed, run.progress)
-    return run.store.put("model", checkpoint.save(module, header))
+        trainer.train(module, split, indices, training.transform, training.recipe, seed, job.progress)
+    return job.store.put("model", checkpoint.save(module, header))
 
 
 @stage("equalize")
-def equalize(model: Ref, crop: int) -> Ref:
+def equalize(job: Job, model: Ref, crop: int) -> Ref:
     """Make channel ranges equal across layers; the float model computes the same."""
     from quantlib.models import checkpoint
     from quantlib.quantize import equalization
 
-    store = current_run().store
+    store = job.store
     module, header = checkpoint.load(store.read(model))
     return store.put("model", checkpoint.save(equalization.equalize(module, crop), header))
 
 
 @stage("fuse-{branch}")
-def fuse(model: Ref, mode: Literal["eval", "qat"], *, branch: str) -> Ref:
+def fuse(job: Job, model: Ref, mode: Literal["eval", "qat"], *, branch: str) -> Ref:
     """Fuse Conv, BatchNorm and ReLU: folded ("eval": baseline and PTQ), or kept live ("qat")."""
     from quantlib.graph import fusion
     from quantlib.models import checkpoint
 
-    store = current_run().store
+    store = job.store
     module, header = checkpoint.load(store.read(model))
     return store.put("model", checkpoint.save(fusion.fuse_model(module, mode), header | {"fused": mode}))

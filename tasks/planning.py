@@ -3,11 +3,15 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
-from quantlib.store.artifacts import Record
+from quantlib.store.artifacts import Record, Ref
 from quantlib.store.local import Store
-from tasks.caching import Stage, find_inside, key_of
+from tasks.run import NotYetKnownError
+from tasks.stage import Stage, find_inside, key_of
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Ref | tuple[Ref, ...])
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Pending:
     """Stands for an artifact that is not made yet."""
 
     label: str
-    """Of the stage that would make it."""
+    """Label of the stage that would produce it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,24 @@ class Plan:
         self.stages: list[PlannedStage] = []
         self.keys: list[str] = []
 
-    def visit(self, stage: Stage[Any, Any], arguments: Mapping[str, Any]) -> Any:
+    def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The stage's outputs where they can be reused, else stand-ins for them."""
+        return cast("R", self._visit(stage, stage.bind(*args, **kwargs)))
+
+    def known(self, refs: object) -> Store:
+        """The store.
+
+        Raises:
+            NotYetKnownError: If one of the artifacts in a value is still to be made.
+        """
+        if next(find_inside(refs, Pending), None) is not None:
+            raise NotYetKnownError
+        return self.store
+
+    def copy_out(self, ref: Ref, name: str) -> None:
+        """Nothing: a plan writes no files."""
+
+    def _visit(self, stage: Stage[Any, Any], arguments: Mapping[str, Any]) -> Any:
         label = stage.label_for(arguments)
         awaited = next(find_inside(arguments, Pending), None)
         if awaited is None:

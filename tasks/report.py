@@ -1,130 +1,39 @@
-"""The task that reports. It is no stage: its tables and files are made anew for every run, cached or not."""
+"""The task that reports. It is not a stage: its tables and files are made anew for every run, cached or not."""
 
 import importlib.metadata
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from quantlib import machine
 from quantlib.data import loading
-from quantlib.data.split import Selection
 from quantlib.export import checksums
 from quantlib.measure import examples, predictions
 from quantlib.measure.predictions import Predictions
 from quantlib.recipe.schema import Recipe
-from quantlib.recipe.scheme import Scheme
 from quantlib.report import caveats, diagnosis, tables, verdict
 from quantlib.report.tables import ClassRow, NoteRow, Report
 from quantlib.runtimes import available
-from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
 from tasks import tracking
-from tasks.caching import find_inside
-from tasks.export import is_refusal
-from tasks.findings import read_samples, store_with
-from tasks.measure import Contender
-from tasks.planning import Pending
-from tasks.run import current_run
+from tasks.execution import LiveRun
+from tasks.refs import BenchmarkTarget, FileRefs, Measurements, VariantRefs
+from tasks.run import Run
 
 
-@dataclass(frozen=True, kw_only=True)
-class CandidateRefs:
-    """The artifacts of an int8 model that QAT may end with."""
-
-    artifact: Ref
-    validation: tuple[Ref, ...]
-    selection: tuple[Ref, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochRefs(CandidateRefs):
-    """The artifacts of an epoch."""
-
-    metrics: Ref
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileRefs:
-    """A file in the runtime that it is fastest in, with its answers there."""
-
-    file: Ref
-    runtime: Runtime
-    validation: tuple[Ref, ...]
-    selection: tuple[Ref, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VariantRefs:
-    """The artifacts of a variant."""
-
-    name: str
-    method: str
-    qconfig: str | None
-    engine: str | None
-    scheme: Scheme | None
-    equalized: bool
-    bias_corrected: bool
-    artifact: Ref
-    onnx: Ref | None = None
-    """The ONNX file, or why there is none; None where no runtime for it is installed."""
-    files: tuple[FileRefs, ...] = ()
-    """What may be shipped of it, once that is known; empty where no file of it is for a runtime that is allowed."""
-    validation: tuple[Ref, ...] = ()
-    """Empty for QAT: those of the epoch that was chosen are meant, or of the start."""
-    selection: tuple[Ref, ...] = ()
-    simulated: dict[str, tuple[Ref, ...]]
-    layers: tuple[Ref, ...] = ()
-    epochs: tuple[EpochRefs, ...] = ()
-    start: CandidateRefs | None = None
-    """Of QAT from a calibrated model: that model."""
-    prepared: Ref | None = None
-    """What was converted: a calibrated model, or an epoch's state; None: float."""
-
-    @property
-    def chosen(self) -> "CandidateRefs | VariantRefs":
-        """Whose answers are the variant's: of QAT, the candidate's that was chosen."""
-        # Two candidates can give the same file; the first of them is the one that was chosen.
-        candidates = (*((self.start,) if self.start else ()), *self.epochs)
-        return next((candidate for candidate in candidates if candidate.artifact == self.artifact), self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """What a run has found."""
-
-    variants: tuple[VariantRefs, ...]
-    contenders: tuple[Contender, ...]
-    """What was timed."""
-    timings: Ref
-    validation: Selection
-    """What every variant was evaluated on."""
-    pictures: Ref | None
-    """Example images, where any are asked for."""
-    notes: tuple[NoteRow, ...]
-    """What is to be said of the run."""
-    search_best: str | None = None
-    """The variant that the search ended with."""
-
-
-@task(persist_result=False, cache_policy=NO_CACHE)
-def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measurements) -> Report:
+def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measurements: Measurements) -> Report:
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
-    run = current_run()
-    folder = run.home / "models" / run.run_id
+    folder = run.models
     digests: dict[str, str] = {}
     for variant in measurements.variants:
-        for file in (variant.artifact, onnx_file(variant)):
+        for file in (variant.artifact, variant.onnx_file):
             if file is not None:
-                place = run.store.lay_out(file, _place(folder, variant, file))
+                place = run.store.copy_out(file, _place(folder, variant, file))
                 digests[place.name] = file.sha256
     checksums.write(folder, digests)
-    samples = read_samples(measurements.contenders, measurements.timings)
+    samples = read_samples(run.store, measurements.targets, measurements.timings)
     measured = [_measured(run.store, refs, samples, folder) for refs in measurements.variants]
-    circumstances = verdict.Circumstances(
+    run_info = verdict.RunInfo(
         recipe=recipe.name,
         selected_on=recipe.evaluation.select_on,
         torch_version=importlib.metadata.version("torch"),
@@ -132,7 +41,7 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         created_at=datetime.now(UTC),
     )
     judged = verdict.judge(measured, recipe.gate)
-    rows = judged.variant_rows(circumstances)
+    rows = judged.variant_rows(run_info)
     doubts = caveats.find_caveats(rows, recipe.gate, len(classes), measurements.search_best)
     found = Report(
         run_id=run.run_id,
@@ -147,7 +56,7 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
         layers=tuple(
             row
             for variant in measured
-            for row in diagnosis.layer_rows(variant.name, circumstances.selected_on, variant.layers)
+            for row in diagnosis.layer_rows(variant.variant.name, run_info.selected_on, variant.layers)
         ),
     )
     answers = {row.variant: file.validation for row, file in zip(rows, judged.reported, strict=True)}
@@ -157,15 +66,19 @@ def write_report(recipe: Recipe, classes: tuple[str, ...], measurements: Measure
 
 
 def find_reported(
-    recipe: Recipe, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref
+    run: Run,
+    recipe: Recipe,
+    variants: tuple[VariantRefs, ...],
+    targets: tuple[BenchmarkTarget, ...],
+    timings: Ref,
 ) -> tuple[FileRefs, ...]:
     """The file of each variant that the report will be about.
 
     Raises:
         NotYetKnownError: Where the run is only planned, and something was not measured before.
     """
-    store = store_with(find_inside(variants, Pending))
-    samples = read_samples(contenders, timings)
+    store = run.known((variants, timings))
+    samples = read_samples(store, targets, timings)
     measured = [_measured(store, refs, samples, Path()) for refs in variants]
     reported = verdict.judge(measured, recipe.gate).reported
     return tuple(
@@ -178,26 +91,27 @@ def _files(variant: VariantRefs) -> tuple[FileRefs, ...]:
     """What the variant is judged by."""
     if variant.files:
         return variant.files
-    chosen, runtime = variant.chosen, available.torch_runtime(variant.engine)
-    return (FileRefs(file=variant.artifact, runtime=runtime, validation=chosen.validation, selection=chosen.selection),)
+    runtime = available.torch_runtime(variant.variant.engine)
+    return (
+        FileRefs(file=variant.artifact, runtime=runtime, validation=variant.validation, selection=variant.selection),
+    )
 
 
 def _place(folder: Path, variant: VariantRefs, file: Ref) -> Path:
-    return folder / f"{variant.name}{'.pt' if file == variant.artifact else '.onnx'}"
+    return folder / f"{variant.variant.name}{'.pt' if file == variant.artifact else '.onnx'}"
 
 
 def _measured(
     store: Store, refs: VariantRefs, samples: dict[Ref, dict[tuple[str, int, int], list[float]]], folder: Path
 ) -> verdict.Measured:
-    chosen = refs.chosen
     epochs = tuple(
         verdict.Epoch(
             metrics=store.read_json(epoch.metrics),
             validation=read_predictions(store, epoch.validation),
             selection=read_predictions(store, epoch.selection),
-            chosen=epoch is chosen,
+            chosen=place == refs.best_epoch,
         )
-        for epoch in refs.epochs
+        for place, epoch in enumerate(refs.epochs)
     )
     files = tuple(
         verdict.File(
@@ -210,22 +124,16 @@ def _measured(
         )
         for file in _files(refs)
     )
-    onnx = onnx_file(refs)
+    onnx = refs.onnx_file
     return verdict.Measured(
-        name=refs.name,
-        method=refs.method,
-        qconfig=refs.qconfig,
-        engine=refs.engine,
-        scheme=refs.scheme,
-        equalized=refs.equalized,
-        bias_corrected=refs.bias_corrected,
+        variant=refs.variant,
         files=files,
         available=bool(refs.files),
         simulated={parts: read_predictions(store, shards) for parts, shards in refs.simulated.items()},
         layers=[store.read_json(part) for part in refs.layers],
         epochs=epochs,
         start_validation=read_predictions(store, refs.start.validation) if refs.start else None,
-        kept_start=chosen is refs.start if refs.start else None,
+        kept_start=refs.best_epoch is None if refs.start else None,
         samples_ms=samples[refs.artifact] | (samples.get(refs.onnx, {}) if refs.onnx else {}),
         torchscript_path=str(_place(folder, refs, refs.artifact)),
         onnx_path=str(_place(folder, refs, onnx)) if onnx else None,
@@ -233,9 +141,22 @@ def _measured(
     )
 
 
-def onnx_file(variant: VariantRefs) -> Ref | None:
-    """The ONNX file, where there is one; of a run that is only planned, where there may be."""
-    return None if variant.onnx is None or is_refusal(variant.onnx) else variant.onnx
+def read_samples(
+    store: Store, targets: tuple[BenchmarkTarget, ...], timings: Ref
+) -> dict[Ref, dict[tuple[str, int, int], list[float]]]:
+    """What `benchmark` found: milliseconds by file, then by (runtime, batch size, threads).
+
+    Args:
+        store: Holds it.
+        targets: What was timed.
+        timings: As `benchmark` gives them.
+    """
+    samples: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
+    for timing in store.read_json(timings):
+        target = targets[timing["model"]]
+        setting = target.runtime.name, timing["batch_size"], timing["num_threads"]
+        samples.setdefault(target.artifact, {})[setting] = timing["samples_ms"]
+    return samples
 
 
 def read_predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:

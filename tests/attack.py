@@ -184,7 +184,6 @@ FAULTS: dict[str, tuple[Callable[["subprocess.Popen[str]", random.Random], None]
     "the flow": (lambda process, _: process.kill(), False),
     "all processes": (lambda process, _: _kill_all(process), False),
     "the server": (lambda process, _: _send(find_processes(process.pid, "flows.hosting.server"), signal.SIGKILL), True),
-    "the helper": (lambda process, _: _send(find_processes(process.pid, "quantlib.helper"), signal.SIGKILL), True),
     "SIGTERM": (lambda process, _: process.terminate(), False),
     "Ctrl-C": (lambda process, _: os.killpg(process.pid, signal.SIGINT), False),
     "stop and continue": (_stop_and_continue, True),

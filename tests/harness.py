@@ -49,8 +49,7 @@ RECIPE = {
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
-        "flows.ptq",
-        "flows.qat",
+        "flows.graphs.run",
         "flows.quantize",
         "quantlib.quantize.conversion",
         "quantlib.quantize.qat",
@@ -187,18 +186,18 @@ def _work(
 def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from flows.quantize import quantize
+    from flows.graphs.run import make_flow
     from quantlib.measure import significance
     from quantlib.recipe.schema import parse_recipe
-    from tasks.run import RUN_ID
+    from tasks.execution import home_folder
+    from tasks.listener import NullListener
 
     significance.is_slower = lambda *_: False  # type: ignore[assignment]
     # As in conftest.py: on a busy machine the threads of a tiny net only wait for each other.
     torch.set_num_threads(1)
-    if run_id is not None:
-        RUN_ID.set(run_id)
     try:
-        report = quantize(parse_recipe(recipe))
+        flow = make_flow("quantize", home_folder(), NullListener(), run_id, lambda _: None)
+        report = flow(parse_recipe(recipe))
     finally:
         drain()  # A forked process ends without what Prefect does at exit.
     timed = {
@@ -220,7 +219,7 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
 def _hook_points(pass_point: Callable[[str], None]) -> None:
     """Pass a point at each step that a crash could fall between: stage boundaries, progress inside, and writes."""
     from quantlib.store.journal import Journal
-    from tasks import run
+    from tasks.execution import LiveRun
 
     def before(owner: Any, name: str, label: Callable[..., str]) -> None:
         original = getattr(owner, name)
@@ -233,7 +232,7 @@ def _hook_points(pass_point: Callable[[str], None]) -> None:
 
     before(Journal, "stage_started", lambda _, label, *rest: f"before {label}")
     before(Journal, "stage_finished", lambda _, label, *rest: f"after {label}")
-    before(run.Run, "progress", lambda *_: f"inside {run._LABEL.get()}")
+    before(LiveRun, "progress", lambda _, label, *rest: f"inside {label}")
     # In the middle of a write: the bytes are in the temporary file, not yet on the disk; then, not yet in place.
     before(os, "fsync", lambda *_: "write: flush")
     before(Path, "replace", lambda *_: "write: rename")

@@ -53,7 +53,6 @@ def run_here(
 
             from quantlib.inputs import find_inputs
             from quantlib.runtimes import available
-            from tasks.run import FINISHED, LISTENER, RUN_ID
 
             # What can be wrong is found while the server starts; the flow finds the same again, in no time.
             find_inputs(recipe, home / "splits")
@@ -62,24 +61,18 @@ def run_here(
 
             from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+            from flows.graphs.run import make_flow
             from flows.hosting.crashes import mark_crashed_runs
-            from flows.ptq import ptq
-            from flows.qat import qat
-            from flows.quantize import quantize
 
         # Else Prefect prints of each part of its log that it could not be sent.
         logging.raiseExceptions = verbose
-        LISTENER.set(listener)
-        if run_id is not None:
-            RUN_ID.set(run_id)
         if wait_for_server is not None:
             # What computes takes seconds to import; a server that starts takes longer, on another core.
             with imports_uncollected():
                 importlib.import_module("quantlib.eager.modules")
             wait_for_server()
-        flow = {"quantize": quantize, "ptq": ptq, "qat": qat}[name]
         finished: list[Report] = []
-        FINISHED.set(finished)
+        flow = make_flow(name, home, listener, run_id, finished.append)
         try:
             # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):

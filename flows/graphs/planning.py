@@ -7,7 +7,6 @@ from quantlib.inputs import find_inputs
 from quantlib.recipe.schema import Recipe
 from quantlib.store.journal import Journal, read_runs
 from quantlib.store.local import Store
-from tasks.caching import PLANNER
 from tasks.planning import Plan, PlannedStage
 
 
@@ -22,9 +21,5 @@ def plan_run(recipe: Recipe, home: Path) -> list[PlannedStage]:
     lines = Journal(home / "runs" / runs[0].file.run_id).stages() if runs else []
     finished = {line["key"] for line in lines if "cached" in line}
     plan = Plan(Store(home / "store"), {line["label"]: line["key"] for line in lines}, finished)
-    token = PLANNER.set(plan)
-    try:
-        measure_branches(recipe, find_inputs(recipe, home / "splits"))
-    finally:
-        PLANNER.reset(token)
+    measure_branches(plan, recipe, find_inputs(recipe, home / "splits"))
     return plan.stages

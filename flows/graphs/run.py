@@ -1,13 +1,16 @@
 """Every stage of a run, wired: the baseline, the branches, the search, the benchmark, the report."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from prefect import Flow
 from prefect.runtime import flow_run
-from prefect.utilities.annotations import quote
 
-from flows.graphs.branches import Trunk, contenders_of, evaluate_files, float_branch, grow_trunk, ptq_branch, qat_branch
+from flows.graphs.branches import evaluate_files, float_branch, ptq_branch, qat_branch, targets_of
 from flows.graphs.search import search_branches
+from flows.graphs.shared_stages import SharedStages, share_stages
 from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
@@ -15,79 +18,108 @@ from quantlib.recipe.schema import Recipe
 from quantlib.report.tables import NoteRow, Report
 from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
-from tasks.caching import PLANNER, call_with_edges
-from tasks.findings import NotYetKnownError
-from tasks.measure import Contender, benchmark, pick_examples
+from tasks.execution import start_run
+from tasks.listener import Listener
+from tasks.measure import benchmark, pick_examples
 from tasks.planning import Pending
-from tasks.report import Measurements, VariantRefs, find_reported, write_report
-from tasks.run import FINISHED, start_run
-from tasks.side_by_side import one_by_one, side_by_side
+from tasks.refs import BenchmarkTarget, Measurements, VariantRefs
+from tasks.report import find_reported, write_report
+from tasks.run import NotYetKnownError, Run
 
 
-def run_branches(name: str, recipe: Recipe) -> Report:
-    """The body of each flow."""
-    with start_run(name, recipe, flow_run.id) as run:
-        inputs = find_inputs(recipe, run.home / "splits", run.progress)
-        measured = measure_branches(recipe, inputs)
-        arguments = {"recipe": recipe, "classes": inputs.val.classes, "measurements": measured}
-        # Prefect is not to look for edges in them.
-        write = partial(write_report, **{name: quote(value) for name, value in arguments.items()})
-        report: Report = call_with_edges(write, arguments)
-    FINISHED.get([]).append(report)
+def run_flow(
+    name: str, recipe: Recipe, home: Path, listener: Listener | None = None, run_id: str | None = None
+) -> Report:
+    """The body of each flow.
+
+    Args:
+        name: quantize, ptq or qat; the last two leave out the branches of the other method, and the search.
+        recipe: What is run.
+        home: The home folder.
+        listener: Is told of each stage; None: nobody is.
+        run_id: The run to resume; None begins one.
+
+    Raises:
+        RecipeError: If the recipe has no branch of the flow's method.
+    """
+    if name != "quantize":
+        recipe = only(recipe, name)
+    with start_run(name, recipe, flow_run.id, home, listener, run_id) as run:
+        inputs = find_inputs(recipe, home / "splits", partial(run.progress, ""))
+        measured = measure_branches(run, recipe, inputs)
+        write = partial(write_report, run, recipe, inputs.val.classes, measured)
+        report: Report = run.call_task("write_report", "write_report", write, {"measurements": measured})
     return report
 
 
-def measure_branches(recipe: Recipe, inputs: Inputs) -> Measurements:
-    """Every stage of a run, wired."""
-    engine = available.find_engine(recipe.engine)
-    trunk = grow_trunk(recipe, inputs, engine)
-    # A plan is in the order of the recipe.
-    run_all = side_by_side if PLANNER.get() is None else one_by_one
-    baseline, *named = run_all(
-        [
-            partial(float_branch, trunk),
-            *(partial(ptq_branch, trunk, branch) for branch in recipe.ptq),
-            *(partial(qat_branch, trunk, branch) for branch in recipe.qat),
-        ]
-    )
-    found, search_best, conclusion = search_branches(trunk, baseline)
+def make_flow(
+    name: str, home: Path, listener: Listener, run_id: str | None, finished: Callable[[Report], None]
+) -> Flow[..., Report]:
+    """A flow for this process alone, as `run_flow`.
+
+    Args:
+        name: Of the flow.
+        home: The home folder.
+        listener: Is told of each stage.
+        run_id: The run to resume; None begins one.
+        finished: Is given the report of a run that is completed, whatever becomes of Prefect's flow run then.
+    """
+
+    def run(recipe: Recipe) -> Report:
+        report = run_flow(name, recipe, home, listener, run_id)
+        finished(report)
+        return report
+
+    return Flow(run, name=name, flow_run_name="{recipe.name}", persist_result=False)
+
+
+def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
+    """Every stage of a run, wired; a run that is given a plan computes nothing."""
+    shared = share_stages(run, recipe, inputs, available.find_engine(recipe.engine))
+    baseline = float_branch(shared)
+    named = [
+        *(ptq_branch(shared, branch) for branch in recipe.ptq),
+        *(qat_branch(shared, branch) for branch in recipe.qat),
+    ]
+    found, search_best, conclusion = search_branches(shared, baseline)
     variants = (baseline, *named, *found)
-    contenders = tuple(dict.fromkeys(each for variant in variants for each in contenders_of(trunk, variant)))
-    timings = benchmark(
-        contenders,
-        trunk.validation[0],
+    targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(shared, variant)))
+    timings = run(
+        benchmark,
+        targets,
+        shared.validation[0],
         machine.cpu_model(),
         tuple(sorted({1, *recipe.benchmark.batch_sizes})),
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
     )
-    variants = evaluate_files(trunk, variants, contenders, timings)
+    variants = evaluate_files(shared, variants, targets, timings)
     return Measurements(
         variants=variants,
-        contenders=contenders,
+        targets=targets,
         timings=timings,
         validation=inputs.validation,
-        pictures=_pick_examples(trunk, variants, contenders, timings),
+        pictures=_pick_examples(shared, variants, targets, timings),
         notes=tuple(NoteRow(kind="note", text=text) for text in (conclusion, *inputs.remarks) if text),
         search_best=search_best,
     )
 
 
 def _pick_examples(
-    trunk: Trunk, variants: tuple[VariantRefs, ...], contenders: tuple[Contender, ...], timings: Ref
+    shared: SharedStages, variants: tuple[VariantRefs, ...], targets: tuple[BenchmarkTarget, ...], timings: Ref
 ) -> Ref | None:
-    num_examples = trunk.recipe.evaluation.num_examples
+    num_examples = shared.recipe.evaluation.num_examples
     if num_examples == 0:
         return None
     answered: Any
     try:
-        reported = find_reported(trunk.recipe, variants, contenders, timings)
+        reported = find_reported(shared.run, shared.recipe, variants, targets, timings)
         answered = tuple(
-            (variant.name, file.validation) for variant, file in zip(variants[1:], reported[1:], strict=True)
+            (variant.variant.name, file.validation) for variant, file in zip(variants[1:], reported[1:], strict=True)
         )
     except NotYetKnownError:
         answered = Pending("benchmark")
-    return pick_examples(trunk.validation, variants[0].validation, answered, num_examples)
+    return shared.run(pick_examples, shared.validation, variants[0].validation, answered, num_examples)
 
 
 def only(recipe: Recipe, method: str) -> Recipe:

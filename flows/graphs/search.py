@@ -3,22 +3,23 @@
 from contextlib import suppress
 from dataclasses import replace
 
-from flows.graphs.branches import Trunk, layers_of, ptq_branch, qat_branch
+from flows.graphs.branches import layers_of, ptq_branch, qat_branch
+from flows.graphs.shared_stages import SharedStages
 from quantlib import search
 from quantlib.recipe.branches import PTQRecipe, QATRecipe
 from quantlib.recipe.sections import SearchRecipe
 from quantlib.search import Trial
-from tasks.findings import NotYetKnownError
-from tasks.report import VariantRefs
-from tasks.search import judge, rank_layers, save_best, seconds_of, stages_met
+from tasks.refs import VariantRefs
+from tasks.run import NotYetKnownError
+from tasks.search import judge, rank_layers, seconds_of
 
 
-def search_branches(trunk: Trunk, baseline: VariantRefs) -> tuple[list[VariantRefs], str | None, str]:
+def search_branches(stages: SharedStages, baseline: VariantRefs) -> tuple[list[VariantRefs], str | None, str]:
     """The variants that the recipe's search tries, the best of them, and what is to be said of its end.
 
     A run that is only planned ends with the first trial that is new: what comes next depends on what it would find.
     """
-    settings = trunk.recipe.search
+    settings = stages.recipe.search
     if settings is None:
         return [], None, ""
     variants: dict[str, VariantRefs] = {}
@@ -26,13 +27,17 @@ def search_branches(trunk: Trunk, baseline: VariantRefs) -> tuple[list[VariantRe
 
     limit = ""
     with suppress(NotYetKnownError):
-        limit = _try_in_turn(trunk, baseline, settings, variants, trials)
+        limit = _try_in_turn(stages, baseline, settings, variants, trials)
     best = search.best_trial(settings, trials).branch.name if trials else None
     return list(variants.values()), best, _conclusion(settings, trials, limit)
 
 
 def _try_in_turn(
-    trunk: Trunk, baseline: VariantRefs, settings: SearchRecipe, variants: dict[str, VariantRefs], trials: list[Trial]
+    stages: SharedStages,
+    baseline: VariantRefs,
+    settings: SearchRecipe,
+    variants: dict[str, VariantRefs],
+    trials: list[Trial],
 ) -> str:
     """Make trials until the search is over; `variants` and `trials` take them in.
 
@@ -46,22 +51,24 @@ def _try_in_turn(
     def rank(name: str) -> list[str]:
         variant = variants[name]
         assert variant.prepared is not None
-        layers = variant.layers or layers_of(trunk, variant.prepared, name, equalized=variant.equalized)
+        layers = variant.layers or layers_of(stages, variant.prepared, name, equalized=variant.variant.equalized)
         variants[name] = replace(variant, layers=layers)
-        return rank_layers(layers)
+        return rank_layers(stages.run, layers)
 
-    images, shared = trunk.inputs.training, stages_met()
+    images, run = stages.inputs.training, stages.run
+    before = set(run.keys)
     # By what stages took, whenever that was: a clock would begin anew each time that the search is resumed.
-    while seconds_of(stages_met() - shared) < 60 * settings.max_minutes:
+    while seconds_of(run.store, set(run.keys) - before) < 60 * settings.max_minutes:
         branch = search.next_trial(settings, trials, rank, images.stop - images.start)
         if branch is None:
             return ", at its limit," if len(trials) == settings.max_trials else ""
         assert isinstance(branch, PTQRecipe | QATRecipe)
-        variant = ptq_branch(trunk, branch) if isinstance(branch, PTQRecipe) else qat_branch(trunk, branch)
+        variant = ptq_branch(stages, branch) if isinstance(branch, PTQRecipe) else qat_branch(stages, branch)
         variants[branch.name] = variant
-        trials.append(judge(branch, baseline, variant))
+        trials.append(judge(run, branch, baseline, variant))
         best = search.best_trial(settings, trials)
-        save_best(variants[best.branch.name].artifact)
+        # To be shipped, if need be, before the run ends.
+        run.copy_out(variants[best.branch.name].artifact, "search-best.pt")
     return f", at its limit of {_count(settings.max_minutes, 'minute')},"
 
 

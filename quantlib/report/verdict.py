@@ -14,8 +14,8 @@ import numpy as np
 
 from quantlib.measure import significance
 from quantlib.measure.predictions import Predictions
-from quantlib.recipe.scheme import Scheme
 from quantlib.recipe.sections import GateRecipe
+from quantlib.recipe.variant import Variant
 from quantlib.report.tables import EpochRow, FileRow, LatencyRow, VariantRow
 from quantlib.runtimes.available import Runtime
 
@@ -51,16 +51,9 @@ class File:
 class Measured:
     """What was measured of a variant."""
 
-    name: str
-    method: str
-    qconfig: str | None
-    engine: str | None
-    scheme: Scheme | None = None
-    """None: float."""
-    equalized: bool = False
-    bias_corrected: bool = False
+    variant: Variant
     files: Sequence[File]
-    """Those that the recipe allows to be shipped; TorchScript on `engine` where it allows none."""
+    """Those that the recipe allows to be shipped; TorchScript on its engine where it allows none."""
     available: bool = True
     """Whether it allows any."""
     layers: Sequence[Sequence[Mapping[str, Any]]] = ()
@@ -80,7 +73,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circumstances:
+class RunInfo:
     """What the rows of a run have in common."""
 
     recipe: str
@@ -194,12 +187,12 @@ class Verdict:
         """The file that each variant's row is about."""
         return tuple(entry.file for entry in self._chosen)
 
-    def variant_rows(self, circumstances: Circumstances) -> tuple[VariantRow, ...]:
+    def variant_rows(self, run_info: RunInfo) -> tuple[VariantRow, ...]:
         """A row for each variant."""
         float_ms, compared = self._chosen[0].p50_ms, [entry for entry in self._chosen[1:] if entry.accepted]
         return tuple(
             entry.variant_row(
-                circumstances,
+                run_info,
                 float_ms=float_ms,
                 reason=self._reason if entry is self._winner else None,
                 pareto=not any(entry.contender.is_beaten_by(other.contender) for other in compared)
@@ -263,7 +256,7 @@ class _Entry:
     def contender(self) -> Contender:
         """As it is compared with others."""
         return Contender(
-            self.variant.name,
+            self.variant.variant.name,
             self.variant.samples_ms[self.file.runtime, *_SETTING],
             self.file.selection.top1_correct,
             self.file.size_bytes,
@@ -304,7 +297,7 @@ class _Entry:
         """The file's row."""
         paired, (outcome, num_to_decide) = self._drop(), self._judged
         return FileRow(
-            variant=self.variant.name,
+            variant=self.variant.variant.name,
             path=self.file.path,
             sha256=self.file.sha256,
             size_bytes=self.file.size_bytes,
@@ -322,17 +315,16 @@ class _Entry:
             reported=reported,
         )
 
-    def variant_row(
-        self, circumstances: Circumstances, *, float_ms: float, reason: str | None, pareto: bool | None
-    ) -> VariantRow:
+    def variant_row(self, run_info: RunInfo, *, float_ms: float, reason: str | None, pareto: bool | None) -> VariantRow:
         """The variant's row; with a reason, the winner's."""
-        variant, file, scheme = self.variant, self.file, self.variant.scheme
-        paired, by_runtime = self._drop(), _latencies(variant)
+        measured, file, variant = self.variant, self.file, self.variant.variant
+        scheme = variant.scheme
+        paired, by_runtime = self._drop(), _latencies(measured)
         fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
-        simulated = {parts: predictions.top1 for parts, predictions in variant.simulated.items()}
-        onnx = next((each for each in variant.files if each.path == variant.onnx_path), None)
+        simulated = {parts: predictions.top1 for parts, predictions in measured.simulated.items()}
+        onnx = next((each for each in measured.files if each.path == measured.onnx_path), None)
         return VariantRow(
-            recipe=circumstances.recipe,
+            recipe=run_info.recipe,
             variant=variant.name,
             method=variant.method,
             qconfig=variant.qconfig,
@@ -352,13 +344,13 @@ class _Entry:
             top1_drop_high=paired.high,
             p_value=paired.p_value,
             top1_selection=file.selection.top1,
-            selected_on=circumstances.selected_on,
+            selected_on=run_info.selected_on,
             top1_simulated=simulated.get("both"),
             top1_weights_only=simulated.get("weights"),
             top1_activations_only=simulated.get("activations"),
-            best_epoch=next((epoch.metrics["epoch"] for epoch in variant.epochs if epoch.chosen), None),
-            top1_start=variant.start_validation.top1 if variant.start_validation else None,
-            kept_start=variant.kept_start,
+            best_epoch=next((epoch.metrics["epoch"] for epoch in measured.epochs if epoch.chosen), None),
+            top1_start=measured.start_validation.top1 if measured.start_validation else None,
+            kept_start=measured.kept_start,
             size_bytes=file.size_bytes,
             runtime=file.runtime,
             latency_p50_ms=self.p50_ms,
@@ -373,13 +365,13 @@ class _Entry:
             pareto=pareto,
             artifact_sha256=file.sha256,
             artifact_path=file.path,
-            torchscript_path=variant.torchscript_path,
-            onnx_path=variant.onnx_path,
+            torchscript_path=measured.torchscript_path,
+            onnx_path=measured.onnx_path,
             onnx_top1=onnx.validation.top1 if onnx else None,
-            onnx_refusal=variant.onnx_refusal,
-            torch_version=circumstances.torch_version,
-            cpu_model=circumstances.cpu_model,
-            created_at=circumstances.created_at,
+            onnx_refusal=measured.onnx_refusal,
+            torch_version=run_info.torch_version,
+            cpu_model=run_info.cpu_model,
+            created_at=run_info.created_at,
         )
 
 
@@ -396,7 +388,7 @@ def epoch_rows(variants: Sequence[Measured]) -> tuple[EpochRow, ...]:
     """A row for each epoch of each variant."""
     return tuple(
         EpochRow(
-            variant=variant.name,
+            variant=variant.variant.name,
             epoch=epoch.metrics["epoch"],
             loss=epoch.metrics["loss"],
             train_top1=epoch.metrics["train_top1"],
@@ -415,7 +407,7 @@ def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
     """A row for each variant, batch size and number of threads."""
     return tuple(
         LatencyRow(
-            variant=variant.name,
+            variant=variant.variant.name,
             runtime=runtime,
             batch_size=batch_size,
             num_threads=num_threads,

@@ -99,7 +99,7 @@ class Store:
         except OSError as error:
             raise _unreadable(self._blob(ref.sha256), error) from None
 
-    def lay_out(self, ref: Ref, place: Path) -> Path:
+    def copy_out(self, ref: Ref, place: Path) -> Path:
         """Give an artifact a file of its own at `place`, which outlives it in the store.
 
         Raises:

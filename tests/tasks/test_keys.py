@@ -22,7 +22,7 @@ from quantlib.models.source import ModelInput
 from quantlib.recipe.schedule import Schedule
 from quantlib.store.artifacts import Ref
 from tasks import data, export, measure, model, quantize
-from tasks.caching import Stage, key_of
+from tasks.stage import Stage, key_of
 
 STAGES = {
     value.name: value
@@ -37,7 +37,7 @@ from pathlib import Path
 from quantlib.store import codehash
 import quantlib
 from tasks import data, export, measure, model, quantize
-from tasks.caching import Stage
+from tasks.stage import Stage
 stages = {v.name: v for m in (data, export, measure, model, quantize) for v in vars(m).values() if isinstance(v, Stage)}
 folder = Path(quantlib.__file__).parent
 def code():

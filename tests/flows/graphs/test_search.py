@@ -16,11 +16,12 @@ from quantlib.data.split import Selection
 from quantlib.inputs import Inputs
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.sections import SearchRecipe
+from quantlib.recipe.variant import Variant
 from quantlib.search import Trial
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
-from tasks.findings import NotYetKnownError
-from tasks.report import VariantRefs
+from tasks.refs import VariantRefs
+from tasks.run import NotYetKnownError
 
 BRANCHES = {"ptq", "qat"}
 RECIPE = {key: value for key, value in harness.RECIPE.items() if key not in BRANCHES}
@@ -112,31 +113,25 @@ def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
 @pytest.fixture
 def loop(monkeypatch):
     """Runs the loop with trials that have a drop each, by the end of their names; what it saved and measured."""
-    monkeypatch.setattr(flow, "stages_met", frozenset)
-    monkeypatch.setattr(flow, "seconds_of", lambda keys: 0.0)
+    monkeypatch.setattr(flow, "seconds_of", lambda store, keys: 0.0)
 
-    def run(drops, **settings):
+    def run(drops, keys=list, **settings):
         saved, ranked = [], []
 
         def make(trunk, branch):
             return VariantRefs(
-                name=branch.name,
-                method="",
-                qconfig=None,
-                engine=None,
-                scheme=None,
-                equalized=False,
-                bias_corrected=False,
-                simulated={},
+                variant=Variant(name=branch.name, method=""),
                 artifact=Ref("torchscript", branch.name, 1),
                 prepared=Ref("model", branch.name, 1),
+                validation=(),
+                selection=(),
             )
 
         def measure(trunk, prepared, name, *, equalized):
             ranked.append(name)
             return (Ref("layers", name, 1),)
 
-        def judge(branch, baseline, variant):
+        def judge(run, branch, baseline, variant):
             drop = drops.get(branch.name.split("-", 2)[2], 0.1)
             if drop is None:
                 raise NotYetKnownError
@@ -146,10 +141,21 @@ def loop(monkeypatch):
         monkeypatch.setattr(flow, "qat_branch", make)
         monkeypatch.setattr(flow, "layers_of", measure)
         monkeypatch.setattr(flow, "judge", judge)
-        monkeypatch.setattr(flow, "rank_layers", lambda parts: [f"layer{n}" for n in range(9)])
-        monkeypatch.setattr(flow, "save_best", lambda ref: saved.append(ref.sha256))
+        monkeypatch.setattr(flow, "rank_layers", lambda run, parts: [f"layer{n}" for n in range(9)])
         images = Selection(None, 0, 0, 1000)
+
+        class FakeRun:
+            store = None
+
+            @property
+            def keys(self):
+                return keys()
+
+            def copy_out(self, ref, name):
+                saved.append(ref.sha256)
+
         trunk = SimpleNamespace(
+            run=FakeRun(),
             recipe=SimpleNamespace(search=SearchRecipe(**settings)),
             inputs=Inputs(None, None, None, images, images, images),
         )
@@ -168,7 +174,7 @@ def test_the_file_that_is_saved_is_always_the_best_so_far(loop):
 def test_the_layers_of_the_trial_that_is_refined_are_measured_once_and_reported(loop):
     variants, _, _, ranked = loop({"corrected": 0.05})
     assert ranked == ["search-3-corrected"]
-    assert [variant.name for variant in variants if variant.layers] == ["search-3-corrected"]
+    assert [variant.variant.name for variant in variants if variant.layers] == ["search-3-corrected"]
 
 
 def test_a_budget_that_cannot_be_met_is_missed_by_so_much(loop):
@@ -182,9 +188,10 @@ def test_a_budget_that_is_met_says_by_which_trial(loop):
 
 def test_no_trial_begins_when_the_time_is_over(loop, monkeypatch):
     met = iter([{"shared"}, {"shared"}, {"shared", "a"}, {"shared", "a", "b"}])
-    monkeypatch.setattr(flow, "stages_met", lambda: next(met))
-    monkeypatch.setattr(flow, "seconds_of", lambda keys: sum({"shared": 600.0, "a": 59.0, "b": 1.0}[k] for k in keys))
-    variants, note, _, _ = loop({}, max_minutes=1.0)
+    monkeypatch.setattr(
+        flow, "seconds_of", lambda store, keys: sum({"shared": 600.0, "a": 59.0, "b": 1.0}[k] for k in keys)
+    )
+    variants, note, _, _ = loop({}, keys=lambda: next(met), max_minutes=1.0)
     assert len(variants) == 2
     assert "after 2 trials, at its limit of 1 minute," in note
 
@@ -195,5 +202,5 @@ def test_one_trial_is_one_trial(loop):
 
 def test_a_run_that_is_only_planned_ends_where_it_cannot_know(loop):
     variants, _, saved, _ = loop({"corrected": None})
-    assert [variant.name for variant in variants][-1] == "search-3-corrected"
+    assert [variant.variant.name for variant in variants][-1] == "search-3-corrected"
     assert len(saved) == 2

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import closing, nullcontext
-from contextvars import copy_context
 from functools import partial
 
 import harness
@@ -22,7 +21,6 @@ from quantlib.errors import MachineError
 from quantlib.recipe.schema import parse_recipe
 from quantlib.store.journal import read_runs
 from tasks.listener import NullListener
-from tasks.run import FINISHED
 
 
 @pytest.fixture
@@ -143,19 +141,22 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(start_run, tmp
 def test_a_run_that_is_completed_has_its_report_whatever_prefect_raises_then(monkeypatch, tmp_path, finishes):
     report = object()
 
-    def flow(_recipe):
-        if finishes:
-            FINISHED.get().append(report)
-        raise RuntimeError("told too late")
+    def make_flow(_name, _home, _listener, _run_id, finished):
+        def flow(_recipe):
+            if finishes:
+                finished(report)
+            raise RuntimeError("told too late")
+
+        return flow
 
     monkeypatch.setenv("QUANTFLOW_HOME", str(tmp_path))
     monkeypatch.setattr(logging, "raiseExceptions", True)
     monkeypatch.setattr(running, "prefect_server", lambda *_, **__: nullcontext())
     monkeypatch.setattr(running, "_reach_server", lambda: None)
     monkeypatch.setattr("flows.hosting.crashes.mark_crashed_runs", lambda _: None)
-    monkeypatch.setattr("flows.quantize.quantize", flow)
+    monkeypatch.setattr("flows.graphs.run.make_flow", make_flow)
     recipe = parse_recipe(harness.RECIPE)
-    run = partial(copy_context().run, running.run_here, "quantize", recipe, tmp_path, NullListener(), print)
+    run = partial(running.run_here, "quantize", recipe, tmp_path, NullListener(), print)
     if finishes:
         assert run() is report
     else:

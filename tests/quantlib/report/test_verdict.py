@@ -9,12 +9,13 @@ import pytest
 
 from quantlib.measure.predictions import Predictions
 from quantlib.recipe.sections import GateRecipe
+from quantlib.recipe.variant import Variant
 from quantlib.report import verdict
 from quantlib.report.tables import FileRow, VariantRow
-from quantlib.report.verdict import Circumstances, Epoch, File, Measured
+from quantlib.report.verdict import Epoch, File, Measured, RunInfo
 from quantlib.runtimes.available import Runtime
 
-CIRCUMSTANCES = Circumstances(
+CIRCUMSTANCES = RunInfo(
     recipe="test",
     selected_on="held_back",
     torch_version="2.15.0",
@@ -47,11 +48,12 @@ def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes:
     """A variant with one file; `selection` and `size_bytes` are that file's."""
     of_file = {key: changes.pop(key) for key in ("selection", "size_bytes") if key in changes}
     file = _file(name, num_correct, **of_file)
+    of_variant = {
+        key: changes.pop(key) for key in ("method", "scheme", "equalized", "bias_corrected") if key in changes
+    }
+    known = {"method": "ptq", "qconfig": "fbgemm", "engine": "x86"} if name != "float" else {"method": "float"}
     values: dict[str, Any] = {
-        "name": name,
-        "method": "float" if name == "float" else "ptq",
-        "qconfig": None if name == "float" else "fbgemm",
-        "engine": None if name == "float" else "x86",
+        "variant": Variant(**{"name": name} | known | of_variant),
         "files": (file,),
         "simulated": {},
         "epochs": (),

@@ -127,7 +127,7 @@ def test_a_record_under_another_key_counts_as_none(store):
 
 def test_an_artifact_that_is_laid_out_outlives_the_store(store, tmp_path):
     ref = store.put("torchscript", b"file")
-    place = store.lay_out(ref, tmp_path / "models" / "run" / "float.pt")
+    place = store.copy_out(ref, tmp_path / "models" / "run" / "float.pt")
     store.path(ref).unlink()
     assert place.read_bytes() == b"file"
 
@@ -154,7 +154,7 @@ def test_the_umask_decides_who_may_read_and_an_artifact_is_changed_by_nobody(sto
     with store.in_use():
         pass
     kept = [store.path(ref), store.folder / "records" / "key.json"]
-    own = [store.lay_out(ref, tmp_path / "models" / "int8.pt"), store.folder / "in-use"]
+    own = [store.copy_out(ref, tmp_path / "models" / "int8.pt"), store.folder / "in-use"]
     for paths, mode in ((kept, 0o444), (own, 0o666)):
         assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {mode & ~mask}
 

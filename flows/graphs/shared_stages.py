@@ -1,0 +1,123 @@
+"""What the branches of a run share: the float model, the fused models, the decoded images."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from quantlib.data.split import Selection
+from quantlib.data.transforms import EvalTransform, TrainTransform, Transform
+from quantlib.inputs import Inputs
+from quantlib.recipe.schema import Recipe
+from quantlib.runtimes import available
+from quantlib.runtimes.available import Runtime
+from quantlib.store.artifacts import Ref
+from tasks.data import decode
+from tasks.model import Training, equalize, fuse, load_float
+from tasks.run import Run
+
+# A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
+# in memory does not matter.
+_SHARD_BYTES = 256 * 2**20
+_SHARD_IMAGES = 5000
+
+
+@dataclass(frozen=True)
+class SharedStages:
+    """What the branches share: each stage here runs when the first branch asks for it, and for that one only."""
+
+    run: Run
+    recipe: Recipe
+    inputs: Inputs
+    engine: str
+    onnx_runtimes: tuple[Runtime, ...]
+    float_model: Ref
+    validation: tuple[Ref, ...]
+    """Decoded shards."""
+    held_back: tuple[Ref, ...]
+    """Likewise; empty where the recipe chooses on validation."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """What int8 models are evaluated in while choices are made: TorchScript on their own engine."""
+        return available.torch_runtime(self.engine)
+
+    def fused(self, mode: Literal["eval", "qat"], *, equalized: bool) -> Ref:
+        """The float model that a branch quantizes."""
+        return {
+            ("eval", False): lambda: self.fused_eval,
+            ("qat", False): lambda: self._fused_qat,
+            ("eval", True): lambda: self._fused_eval_equalized,
+            ("qat", True): lambda: self._fused_qat_equalized,
+        }[mode, equalized]()
+
+    @cached_property
+    def fused_eval(self) -> Ref:
+        """The baseline's model, and of every PTQ branch that is not equalized."""
+        return self.run(fuse, self.float_model, "eval", branch="eval")
+
+    @cached_property
+    def calibration(self) -> tuple[Ref, ...]:
+        """Decoded shards of the calibration images."""
+        recipe, first = self.recipe, self.inputs.training.start
+        settings = recipe.calibration
+        transform = eval_transform(recipe) if settings.transform == "eval" else train_transform(recipe)
+        chosen = replace(self.inputs.training, stop=first + settings.batch_size * settings.num_batches)
+        return _decode(self.run, recipe, chosen, transform, "calibration", settings.batch_size)
+
+    @cached_property
+    def _equalized(self) -> Ref:
+        return self.run(equalize, self.float_model, self.recipe.data.crop)
+
+    @cached_property
+    def _fused_qat(self) -> Ref:
+        return self.run(fuse, self.float_model, "qat", branch="qat")
+
+    @cached_property
+    def _fused_eval_equalized(self) -> Ref:
+        return self.run(fuse, self._equalized, "eval", branch="eval-equalized")
+
+    @cached_property
+    def _fused_qat_equalized(self) -> Ref:
+        return self.run(fuse, self._equalized, "qat", branch="qat-equalized")
+
+
+def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> SharedStages:
+    """Load the float model, and decode the images that accuracy is measured on."""
+    training = Training(inputs.training, train_transform(recipe), recipe.model.training)
+    float_model = run(
+        load_float,
+        inputs.model,
+        inputs.val.num_classes,
+        recipe.data.crop,
+        recipe.seed,
+        training if recipe.model.weights == "train" else None,
+    )
+    validation = _decode(run, recipe, inputs.validation, eval_transform(recipe), "validation")
+    held_back = _decode(run, recipe, inputs.held_back, eval_transform(recipe), "held_back")
+    onnx_runtimes = available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+    return SharedStages(run, recipe, inputs, engine, onnx_runtimes, float_model, validation, held_back)
+
+
+def eval_transform(recipe: Recipe) -> EvalTransform:
+    """How an image becomes a model's input when accuracy is measured."""
+    return EvalTransform(recipe.data.resize, recipe.data.crop)
+
+
+def train_transform(recipe: Recipe) -> TrainTransform:
+    """How an image becomes a model's input in training."""
+    return TrainTransform(recipe.data.crop, recipe.data.train_scale, recipe.data.train_flip)
+
+
+def _decode(
+    run: Run, recipe: Recipe, images: Selection, transform: Transform, name: str, batch_size: int = 1
+) -> tuple[Ref, ...]:
+    """Decoded shards of whole batches, so that the size of a shard changes no batch."""
+    size = max(1, shard_size(recipe) // batch_size) * batch_size
+    return tuple(
+        run(decode, part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))
+    )
+
+
+def shard_size(recipe: Recipe) -> int:
+    """Images per shard."""
+    return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2)))

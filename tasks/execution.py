@@ -1,0 +1,215 @@
+"""A run that computes: each stage is a Prefect task that reuses what is in the store, or has it computed.
+
+A stage that is reused returns Prefect's own `Cached` state.
+"""
+
+import functools
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+from filelock import FileLock
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from quantlib import temporary
+from quantlib.recipe.schema import Recipe
+from quantlib.report.tables import StageRow
+from quantlib.store.artifacts import Record, Ref
+from quantlib.store.journal import Journal
+from quantlib.store.local import Store
+from tasks.listener import Listener, NullListener
+from tasks.stage import Job, Stage, find_inside, key_of
+from tasks.tracking import ProgressArtifacts
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Ref | tuple[Ref, ...])
+
+
+class Executor(Protocol):
+    """Computes stages."""
+
+    def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
+        """The stage's outputs, which are then in the job's store."""
+
+
+class LocalExecutor:
+    """Computes in this process."""
+
+    def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
+        """The stage's outputs, which are then in the job's store."""
+        _prepare_process()
+        return stage.work(job, **arguments)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The task that made an artifact."""
+
+    ref: Ref
+    """Kept, so that no other object gets its identity."""
+    state: State[Any]
+    """Of the task run, which it names."""
+
+
+@dataclass
+class LiveRun:
+    """One run of a flow."""
+
+    home: Path
+    store: Store
+    journal: Journal
+    listener: Listener
+    executor: Executor = field(default_factory=LocalExecutor)
+    stages: list[StageRow] = field(default_factory=list)
+    """The stages met so far, in order."""
+    makers: dict[int, Maker] = field(default_factory=dict)
+    """Of every artifact that a stage of this run gave, by its Ref's identity: two of equal content are two."""
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self.journal.run_id
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the stages met so far."""
+        return [row.key for row in self.stages]
+
+    @property
+    def models(self) -> Path:
+        """The folder of the run's files."""
+        return self.home / "models" / self.run_id
+
+    def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The stage's outputs, reused or computed."""
+        arguments = stage.bind(*args, **kwargs)
+        work = functools.partial(self.reuse_or_compute, stage, arguments)
+        return cast("R", self.call_task(stage.name, stage.label_for(arguments), work, arguments))
+
+    def known(self, refs: object) -> Store:  # noqa: ARG002 (a run that computes has all of them)
+        """The store."""
+        return self.store
+
+    def copy_out(self, ref: Ref, name: str) -> None:
+        """Give an artifact a file of its own among the run's models, which outlives it in the store."""
+        self.store.copy_out(ref, self.models / name)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """The stage of this label has done so much."""
+        self.listener.stage_progressed(label, done, total)
+
+    def call_task(self, name: str, label: str, work: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+        """Call a function as a Prefect task, with an edge from each task whose artifacts it is given, once.
+
+        Prefect would look for results of tasks in the arguments, and takes one object for another: of an artifact's
+        name every string that two share. So the task has no arguments, and is told which tasks it waits for.
+
+        Args:
+            name: Of the task.
+            label: Of the task run.
+            work: The function, with its arguments.
+            arguments: What it is given, for the artifacts in it.
+        """
+        found = [self.makers[id(ref)] for ref in find_inside(arguments, Ref) if id(ref) in self.makers]
+        states = {maker.state.state_details.task_run_id: maker.state for maker in found}
+
+        def task_function() -> Any:
+            return work()
+
+        task_function.__name__ = task_function.__qualname__ = name
+        task = Task(task_function, name=name, task_run_name=label, persist_result=False, cache_policy=NO_CACHE)
+        state: State[Any] = task(wait_for=list(states.values()), return_state=True)
+        outputs: Any = state.result()
+        # Nor is it to look inside the state: True is the one result that Prefect takes for no other.
+        ended = state.model_copy(update={"data": True})
+        # Objects of their own: the same content may come from two tasks, and an output may be one of the inputs.
+        if isinstance(outputs, Ref):
+            outputs = replace(outputs)
+            self.makers[id(outputs)] = Maker(outputs, ended)
+        elif isinstance(outputs, tuple):
+            outputs = tuple(replace(ref) for ref in outputs)
+            self.makers.update({id(ref): Maker(ref, ended) for ref in outputs})
+        return outputs
+
+    def reuse_or_compute(self, stage: Stage[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """The stage's work, inside its task: the outputs' Refs, or Prefect's state where they are reused."""
+        label, ingredients = stage.label_for(arguments), stage.ingredients(arguments)
+        key = key_of(ingredients)
+        started, clock = datetime.now(UTC), time.perf_counter()
+        # Whoever comes second waits, then finds the record. The kernel frees the lock of a process that died.
+        self.journal.stage_started(label, key)
+        with FileLock(self.store.lock_file(key)):
+            record = self.store.find_record(key)
+            if record is None:
+                self.listener.stage_started(label)
+                # The wait for the lock is no part of it.
+                started, clock = datetime.now(UTC), time.perf_counter()
+                job = Job(self.store, functools.partial(self.progress, label))
+                outputs = self.executor.compute(stage, arguments, job)
+                seconds = time.perf_counter() - clock
+                refs = outputs if isinstance(outputs, tuple) else (outputs,)
+                self.store.add_record(Record(key, stage.name, ingredients, refs, seconds, started.isoformat()))
+            else:
+                seconds = time.perf_counter() - clock
+        self.stages.append(StageRow(label, key, record is not None, seconds, started))
+        self.journal.stage_finished(label, key, cached=record is not None)
+        self.listener.stage_finished(label, cached=record is not None, seconds=seconds)
+        if record is None:
+            return outputs
+        return Completed(name="Cached", message=f"Reused from {record.created_at}", data=stage.outputs_of(record))
+
+
+def home_folder() -> Path:
+    """The folder that everything lies under: `$QUANTFLOW_HOME`, else `.quantflow` here."""
+    return Path(os.environ.get("QUANTFLOW_HOME", ".quantflow")).expanduser().resolve()
+
+
+@contextmanager
+def start_run(
+    flow: str,
+    recipe: Recipe,
+    flow_run_id: str | None,
+    home: Path,
+    listener: Listener | None = None,
+    run_id: str | None = None,
+) -> Iterator[LiveRun]:
+    """Begin a run, or resume one.
+
+    What runs that were killed left half-made is removed first.
+
+    Args:
+        flow: quantize, ptq or qat.
+        recipe: What is run.
+        flow_run_id: Prefect's, where there is one: a flow run that Prefect retries resumes its run.
+        home: The home folder.
+        listener: Is told of each stage; None: nobody is.
+        run_id: The run to resume; None: the one of the flow run, or a new one.
+    """
+    temporary.remove_abandoned(home)
+    store = Store(home / "store")
+    journal = Journal(home / "runs" / (run_id or _run_id(home, recipe, flow_run_id)))
+    with store.in_use(), journal.record(flow, recipe, flow_run_id):
+        yield LiveRun(home, store, journal, ProgressArtifacts(listener or NullListener()))
+
+
+def _run_id(home: Path, recipe: Recipe, flow_run_id: str | None) -> str:
+    identity = (flow_run_id or str(uuid.uuid4()))[:8]
+    retried = next((home / "runs").glob(f"*-{identity}"), None)
+    return retried.name if retried else f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{recipe.name}-{identity}"
+
+
+@functools.cache
+def _prepare_process() -> None:
+    """Not done by a process that only reuses."""
+    from quantlib.process import prepare_process
+
+    prepare_process()
