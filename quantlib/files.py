@@ -84,7 +84,7 @@ def lockable(path: Path) -> Path:
 
 
 @contextmanager
-def naming_full_disk(folder: Path) -> Iterator[None]:
+def explaining_full_disk(folder: Path) -> Iterator[None]:
     """Say what to do when the disk that holds `folder` is full.
 
     Raises:
@@ -101,7 +101,7 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
 @contextmanager
 def _new_file(folder: Path) -> Iterator[IO[bytes]]:
     """A temporary file in `folder` that is gone afterwards, unless it was published."""
-    with naming_full_disk(folder), temporary.new_file(folder) as file:
+    with explaining_full_disk(folder), temporary.new_file(folder) as file:
         yield file
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quantlib.data.split import Selection, SplitInput, SplitName
+from quantlib.data.split import SplitInput, SplitName, Subset
 from quantlib.errors import DataError, ModelError, RecipeError, suggest
 from quantlib.files import read_file, seal, unseal, write_atomically
 from quantlib.models.source import ModelInput
@@ -35,11 +35,11 @@ class Inputs:
     model: ModelInput
     train: SplitInput
     val: SplitInput
-    validation: Selection
+    validation: Subset
     """Images that accuracy is reported on."""
-    held_back: Selection
+    held_out: Subset
     """Training images kept for choosing; empty where the recipe chooses on validation."""
-    training: Selection
+    training: Subset
     """All other training images, shuffled once; calibration takes the first of them."""
 
     @property
@@ -85,24 +85,24 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
     float_layers = dict.fromkeys(name for branch in (*recipe.ptq, *recipe.qat) for name in branch.float_layers)
     if float_layers:
         _check_float_layers(model, val.num_classes, tuple(float_layers))
-    num_held_back = _num_held_back(recipe, train.num_images)
-    _check_train_size(recipe, train.num_images, num_held_back)
+    num_held_out = _num_held_out(recipe, train.num_images)
+    _check_train_size(recipe, train.num_images, num_held_out)
     return Inputs(
         model=model,
         train=train,
         val=val,
         validation=_validation(val, recipe),
-        held_back=Selection(train, recipe.seed, 0, num_held_back),
-        training=Selection(train, recipe.seed, num_held_back, train.num_images),
+        held_out=Subset(train, recipe.seed, 0, num_held_out),
+        training=Subset(train, recipe.seed, num_held_out, train.num_images),
     )
 
 
-def _validation(val: SplitInput, recipe: Recipe) -> Selection:
+def _validation(val: SplitInput, recipe: Recipe) -> Subset:
     wanted = recipe.evaluation.max_images
     if wanted is None or wanted >= val.num_images:
-        return Selection(val, None, 0, val.num_images)
+        return Subset(val, None, 0, val.num_images)
     # The first of a folder would be of its first classes.
-    return Selection(val, recipe.seed, 0, wanted)
+    return Subset(val, recipe.seed, 0, wanted)
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,25 +116,25 @@ def _check_float_layers(model: ModelInput, num_classes: int, float_layers: tuple
     preparation.find_layers(fusion.fuse_model(built, "eval"), float_layers)
 
 
-def _num_held_back(recipe: Recipe, num_train: int) -> int:
+def _num_held_out(recipe: Recipe, num_train: int) -> int:
     if recipe.evaluation.select_on == "validation":
         return 0
-    return recipe.evaluation.num_held_back or max(1, min(1000, num_train // 10))
+    return recipe.evaluation.num_held_out or max(1, min(1000, num_train // 10))
 
 
-def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> None:
-    if num_train < 2 and num_held_back > 0:
+def _check_train_size(recipe: Recipe, num_train: int, num_held_out: int) -> None:
+    if num_train < 2 and num_held_out > 0:
         raise RecipeError(
-            f"The training split has {num_train} image, and two at least are needed, one of them held back. Add some, "
+            f"The training split has {num_train} image, and two at least are needed, one of them held out. Add some, "
             'or set evaluation.select_on = "validation".'
         )
-    if 2 * num_held_back > num_train:
+    if 2 * num_held_out > num_train:
         raise RecipeError(
-            f"evaluation.num_held_back = {num_held_back} of {num_train} training images: "
-            "at most half may be held back. "
+            f"evaluation.num_held_out = {num_held_out} of {num_train} training images: "
+            "at most half may be held out. "
             f'Set it to {num_train // 2} or less, or evaluation.select_on = "validation".'
         )
-    available = num_train - num_held_back
+    available = num_train - num_held_out
     calibration = recipe.calibration.batch_size * recipe.calibration.num_batches
     calibrates = (
         bool(recipe.ptq) or recipe.search is not None or any(branch.start == "calibrated" for branch in recipe.qat)
@@ -142,15 +142,15 @@ def _check_train_size(recipe: Recipe, num_train: int, num_held_back: int) -> Non
     if calibrates and calibration > available:
         raise RecipeError(
             f"calibration asks for {recipe.calibration.num_batches} batches of {recipe.calibration.batch_size} = "
-            f"{calibration} images, and the training split has {available} that are not held back. "
-            "Lower calibration.num_batches, or evaluation.num_held_back."
+            f"{calibration} images, and the training split has {available} that are not held out. "
+            "Lower calibration.num_batches, or evaluation.num_held_out."
         )
     for number, branch in enumerate(recipe.qat):
         needed = branch.batch_size * (branch.batches_per_epoch or 1)
         if needed > available:
             raise RecipeError(
                 f"qat.{number} asks for {needed} images an epoch, and the training split has {available} that are "
-                f"not held back. Lower qat.{number}.batches_per_epoch or batch_size, or evaluation.num_held_back."
+                f"not held out. Lower qat.{number}.batches_per_epoch or batch_size, or evaluation.num_held_out."
             )
 
 

@@ -1,7 +1,6 @@
 """The machine a run computes on: its memory allocator, its CPU, and what can run models on it."""
 
 import ctypes
-import os
 import platform
 from contextlib import suppress
 from pathlib import Path
@@ -27,11 +26,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_TOP_PAD, 256 << 20)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:

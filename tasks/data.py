@@ -1,13 +1,13 @@
 """Stages that turn image files into decoded images."""
 
-from quantlib.data.split import Selection
+from quantlib.data.split import Subset
 from quantlib.data.transforms import Transform
 from quantlib.store.artifacts import Ref
 from tasks.stage import Job, stage
 
 
 @stage("decode-{branch}")
-def decode(job: Job, images: Selection, transform: Transform, seed: int, *, branch: str) -> Ref:
+def decode(job: Job, images: Subset, transform: Transform, seed: int, *, branch: str) -> Ref:
     """Decode images once, for every branch."""
     from quantlib.data import loading, shards
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from quantlib.data.split import Selection
+from quantlib.data.split import Subset
 from quantlib.data.transforms import Transform
 from quantlib.models.source import ModelInput
 from quantlib.recipe.sections import TrainingRecipe
@@ -15,7 +15,7 @@ from tasks.stage import Job, stage
 class Training:
     """What a model without weights is trained on."""
 
-    images: Selection
+    images: Subset
     transform: Transform
     recipe: TrainingRecipe
 

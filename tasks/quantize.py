@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from quantlib.data.split import Selection
+from quantlib.data.split import Subset
 from quantlib.data.transforms import Transform
 from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
@@ -79,7 +79,7 @@ def qat_epoch(
     epoch: int,
     scheme: Scheme,
     schedule: Schedule,
-    images: Selection,
+    images: Subset,
     transform: Transform,
     teacher: Ref | None,
     *,

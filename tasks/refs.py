@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from quantlib.data.split import Selection
+from quantlib.data.split import Subset
 from quantlib.recipe.variant import Variant
 from quantlib.report.tables import NoteRow
 from quantlib.runtimes.available import Runtime
@@ -81,7 +81,7 @@ class Measurements:
     targets: tuple[BenchmarkTarget, ...]
     """What was timed."""
     timings: Ref
-    validation: Selection
+    validation: Subset
     """What every variant was evaluated on."""
     pictures: Ref | None
     """Example images, where any are asked for."""

@@ -80,7 +80,6 @@ def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [sys.executable, "-m", "flows.cli.commands", *arguments, "--home", "home"],
             cwd=folder,
-            # One thread for torch leaves a core for the helper process.
             env=own_environment(OMP_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -29,7 +29,7 @@ resize = 16
 crop = 16
 
 [evaluation]
-num_held_back = 100
+num_held_out = 100
 max_images = 100
 
 [calibration]

@@ -29,7 +29,7 @@ RECIPE = {
         "training": {"epochs": 1, "batch_size": 64},
     },
     "data": {"format": "digits", "resize": 16, "crop": 16, "train_flip": 0.0},
-    "evaluation": {"max_images": 60, "num_held_back": 40},
+    "evaluation": {"max_images": 60, "num_held_out": 40},
     "calibration": {"batch_size": 16, "num_batches": 2},
     "ptq": [{"name": "per_channel"}],
     "qat": [

@@ -22,7 +22,7 @@ def variant_row(name: str, **changes: Any) -> VariantRow:
         "num_images": 4,
         "top1_drop": 0.0,
         "top1_selection": 0.8,
-        "selected_on": "held_back",
+        "selected_on": "held_out",
         "top1_simulated": None,
         "top1_weights_only": None,
         "top1_activations_only": None,
@@ -62,7 +62,7 @@ def layer_row(name: str, **changes: Any) -> LayerRow:
         "top1_all_but": 0.5,
         "divergence_only": 0.01,
         "num_images": 256,
-        "measured_on": "held_back",
+        "measured_on": "held_out",
     }
     return LayerRow(**values | changes)
 

@@ -169,7 +169,7 @@ def why(found: Sequence[Diagnosis]) -> list[Table | str]:
 
 def _worst_table(diagnosis: Diagnosis) -> Table:
     first = diagnosis.worst[0]
-    images = "training images held back" if first.measured_on == "held_back" else "validation images"
+    images = "training images held out" if first.measured_on == "held_out" else "validation images"
     title = f"{diagnosis.variant.variant}: the layers that cost most ({first.num_images} {images})"
     if first.top1_float is not None and first.top1_int8 is not None:
         title += f"\ntop-1 {first.top1_float:.2%} in float, {first.top1_int8:.2%} with all layers int8"

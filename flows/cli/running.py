@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.hosting.processes import imports_uncollected
+from flows.hosting.processes import gc_paused
 from flows.hosting.server import prefect_server
 from quantlib.errors import MachineError, QuantflowError, explain_full_disk
 
@@ -48,7 +48,7 @@ def run_here(
     home = home.resolve()
     os.environ["QUANTFLOW_HOME"] = str(home)
     with prefect_server(home, say, verbose=verbose) as wait_for_server:
-        with imports_uncollected():
+        with gc_paused():
             import httpx
 
             from quantlib.inputs import find_inputs
@@ -68,7 +68,7 @@ def run_here(
         logging.raiseExceptions = verbose
         if wait_for_server is not None:
             # What computes takes seconds to import; a server that starts takes longer, on another core.
-            with imports_uncollected():
+            with gc_paused():
                 importlib.import_module("quantlib.eager.modules")
             wait_for_server()
         finished: list[Report] = []

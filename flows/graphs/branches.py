@@ -295,8 +295,8 @@ def _layers(shared: SharedStages, prepared: Ref, branch: BranchRecipe) -> tuple[
 def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool) -> tuple[Ref, ...]:
     """What each layer costs, on the first of the images that choices are made by."""
     reference = shared.fused("eval", equalized=equalized)
-    images = shared.inputs.held_back if shared.held_back else shared.inputs.validation
-    shard = (shared.held_back or shared.validation)[0]
+    images = shared.inputs.held_out if shared.held_out else shared.inputs.validation
+    shard = (shared.held_out or shared.validation)[0]
     num_images = min(_LAYER_IMAGES, images.stop - images.start, shard_size(shared.recipe))
     return tuple(
         shared.run(
@@ -317,9 +317,9 @@ def _on_shards(
 ) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
     """Measure on the validation shards, and on those that choices are made by."""
     validation = tuple(measure(shard, label) for shard, label in _labelled(shared.validation, name))
-    if not shared.held_back:
+    if not shared.held_out:
         return validation, validation
-    return validation, tuple(measure(shard, label) for shard, label in _labelled(shared.held_back, f"{name}-held_back"))
+    return validation, tuple(measure(shard, label) for shard, label in _labelled(shared.held_out, f"{name}-held_out"))
 
 
 def _labelled(shards: tuple[Ref, ...], name: str) -> list[tuple[Ref, str]]:

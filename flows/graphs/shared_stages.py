@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from quantlib.data.split import Selection
+from quantlib.data.split import Subset
 from quantlib.data.transforms import EvalTransform, TrainTransform, Transform
 from quantlib.inputs import Inputs
 from quantlib.recipe.schema import Recipe
@@ -33,7 +33,7 @@ class SharedStages:
     float_model: Ref
     validation: tuple[Ref, ...]
     """Decoded shards."""
-    held_back: tuple[Ref, ...]
+    held_out: tuple[Ref, ...]
     """Likewise; empty where the recipe chooses on validation."""
 
     @property
@@ -93,9 +93,9 @@ def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> Share
         training if recipe.model.weights == "train" else None,
     )
     validation = _decode(run, recipe, inputs.validation, eval_transform(recipe), "validation")
-    held_back = _decode(run, recipe, inputs.held_back, eval_transform(recipe), "held_back")
+    held_out = _decode(run, recipe, inputs.held_out, eval_transform(recipe), "held_out")
     onnx_runtimes = available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
-    return SharedStages(run, recipe, inputs, engine, onnx_runtimes, float_model, validation, held_back)
+    return SharedStages(run, recipe, inputs, engine, onnx_runtimes, float_model, validation, held_out)
 
 
 def eval_transform(recipe: Recipe) -> EvalTransform:
@@ -109,7 +109,7 @@ def train_transform(recipe: Recipe) -> TrainTransform:
 
 
 def _decode(
-    run: Run, recipe: Recipe, images: Selection, transform: Transform, name: str, batch_size: int = 1
+    run: Run, recipe: Recipe, images: Subset, transform: Transform, name: str, batch_size: int = 1
 ) -> tuple[Ref, ...]:
     """Decoded shards of whole batches, so that the size of a shard changes no batch."""
     size = max(1, shard_size(recipe) // batch_size) * batch_size

@@ -86,7 +86,7 @@ def _serve(
     folder = home / "prefect"
     url = os.environ["PREFECT_API_URL"]
     # Imported while the server starts.
-    with processes.imports_uncollected():
+    with processes.gc_paused():
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 

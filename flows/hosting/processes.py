@@ -156,7 +156,7 @@ class RepeatedErrors:
 
 
 @contextlib.contextmanager
-def imports_uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Look for no garbage inside the block, nor ever among what it leaves.
 
     For imports: nearly all that they make stays, and looking for the rest took a fifth of a server's start.

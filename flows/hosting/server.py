@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from flows.hosting.dashboard_lock import find_dashboard
 from flows.hosting.database import prepare_database
-from flows.hosting.processes import Child, Pulse, end_with_parent, imports_uncollected
+from flows.hosting.processes import Child, Pulse, end_with_parent, gc_paused
 from quantlib import temporary
 from quantlib.errors import MachineError, explain_full_disk
 from quantlib.files import lockable
@@ -229,7 +229,7 @@ def free_port() -> int:
 
 def _serve(port: int) -> None:
     end_with_parent()
-    with imports_uncollected():
+    with gc_paused():
         prepare_database()
         import uvicorn
         from prefect.server.api.server import create_app

@@ -16,7 +16,7 @@ from quantlib.errors import DataError
 from quantlib.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from quantlib.data.split import Selection, SplitInput
+    from quantlib.data.split import SplitInput, Subset
 from quantlib.data.datasets import open_split
 from quantlib.data.images import Split
 
@@ -24,7 +24,7 @@ from quantlib.data.images import Split
 _NUM_THREADS = 2
 
 
-def select(selection: Selection) -> tuple[Split, np.ndarray]:
+def select(selection: Subset) -> tuple[Split, np.ndarray]:
     """A selection's split, and the numbers of its images, [n] int64.
 
     Raises:
@@ -38,7 +38,7 @@ def select(selection: Selection) -> tuple[Split, np.ndarray]:
     return split, order[selection.start : selection.stop]
 
 
-def find_names(selection: Selection) -> list[str] | None:
+def find_names(selection: Subset) -> list[str] | None:
     """What the images of a selection are called: files by their path below the dataset's folder.
 
     None where the dataset has changed since it was identified.

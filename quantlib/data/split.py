@@ -33,7 +33,7 @@ class SplitInput:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Subset:
     """Some images of a split, in an order."""
 
     split: SplitInput
@@ -44,7 +44,7 @@ class Selection:
     stop: int
     """One past the last place."""
 
-    def parts(self, size: int) -> tuple[Selection, ...]:
+    def parts(self, size: int) -> tuple[Subset, ...]:
         """The same images in consecutive selections of at most `size`."""
         starts = range(self.start, self.stop, size)
         return tuple(replace(self, start=start, stop=min(start + size, self.stop)) for start in starts)

@@ -92,7 +92,7 @@ class Producer:
 
 
 @dataclass(eq=False)
-class Tie:
+class ScaleGroup:
     """Tensors that can only be rescaled together: by their channels, all by the same factors."""
 
     producers: list[Producer] = field(default_factory=list)
@@ -126,16 +126,16 @@ def equalize(model: nn.Module, crop: int) -> nn.Module:
             structure says.
     """
     equal = copy.deepcopy(model).eval()
-    ties = [tie for tie in find_ties(equal) if tie.can_rescale()]
+    groups = [group for group in find_scale_groups(equal) if group.can_rescale()]
     with torch.no_grad():
         for _ in range(_MAX_ROUNDS):
-            if not ties or max(_equalize(tie) for tie in ties) < _CONVERGED:
+            if not groups or max(_equalize(group) for group in groups) < _CONVERGED:
                 break
     _check_same(model, equal, crop)
     return equal.train(model.training)
 
 
-def find_ties(model: nn.Module) -> list[Tie]:
+def find_scale_groups(model: nn.Module) -> list[ScaleGroup]:
     """What of a model's tensors can be rescaled, from the graph of its operations.
 
     A model that torch.fx cannot trace is looked at module by module, each of which keeps its input and its output.
@@ -146,7 +146,7 @@ def find_ties(model: nn.Module) -> list[Tie]:
         module = model.get_submodule(path)
         uses[id(module)] = uses.get(id(module), 0) + 1
     shared = {key for key, count in uses.items() if count > 1}
-    return [tie for graph_of in _graphs(model) for tie in _Ties(*graph_of, shared=shared).found()]
+    return [group for graph_of in _graphs(model) for group in _ScaleGroups(*graph_of, shared=shared).found()]
 
 
 class _Tracer(fx.Tracer):
@@ -169,7 +169,7 @@ def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
         yield model, graph
 
 
-class _Ties:
+class _ScaleGroups:
     """Follows a graph's tensors from layer to layer."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, shared: set[int]) -> None:
@@ -180,16 +180,16 @@ class _Ties:
         # The weights of a layer that runs twice, or whose parameters are read beside it, serve two masters.
         read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
         self.untouchable = shared | repeated | {id(self.modules[name]) for name in read if name in self.modules}
-        self.tie_of: dict[fx.Node, Tie] = {}
+        self.group_of: dict[fx.Node, ScaleGroup] = {}
 
-    def found(self) -> list[Tie]:
-        """Every tie of the graph, in the order of its nodes."""
+    def found(self) -> list[ScaleGroup]:
+        """Every group of the graph, in the order of its nodes."""
         for node in self.graph.nodes:
-            self.tie_of[node] = self._visit(node)
-        return list(dict.fromkeys(self.tie_of.values()))
+            self.group_of[node] = self._visit(node)
+        return list(dict.fromkeys(self.group_of.values()))
 
-    def _visit(self, node: fx.Node) -> Tie:
-        """The tie of a node's output."""
+    def _visit(self, node: fx.Node) -> ScaleGroup:
+        """The group of a node's output."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         inputs = list(node.all_input_nodes)
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -197,17 +197,17 @@ class _Ties:
         if isinstance(module, nn.BatchNorm2d) and self._follows_layer(node):
             return self._batch_norm(module, inputs[0])
         if len(inputs) == 1 and self._is_homogeneous(node, module):
-            return self.tie_of[inputs[0]]
+            return self.group_of[inputs[0]]
         if len(inputs) == 2 and self._is_addition(node):
             return self._join(*inputs)
         if node.op == "call_method" and node.target == "size":
-            return Tie(fixed=True)  # A number; it does not change with the factors.
+            return ScaleGroup(fixed=True)  # A number; it does not change with the factors.
         for tensor in inputs:
-            self.tie_of[tensor].fixed = True
-        return Tie(fixed=True)
+            self.group_of[tensor].fixed = True
+        return ScaleGroup(fixed=True)
 
-    def _layer(self, layer: Layer, inputs: list[fx.Node]) -> Tie:
-        before, after = self.tie_of[inputs[0]], Tie()
+    def _layer(self, layer: Layer, inputs: list[fx.Node]) -> ScaleGroup:
+        before, after = self.group_of[inputs[0]], ScaleGroup()
         if id(layer) in self.untouchable or len(inputs) != 1:
             before.fixed = after.fixed = True
         before.consumers.append(layer)
@@ -219,12 +219,12 @@ class _Ties:
         layer = self.modules.get(str(before.target)) if before.op == "call_module" else None
         return isinstance(layer, nn.Conv2d) and len(before.users) == 1 and len(node.all_input_nodes) == 1
 
-    def _batch_norm(self, norm: nn.BatchNorm2d, before: fx.Node) -> Tie:
+    def _batch_norm(self, norm: nn.BatchNorm2d, before: fx.Node) -> ScaleGroup:
         """The layer's output before BatchNorm keeps its range; what is rescaled is BatchNorm's output."""
-        (producer,) = self.tie_of[before].producers
-        fixed = self.tie_of[before].fixed or id(norm) in self.untouchable
-        self.tie_of[before].fixed = True
-        return Tie([Producer(producer.layer, norm)], fixed=fixed)
+        (producer,) = self.group_of[before].producers
+        fixed = self.group_of[before].fixed or id(norm) in self.untouchable
+        self.group_of[before].fixed = True
+        return ScaleGroup([Producer(producer.layer, norm)], fixed=fixed)
 
     def _is_homogeneous(self, node: fx.Node, module: nn.Module | None) -> bool:
         if node.op == "call_module":
@@ -239,17 +239,17 @@ class _Ties:
         plain = not node.kwargs
         return plain and (node.target in _ADDITIONS if node.op == "call_function" else node.target in {"add", "add_"})
 
-    def _join(self, first: fx.Node, second: fx.Node) -> Tie:
+    def _join(self, first: fx.Node, second: fx.Node) -> ScaleGroup:
         """Both terms of a sum are rescaled alike, as is the sum."""
-        one, other = self.tie_of[first], self.tie_of[second]
+        one, other = self.group_of[first], self.group_of[second]
         if one is other:
             return one
         one.producers += other.producers
         one.consumers += other.consumers
         one.fixed = one.fixed or other.fixed
-        for node, tie in self.tie_of.items():
-            if tie is other:
-                self.tie_of[node] = one
+        for node, group in self.group_of.items():
+            if group is other:
+                self.group_of[node] = one
         return one
 
 
@@ -269,21 +269,21 @@ def _by_input(layer: Layer, weight: Tensor) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
-def _equalize(tie: Tie) -> float:
-    """Rescale the channels of a tie; how far from 1 the furthest factor was, as a natural logarithm.
+def _equalize(group: ScaleGroup) -> float:
+    """Rescale the channels of a group; how far from 1 the furthest factor was, as a natural logarithm.
 
     Eq. 11 of the paper, s_i = sqrt(r1_i r2_i) / r2_i, with the largest range where there are several layers.
     """
-    out_range = torch.stack([p.weight().flatten(1).abs().amax(1) for p in tie.producers]).amax(0)  # (channels,)
+    out_range = torch.stack([p.weight().flatten(1).abs().amax(1) for p in group.producers]).amax(0)  # (channels,)
     in_range = torch.stack(
-        [_by_input(layer, layer.weight.detach().double()).abs().amax((1, 3)).flatten() for layer in tie.consumers]
+        [_by_input(layer, layer.weight.detach().double()).abs().amax((1, 3)).flatten() for layer in group.consumers]
     ).amax(0)  # (channels,)
     # A channel that is never filled, or never read, has nothing to equalize.
     dead = (out_range == 0) | (in_range == 0)
     factors = torch.where(dead, 1.0, (out_range / in_range.clamp_min(1e-300)).sqrt())
-    for producer in tie.producers:
+    for producer in group.producers:
         producer.divide(factors)
-    for layer in tie.consumers:
+    for layer in group.consumers:
         weight = layer.weight.detach().double()
         by_input = _by_input(layer, weight)
         groups, channels = by_input.shape[0], by_input.shape[2]

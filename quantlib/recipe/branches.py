@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quantlib.recipe.fields import MAX_INT, MAX_ITEMS, BranchName, Count, Flag, Fraction, Line
 from quantlib.recipe.schedule import LearningRateDecay
-from quantlib.recipe.scheme import BUNDLES, ActivationBits, ObserverName, QConfigName, Scheme, WeightGrid
+from quantlib.recipe.scheme import PRESETS, ActivationBits, ObserverName, QConfigName, Scheme, WeightGrid
 from quantlib.recipe.sections import Section, _BatchOfTwo, _LearningRate, check_scale
 
 _LastEpoch = Annotated[int, Field(ge=-2, le=MAX_INT, strict=True)]
@@ -36,12 +36,12 @@ class BranchRecipe(Section):
     @property
     def equalizes(self) -> bool:
         """Whether the float model is equalized first."""
-        return BUNDLES[self.qconfig].equalize if self.equalize is None else self.equalize
+        return PRESETS[self.qconfig].equalize if self.equalize is None else self.equalize
 
     @property
     def corrects_bias(self) -> bool:
         """Whether biases are corrected after calibration."""
-        return BUNDLES[self.qconfig].bias_correction if self.bias_correction is None else self.bias_correction
+        return PRESETS[self.qconfig].bias_correction if self.bias_correction is None else self.bias_correction
 
     def scheme(self, cpu_bits: ActivationBits) -> Scheme:
         """What is put into the model.
@@ -49,11 +49,11 @@ class BranchRecipe(Section):
         Args:
             cpu_bits: What "auto" stands for.
         """
-        bundle = BUNDLES[self.qconfig]
-        bits = self.activation_bits or bundle.activation_bits
+        preset = PRESETS[self.qconfig]
+        bits = self.activation_bits or preset.activation_bits
         return Scheme(
-            observer=self.observer or bundle.observer,
-            weights=self.weights or bundle.weights,
+            observer=self.observer or preset.observer,
+            weights=self.weights or preset.weights,
             activation_bits=cpu_bits if bits == "auto" else bits,
             float_layers=self.float_layers,
         )

@@ -31,7 +31,7 @@ class Scheme:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle:
+class Preset:
     """What a `qconfig` of the recipe stands for; each option that the recipe gives takes the place of one of these."""
 
     observer: ObserverName
@@ -42,14 +42,14 @@ class Bundle:
 
 
 # torch's own qconfigs, and one that uses all there is here.
-BUNDLES: dict[QConfigName, Bundle] = {
-    "accurate": Bundle(
+PRESETS: dict[QConfigName, Preset] = {
+    "accurate": Preset(
         observer="mse", weights="per_channel", activation_bits="auto", equalize=True, bias_correction=True
     ),
-    "default": Bundle(observer="minmax", weights="per_tensor", activation_bits=7),
-    "fbgemm": Bundle(observer="histogram", weights="per_channel", activation_bits=7),
-    "x86": Bundle(observer="histogram", weights="per_channel", activation_bits=7),
-    "onednn": Bundle(observer="histogram", weights="per_channel", activation_bits=8),
-    "qnnpack": Bundle(observer="histogram", weights="per_tensor", activation_bits=8),
+    "default": Preset(observer="minmax", weights="per_tensor", activation_bits=7),
+    "fbgemm": Preset(observer="histogram", weights="per_channel", activation_bits=7),
+    "x86": Preset(observer="histogram", weights="per_channel", activation_bits=7),
+    "onednn": Preset(observer="histogram", weights="per_channel", activation_bits=8),
+    "qnnpack": Preset(observer="histogram", weights="per_tensor", activation_bits=8),
 }
-assert set(BUNDLES) == set(get_args(QConfigName))
+assert set(PRESETS) == set(get_args(QConfigName))

@@ -110,11 +110,11 @@ class EvaluationRecipe(Section):
     """Images a forward pass."""
     max_images: Count | None = None
     """Evaluate only so many validation images, drawn by `seed`; absent: all of them."""
-    select_on: Literal["held_back", "validation"] = "held_back"
-    """What QAT's best epoch and the winner are chosen by: training images held back from calibration and
+    select_on: Literal["held_out", "validation"] = "held_out"
+    """What QAT's best epoch and the winner are chosen by: training images held out from calibration and
     training, or the validation split itself (then its figures are optimistic, and the report says so)."""
-    num_held_back: Count | None = None
-    """Training images held back, with `select_on = "held_back"`; absent: a tenth of them, and 1000 at most."""
+    num_held_out: Count | None = None
+    """Training images held out, with `select_on = "held_out"`; absent: a tenth of them, and 1000 at most."""
     simulate: Flag = False
     """Also measure every quantized model with fake quantization in float: both, weights only, activations only. Shows
     which of the two costs accuracy. Weights only: as they ship, with the biases that were corrected for them.

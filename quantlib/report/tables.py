@@ -63,7 +63,7 @@ class VariantRow:
     top1_selection: float
     """On the images that choices are made by."""
     selected_on: str
-    """Which those are: held_back (training images) or validation."""
+    """Which those are: held_out (training images) or validation."""
     top1_simulated: float | None
     """With fake quantization in float, of weights and activations."""
     top1_weights_only: float | None
@@ -243,7 +243,7 @@ class LayerRow:
     """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
     num_images: int
     measured_on: str
-    """Where these images come from: held_back (training images) or validation, those that choices are made by."""
+    """Where these images come from: held_out (training images) or validation, those that choices are made by."""
 
 
 @dataclass(frozen=True, kw_only=True)

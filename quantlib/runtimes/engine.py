@@ -5,13 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from quantlib import machine
 from quantlib.runtimes.available import resolve_engine
-
-
-def has_spare_core() -> bool:
-    """Whether this process may use more cores than torch computes on."""
-    return machine.num_cores() > torch.get_num_threads()
 
 
 @contextmanager

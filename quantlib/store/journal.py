@@ -24,7 +24,7 @@ from pydantic import AfterValidator, AwareDatetime, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from quantlib.errors import MachineError, QuantflowError, RecipeError
-from quantlib.files import lockable, naming_full_disk, read_file, seal, unseal, write_atomically
+from quantlib.files import explaining_full_disk, lockable, read_file, seal, unseal, write_atomically
 from quantlib.recipe.schema import Recipe, parse_recipe
 
 State = Literal["running", "completed", "failed", "crashed", "damaged"]
@@ -228,7 +228,7 @@ class Journal:
 
     def _append(self, line: StageLine) -> None:
         file_path = lockable(self.folder / "stages.jsonl")
-        with naming_full_disk(self.folder), file_path.open("a", encoding="utf-8") as file:
+        with explaining_full_disk(self.folder), file_path.open("a", encoding="utf-8") as file:
             # The break before it ends a line that a crash has cut short.
             file.write(f"\n{json.dumps(line)}\n")
 

@@ -16,7 +16,7 @@ from PIL import Image
 from quantlib import inputs
 from quantlib.data import datasets, loading
 from quantlib.data.images import Split
-from quantlib.data.split import Selection, SplitInput
+from quantlib.data.split import SplitInput, Subset
 from quantlib.errors import DataError, ModelError, RecipeError
 from quantlib.inputs import Inputs, find_inputs
 from quantlib.recipe.schema import Recipe, parse_recipe
@@ -40,7 +40,7 @@ def _recipe(root: Path | None, **changes: Any) -> Recipe:
         "name": "test",
         "model": {"weights": "train"},
         "data": {"format": "imagefolder", "root": None if root is None else str(root)},
-        "evaluation": {"num_held_back": 10},
+        "evaluation": {"num_held_out": 10},
         "calibration": {"batch_size": 2, "num_batches": 13},
         "ptq": [{"name": "ptq"}],
         "qat": [{"name": "qat", "batch_size": 2, "batches_per_epoch": 13}],
@@ -102,11 +102,11 @@ def test_torchvisions_weights_are_identified_by_name(find: Callable[..., Inputs]
     assert find(model={"weights": "torchvision:DEFAULT"}).model.fingerprint == "torchvision:DEFAULT"
 
 
-def test_more_than_half_held_back_is_refused(find: Callable[..., Inputs]) -> None:
-    fewer = {"calibration": {"num_batches": 1}, "qat": [], "evaluation": {"num_held_back": 18}}
+def test_more_than_half_held_out_is_refused(find: Callable[..., Inputs]) -> None:
+    fewer = {"calibration": {"num_batches": 1}, "qat": [], "evaluation": {"num_held_out": 18}}
     find(**fewer)
-    with pytest.raises(RecipeError, match=r"num_held_back = 19 of 36 training images.*Set it to 18 or less"):
-        find(**fewer | {"evaluation": {"num_held_back": 19}})
+    with pytest.raises(RecipeError, match=r"num_held_out = 19 of 36 training images.*Set it to 18 or less"):
+        find(**fewer | {"evaluation": {"num_held_out": 19}})
 
 
 def test_more_calibration_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:
@@ -156,20 +156,20 @@ def test_a_link_that_leads_nowhere_is_named(find: Callable[..., Inputs], own_fol
 # Selections
 
 
-def test_held_back_and_training_images_share_none_and_are_all(find: Callable[..., Inputs]) -> None:
+def test_held_out_and_training_images_share_none_and_are_all(find: Callable[..., Inputs]) -> None:
     found = find()
-    held_back, training = (loading.select(selection)[1].tolist() for selection in (found.held_back, found.training))
+    held_out, training = (loading.select(selection)[1].tolist() for selection in (found.held_out, found.training))
 
-    assert len(held_back) == 10
-    assert sorted(held_back + training) == list(range(36))
-    assert held_back != sorted(held_back)  # of all classes, and not the first folder's
+    assert len(held_out) == 10
+    assert sorted(held_out + training) == list(range(36))
+    assert held_out != sorted(held_out)  # of all classes, and not the first folder's
 
 
 def test_choosing_on_validation_holds_nothing_back(find: Callable[..., Inputs]) -> None:
     found = find(evaluation={"select_on": "validation"})
 
-    assert (found.held_back.start, found.held_back.stop) == (0, 0)
-    assert found.held_back.parts(10) == ()
+    assert (found.held_out.start, found.held_out.stop) == (0, 0)
+    assert found.held_out.parts(10) == ()
     assert (found.training.start, found.training.stop) == (0, 36)
 
 
@@ -190,7 +190,7 @@ def test_a_part_of_the_validation_images_is_drawn_and_not_of_the_first_classes(f
 
 def test_parts_are_the_selection_in_order() -> None:
     split = SplitInput("digits", "train", None, "", 100, ("a",))
-    selection = Selection(split, 3, 10, 45)
+    selection = Subset(split, 3, 10, 45)
 
     parts = selection.parts(20)
 

@@ -16,7 +16,7 @@ import pytest
 from schemes import scheme
 
 import quantlib
-from quantlib.data.split import Selection, SplitInput
+from quantlib.data.split import SplitInput, Subset
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.models.source import ModelInput
 from quantlib.recipe.schedule import Schedule
@@ -143,7 +143,7 @@ def test_no_stage_computes_with_what_is_imported_at_the_top_of_its_file():
 
 REF = Ref("model", "a" * 64, 10)
 SPLIT = SplitInput("imagefolder", "train", "/data", "f" * 64, 100, ("cat", "dog"))
-SELECTION = Selection(SPLIT, 1, 0, 50)
+SELECTION = Subset(SPLIT, 1, 0, 50)
 
 
 def key(stage, *arguments, **named):

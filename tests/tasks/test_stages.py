@@ -105,7 +105,7 @@ def test_calibration_in_shards_is_calibration_in_one_piece(run, tmp_path):
 
 
 def test_a_decoded_shard_holds_the_images_that_were_selected(run, tmp_path):
-    selection = replace(find_inputs(RECIPE, tmp_path / "splits").held_back, start=5, stop=25)
+    selection = replace(find_inputs(RECIPE, tmp_path / "splits").held_out, start=5, stop=25)
     pixels, labels = shards.open_shard(
         run.store.path(reuse_or_compute(run, decode, selection, EvalTransform(16, 16), 1, branch="x"))
     )

@@ -52,7 +52,7 @@ root = "data"
 resize = 32
 crop = 32
 [evaluation]
-num_held_back = 2
+num_held_out = 2
 [calibration]
 batch_size = 2
 num_batches = 1
@@ -80,7 +80,7 @@ WRONG_SETTINGS = [
     ("model.architecture=mobilnet", "model.architecture = 'mobilnet' is unknown"),
     ("model.arguments.num_classes=7", "num_classes = 7, and the data has 2 classes"),
     ("calibration.num_batches=100", "calibration asks for 100 batches of 2 = 200 images"),
-    ("evaluation.num_held_back=5", "at most half may be held back"),
+    ("evaluation.num_held_out=5", "at most half may be held out"),
     ("engine=qnnpak", "(did you mean 'qnnpack'?)"),
     ("gate.max_top1_drop=2", "gate.max_top1_drop = 2 is not allowed"),
     ("data", "has no value: write KEY=VALUE"),

@@ -118,7 +118,7 @@ def test_the_three_layers_that_cost_most_are_shown_with_what_to_try() -> None:
     lines = _shown(*why(diagnose(_report(row, layers=layers))))
     shown = [line.split()[1] for line in lines if "ConvReLU2d" in line or "dB" in line]
     assert shown == [f"features.{n}.conv.0.0" for n in (4, 3, 2)]
-    assert "256 training images held back" in lines[0]
+    assert "256 training images held out" in lines[0]
     assert lines[1].strip() == "top-1 87.50% in float, 25.00% with all layers int8"
     assert any('float_layers = ["features.4.conv.0.0"' in line for line in lines)
 

@@ -12,7 +12,7 @@ import pytest
 
 from flows.graphs import search as flow
 from flows.graphs.planning import plan_run
-from quantlib.data.split import Selection
+from quantlib.data.split import Subset
 from quantlib.inputs import Inputs
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.sections import SearchRecipe
@@ -67,7 +67,7 @@ def test_the_best_so_far_is_saved_at_every_step(searched):
 
 def test_a_killed_search_goes_on_where_it_stopped(searched):
     _, outcome, _ = searched
-    assert outcome.stages["evaluate-search-1-minmax-held_back"]
+    assert outcome.stages["evaluate-search-1-minmax-held_out"]
     assert not outcome.stages["convert-search-2-equalized"]
 
 
@@ -88,7 +88,7 @@ def test_time_that_reused_stages_once_took_counts(searched, tmp_path):
     home, outcome, _ = searched
     records = {record.key: record.seconds for record in Store(home / "store").records()}
     # What is evaluated once all was timed is no part of the search.
-    searching = {k: key for k, key in harness.keys_done(home).items() if not re.search("-(pt|onnx)(-held_back)?$", k)}
+    searching = {k: key for k, key in harness.keys_done(home).items() if not re.search("-(pt|onnx)(-held_out)?$", k)}
     seconds = sum(records[key] for label, key in searching.items() if "search-1" in label)
     recipe = RECIPE | {"search": RECIPE["search"] | {"max_minutes": 0.9 * seconds / 60}}
     assert not any("search-2" in stage.label for stage in plan_run(parse_recipe(recipe), home))
@@ -104,7 +104,7 @@ def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
     assert set(layers.variant) == set(TRIALS)
     assert not layers.duplicated(["variant", "layer"]).any()
     assert set(layers.num_images) == {40}
-    assert set(layers.measured_on) == {"held_back"}
+    assert set(layers.measured_on) == {"held_out"}
 
 
 # The loop alone
@@ -142,7 +142,7 @@ def loop(monkeypatch):
         monkeypatch.setattr(flow, "layers_of", measure)
         monkeypatch.setattr(flow, "judge", judge)
         monkeypatch.setattr(flow, "rank_layers", lambda run, parts: [f"layer{n}" for n in range(9)])
-        images = Selection(None, 0, 0, 1000)
+        images = Subset(None, 0, 0, 1000)
 
         class FakeRun:
             store = None

@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 
 from quantlib.data import datasets, loading
 from quantlib.data.images import Split
-from quantlib.data.split import Selection, SplitInput
+from quantlib.data.split import SplitInput, Subset
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.errors import DataError, RecipeError
 
@@ -402,9 +402,9 @@ def test_decoding_gives_pixels_and_labels_in_order_and_tells_how_far_it_is() -> 
 # Selections
 
 
-def _selection(root: Path, **changes: Any) -> Selection:
+def _selection(root: Path, **changes: Any) -> Subset:
     split = SplitInput("imagefolder", "train", str(root), "", 36, ("blue", "green", "red"))
-    return Selection(**({"split": split, "seed": 5, "start": 0, "stop": 36} | changes))
+    return Subset(**({"split": split, "seed": 5, "start": 0, "stop": 36} | changes))
 
 
 def test_a_selection_is_a_part_of_the_shuffled_split(image_folder: Path) -> None:

@@ -83,8 +83,8 @@ def test_a_rescaled_model_is_equalized_to_the_same_weights(net):
 
 
 def test_blocks_joined_by_an_addition_are_rescaled_together(net):
-    ties = [tie for tie in equalization.find_ties(net) if tie.can_rescale()]
-    assert max(len(tie.producers) for tie in ties) == 2  # A block with a shortcut, and the one before it.
+    groups = [group for group in equalization.find_scale_groups(net) if group.can_rescale()]
+    assert max(len(group.producers) for group in groups) == 2  # A block with a shortcut, and the one before it.
 
 
 def test_layers_between_which_something_is_not_homogeneous_stay_as_they_are():
@@ -115,7 +115,7 @@ class Branching(nn.Module):
 
 
 def test_a_model_that_cannot_be_traced_is_equalized_part_by_part():
-    assert sum(tie.can_rescale() for tie in equalization.find_ties(Branching())) == 1
+    assert sum(group.can_rescale() for group in equalization.find_scale_groups(Branching())) == 1
 
 
 class Peeking(Branching):

@@ -43,7 +43,7 @@ def test_what_a_recipe_leaves_out_is_the_designs_default() -> None:
     )
     assert (recipe.qat[0].epochs, recipe.qat[0].batches_per_epoch, recipe.qat[0].learning_rate) == (8, None, 1e-4)
     assert (recipe.qat[0].freeze_batch_norm_after_epoch, recipe.qat[0].freeze_observer_after_epoch) == (-2, -2)
-    assert recipe.evaluation.select_on == "held_back"
+    assert recipe.evaluation.select_on == "held_out"
     assert recipe.gate.max_top1_drop == 0.01
 
 
@@ -76,7 +76,7 @@ def test_an_unknown_key_unlike_any_other_is_named_with_all_that_are_known() -> N
     [
         ("ptq.0.qconfig", "fbgem", "fbgemm"),
         ("engine", "onednnn", "onednn"),
-        ("evaluation.select_on", "heldback", "held_back"),
+        ("evaluation.select_on", "held out", "held_out"),
         ("calibration.transform", "evaluate", "eval"),
     ],
 )

@@ -45,7 +45,7 @@ def test_parts_of_the_images_become_one_row() -> None:
 
 
 def test_an_output_that_is_not_quantized_has_no_ratio() -> None:
-    (row,) = diagnosis.layer_rows("a", "held_back", [[_sums("x", signal=0.0, noise=0.0, num_values=0, num_clipped=0)]])
+    (row,) = diagnosis.layer_rows("a", "held_out", [[_sums("x", signal=0.0, noise=0.0, num_values=0, num_clipped=0)]])
     assert (row.sqnr_db, row.saturation) == (None, None)
 
 

@@ -17,7 +17,7 @@ from quantlib.runtimes.available import Runtime
 
 CIRCUMSTANCES = RunInfo(
     recipe="test",
-    selected_on="held_back",
+    selected_on="held_out",
     torch_version="2.15.0",
     cpu_model="a CPU",
     created_at=datetime(2025, 1, 2, tzinfo=UTC),
@@ -109,7 +109,7 @@ def test_a_row_says_what_was_measured() -> None:
     assert row.latency_p50_ms == 1.6
     assert row.speedup == pytest.approx(2.5)
     assert row.size_bytes == 250
-    assert (row.recipe, row.selected_on, row.cpu_model) == ("test", "held_back", "a CPU")
+    assert (row.recipe, row.selected_on, row.cpu_model) == ("test", "held_out", "a CPU")
     assert (rows["float"].top1_drop, rows["float"].speedup, rows["float"].qconfig) == (0.0, 1.0, None)
 
 
