@@ -23,7 +23,7 @@ import torch
 from quantlib import machine
 from quantlib.data import datasets, loading, shards
 from quantlib.data.transforms import EvalTransform
-from quantlib.export import files
+from quantlib.export import scripting
 from quantlib.graph import fusion
 from quantlib.measure import evaluation
 from quantlib.models import mobilenet_v2
@@ -53,7 +53,7 @@ def save_int8(place: Path) -> None:
     fused = fusion.fuse_model(mobilenet_v2.mobilenet_v2().eval(), "eval")
     prepared = preparation.prepare(fused, Scheme(observer="minmax", weights="per_channel", activation_bits=8), "eval")
     prepared(torch.randn(2, 3, 224, 224))
-    place.write_bytes(files.script(conversion.convert(prepared, "auto"), "auto"))
+    place.write_bytes(scripting.script(conversion.convert(prepared, "auto"), "auto"))
 
 
 def main() -> None:

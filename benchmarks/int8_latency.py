@@ -20,7 +20,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
 from quantlib import machine
-from quantlib.export import files
+from quantlib.export import onnx, scripting
 from quantlib.graph import fusion
 from quantlib.measure import benchmark
 from quantlib.models import mobilenet_v2
@@ -82,8 +82,8 @@ def make_files(folder: Path) -> None:
         with torch.no_grad():
             prepared(x)
         engine = "fbgemm" if name == "tutorial" else "x86"
-        (folder / f"{name}.pt").write_bytes(files.script(conversion.convert(prepared, engine), engine))
-    (folder / "ours.onnx").write_bytes(files.to_onnx(folder / "ours.pt", "x86", 224))
+        (folder / f"{name}.pt").write_bytes(scripting.script(conversion.convert(prepared, engine), engine))
+    (folder / "ours.onnx").write_bytes(onnx.to_onnx(folder / "ours.pt", "x86", 224))
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     torch.onnx.export(
         fused,

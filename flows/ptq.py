@@ -5,7 +5,7 @@ from prefect import flow
 from flows.graphs.run import run_flow
 from flows.parameters import Changes, RecipeParameter
 from quantlib.recipe.file import override_recipe
-from quantlib.report.tables import Report
+from quantlib.report.rows import Report
 from tasks.execution import home_folder
 
 

@@ -22,7 +22,7 @@ from prefect.states import Completed
 
 from quantlib import temporary
 from quantlib.recipe.schema import Recipe
-from quantlib.report.tables import StageRow
+from quantlib.report.rows import StageRow
 from quantlib.store.artifacts import Record, Ref
 from quantlib.store.journal import Journal
 from quantlib.store.local import Store

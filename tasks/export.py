@@ -10,10 +10,10 @@ _REFUSAL = "refusal"
 @stage("script_and_save-{branch}")
 def script_and_save(job: Job, model: Ref, *, branch: str) -> Ref:
     """The TorchScript file of a fused float model, or of an int8 model."""
-    from quantlib.export import files
+    from quantlib.export import scripting
 
     store = job.store
-    return store.put("torchscript", files.script_saved(store.read(model)))
+    return store.put("torchscript", scripting.script_saved(store.read(model)))
 
 
 @stage("save_onnx-{branch}")
@@ -25,12 +25,12 @@ def save_onnx(
     A model that ONNX cannot express, or that answers otherwise in an ONNX runtime, still has its TorchScript file.
     """
     from quantlib.errors import ModelError
-    from quantlib.export import files
+    from quantlib.export import onnx
 
     store = job.store
     try:
-        content = files.to_onnx(store.path(artifact), engine, crop)
-        files.check_onnx(content, store.path(artifact), engine, runtime.name, store.path(images))
+        content = onnx.to_onnx(store.path(artifact), engine, crop)
+        onnx.check_onnx(content, store.path(artifact), engine, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from quantlib.data.split import Subset
 from quantlib.recipe.variant import Variant
-from quantlib.report.tables import NoteRow
+from quantlib.report.rows import NoteRow
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.export import is_refusal

@@ -11,7 +11,7 @@ from quantlib.measure import examples, predictions
 from quantlib.measure.predictions import Predictions
 from quantlib.recipe.schema import Recipe
 from quantlib.report import caveats, diagnosis, tables, verdict
-from quantlib.report.tables import ClassRow, NoteRow, Report
+from quantlib.report.rows import ClassRow, NoteRow, Report
 from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from quantlib.report.tables import FileRow, LayerRow, VariantRow
+from quantlib.report.rows import FileRow, LayerRow, VariantRow
 
 START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
 

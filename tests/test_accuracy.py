@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-from flows.cli.commands import NO_WINNER
+from flows.cli.outcome import NO_WINNER
 
 RECIPE = """
 name = "accuracy"

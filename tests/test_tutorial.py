@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
-from flows.cli.commands import NO_WINNER
+from flows.cli.outcome import NO_WINNER
 
 # Top-1 on 5,000 CIFAR-10 validation images: expected, and how far from it.
 FIGURES = {

@@ -5,23 +5,18 @@ Nothing heavy is imported before a command needs it.
 """
 
 import sys
-import traceback
-from collections.abc import Callable
-from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from flows.hosting import processes
-from quantlib.errors import QuantflowError, StoreError, explain_refusal
+from quantlib.errors import StoreError
 
 if TYPE_CHECKING:
     from quantlib.recipe.schema import Recipe
-
-_INTERRUPTED = "Interrupted. Run the same command again: finished stages are kept."
-NO_WINNER, WRONG_INPUT, FAILURE, INTERRUPTED = 3, 2, 1, 130
+from flows.cli.outcome import FAILURE, NO_WINNER, complain, reports_errors, warn
 
 home_option = click.option(
     "--home",
@@ -31,33 +26,17 @@ home_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the store, the reports, the models and Prefect's files.",
 )
+
+
 recipe_argument = click.argument("recipe", default="digits")
+
+
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe, as qat.0.epochs=2."
 )
+
+
 verbose_option = click.option("--verbose", is_flag=True, help="Show Prefect's log, and the traceback of a failure.")
-
-
-def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
-    """Turn a command's errors into one message and an exit status."""
-
-    @wraps(command)
-    def run_command(*args: Any, **kwargs: Any) -> None:
-        try:
-            status = command(*args, **kwargs)
-        except (click.UsageError, BrokenPipeError):
-            raise  # click shows the one, and ends quietly on the other, as with `quantflow recipes | head -1`.
-        except StoreError as error:
-            status = _complain(str(error), FAILURE)
-        except QuantflowError as error:
-            status = _complain(str(error), WRONG_INPUT)
-        except KeyboardInterrupt:
-            status = _complain(_INTERRUPTED, INTERRUPTED)
-        except Exception as error:
-            status = _explain(error, kwargs.get("home"), verbose=bool(kwargs.get("verbose")))
-        sys.exit(status)
-
-    return run_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -239,7 +218,8 @@ def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -
 
     from flows.cli.console import interval_table, result_table, why
     from quantlib.report.diagnosis import diagnose
-    from quantlib.report.tables import Report, read_layers, read_variants
+    from quantlib.report.rows import Report
+    from quantlib.report.tables import read_layers, read_variants
 
     console = Console()
     damage: list[StoreError] = []
@@ -262,7 +242,7 @@ def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -
         for part in why(diagnose(found)):
             console.print(part, highlight=False, markup=False)
     for found_damaged in damage:
-        _complain(str(found_damaged), FAILURE)
+        complain(str(found_damaged), FAILURE)
     return FAILURE if damage else 0
 
 
@@ -304,42 +284,11 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
 
     console = Console()
     with StageDisplay(console) as display:
-        report = run_here(name, recipe, home, display, _warn, run_id=run_id, verbose=verbose)
+        report = run_here(name, recipe, home, display, warn, run_id=run_id, verbose=verbose)
     console.print(result_table(report.variants, console.width))
     console.print(conclusion(report, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
     console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
     return 0 if report.winner else NO_WINNER
-
-
-def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
-    """Say what an error is that nothing in quantflow raised; the exit status."""
-    if _is_interrupt(error):
-        return _complain(_INTERRUPTED, INTERRUPTED)
-    refusal = explain_refusal(error, error.filename or home) if isinstance(error, OSError) else None
-    if refusal is not None:
-        return _complain(str(refusal), WRONG_INPUT)
-    if verbose:
-        traceback.print_exception(error)
-    hint = "" if verbose else " Run with --verbose for the traceback."
-    return _complain(
-        f"{type(error).__name__}: {error}\nThis is a failure of quantflow or of what it uses.{hint}", FAILURE
-    )
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: a compiled module whose import is interrupted says ImportError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _warn(message: str) -> None:
-    click.echo(f"quantflow: {message}", err=True)
-
-
-def _complain(message: str, status: int) -> int:
-    _warn(message)
-    return status
 
 
 def command() -> NoReturn:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from quantlib.report.diagnosis import Diagnosis
-    from quantlib.report.tables import Report, VariantRow
+    from quantlib.report.rows import Report, VariantRow
     from quantlib.store.journal import RunStatus
     from quantlib.store.retention import Entry
 

@@ -9,7 +9,7 @@ from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
 from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
 from quantlib.recipe.variant import Variant
-from quantlib.report.verdict import fastest_runtime
+from quantlib.report.choice import fastest_runtime
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref

@@ -8,11 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from quantlib.errors import RecipeError, suggest
 from quantlib.recipe.branches import PTQRecipe, QATRecipe
-from quantlib.recipe.fields import (
-    LINE,
-    BranchName,
-    Line,
-)
+from quantlib.recipe.fields import LINE, BranchName, Line
 from quantlib.recipe.sections import (
     _MAX_BRANCHES,
     BenchmarkRecipe,

@@ -5,16 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from quantlib.recipe.fields import (
-    MAX_INT,
-    Arguments,
-    Count,
-    Flag,
-    Fraction,
-    Line,
-    PathName,
-    Pixels,
-)
+from quantlib.recipe.fields import MAX_INT, Arguments, Count, Flag, Fraction, Line, PathName, Pixels
 
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from quantlib.measure import significance
 from quantlib.recipe.sections import GateRecipe
-from quantlib.report.tables import VariantRow
+from quantlib.report.rows import VariantRow
 
 # Of the way from chance to always right: a float model that does not surely come so far has learned nothing, or is
 # given images or labels that it was not trained with.

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from quantlib.report.tables import EpochRow, LatencyRow, Report, StageRow, VariantRow
+from quantlib.report.rows import EpochRow, LatencyRow, Report, StageRow, VariantRow
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers; its blue made lighter
 # so that it stands out on dark, too.

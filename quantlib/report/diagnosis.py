@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantlib.report.tables import LayerRow, Report, VariantRow
+from quantlib.report.rows import LayerRow, Report, VariantRow
 
 NUM_WORST = 3
 # A range that cuts off more than this has been chosen too narrow; the best one for rounding and clipping together

@@ -18,7 +18,7 @@ from quantlib.files import write_atomically
 from quantlib.measure.examples import Example
 from quantlib.report import charts, diagnosis
 from quantlib.report.disagreement import Disagreement, compare
-from quantlib.report.tables import (
+from quantlib.report.rows import (
     ClassRow,
     EpochRow,
     FileRow,
@@ -29,9 +29,8 @@ from quantlib.report.tables import (
     StageRow,
     VariantRow,
     points,
-    read_table,
-    read_variants,
 )
+from quantlib.report.tables import read_table, read_variants
 
 Row = TypeVar("Row")
 

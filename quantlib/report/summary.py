@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from quantlib.errors import StoreError
+from quantlib.report.rows import Report, VariantRow, points
 from quantlib.report.svg import Axis, as_markdown, plot
-from quantlib.report.tables import Report, VariantRow, points, read_table
+from quantlib.report.tables import read_table
 
 _MAX_COMPUTED = 12
 

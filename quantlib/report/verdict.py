@@ -16,8 +16,8 @@ from quantlib.measure import significance
 from quantlib.measure.predictions import Predictions
 from quantlib.recipe.sections import GateRecipe
 from quantlib.recipe.variant import Variant
-from quantlib.report.tables import EpochRow, FileRow, LatencyRow, VariantRow
-from quantlib.runtimes.available import Runtime
+from quantlib.report.choice import Contender, choose
+from quantlib.report.rows import EpochRow, FileRow, LatencyRow, VariantRow
 
 # What latencies are compared at: batch size, and threads.
 _SETTING = (1, 1)
@@ -81,95 +81,6 @@ class RunInfo:
     torch_version: str
     cpu_model: str
     created_at: datetime
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several files, and why."""
-
-    place: int
-    """Which."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A file in a runtime, as it is compared with others."""
-
-    name: str
-    samples_ms: Sequence[float]
-    """Of one image on one thread; in the same rounds as the others'."""
-    selection: np.ndarray
-    """[N], bool: on which of the images that choices are made by it is right."""
-    size_bytes: int
-
-    @property
-    def p50_ms(self) -> float:
-        """The median time."""
-        return float(np.median(self.samples_ms))
-
-    def is_slower(self, other: "Contender") -> bool:
-        """Beyond the noise of timing."""
-        return significance.is_slower(self.samples_ms, other.samples_ms)
-
-    def is_less_accurate(self, other: "Contender") -> bool:
-        """Beyond chance."""
-        return significance.is_less_accurate(self.selection, other.selection)
-
-    def is_beaten_by(self, other: "Contender") -> bool:
-        """Beyond noise: in speed or accuracy, and in the other not behind."""
-        slower, less_accurate = self.is_slower(other), self.is_less_accurate(other)
-        return (slower and not other.is_less_accurate(self)) or (less_accurate and not other.is_slower(self))
-
-
-def choose(contenders: Sequence[Contender]) -> Choice:
-    """Which of several files to ship: a fastest, of those an accurate one, of those the smallest, then the first.
-
-    As fast as the fastest is whatever is not slower beyond the noise of timing; as accurate as the most accurate of
-    these, on the images that choices are made by, whatever is not less accurate beyond chance.
-
-    Args:
-        contenders: In the order of the recipe, one at least.
-    """
-    places = range(len(contenders))
-    fastest = min(places, key=lambda place: contenders[place].p50_ms)
-    fast = [place for place in places if not contenders[place].is_slower(contenders[fastest])]
-    best = max(fast, key=lambda place: contenders[place].selection.mean())
-    accurate = [place for place in fast if not contenders[place].is_less_accurate(contenders[best])]
-    chosen = min(accurate, key=lambda place: contenders[place].size_bytes)
-    return Choice(chosen, _reason(contenders, chosen, fast, accurate))
-
-
-def _reason(contenders: Sequence[Contender], chosen: int, fast: Sequence[int], accurate: Sequence[int]) -> str:
-    """Why a file was chosen, as "as fast as qat and tutorial (within noise), as accurate, smallest"."""
-    if len(contenders) == 1:
-        return "the only file inside the gate"
-    if len(fast) == 1:
-        return "the fastest inside the gate"
-    own = contenders[chosen].name
-    names = [contenders[place].name for place in fast if place != chosen]
-    rivals = list(dict.fromkeys("its other file" if name == own else name for name in names))
-    parts = [f"as fast as {_list(rivals)} (within noise)"]
-    if len(accurate) == 1:
-        return f"{parts[0]}, and more accurate"
-    parts.append("as accurate" if len(accurate) == len(fast) else "among the most accurate of them")
-    sizes = [contenders[place].size_bytes for place in accurate]
-    parts.append("smallest" if sizes.count(min(sizes)) == 1 else "as small, and first in the recipe")
-    return ", ".join(parts)
-
-
-def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def fastest_runtime(samples_ms: Mapping[Runtime, Sequence[float]]) -> Runtime:
-    """The runtime that a file is fastest in: of those that are so within noise, the first.
-
-    Args:
-        samples_ms: By runtime, in the order of preference; taken in the same rounds.
-    """
-    fastest = min(samples_ms.values(), key=np.median)
-    return next(runtime for runtime, samples in samples_ms.items() if not significance.is_slower(samples, fastest))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from flows.cli.commands import main
 from flows.cli.console import conclusion
 from quantlib.measure.predictions import Predictions
 from quantlib.report import html, summary, tables
-from quantlib.report.tables import NoteRow, Report
+from quantlib.report.rows import NoteRow, Report
 
 WINNER = variant_row(
     "small",

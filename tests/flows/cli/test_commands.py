@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from flows import parameters
-from flows.cli import commands
+from flows.cli import commands, outcome
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_wrong_setting_is_named_with_what_is_allowed_and_nothing_is_run(
     setting, message, recipe, quantflow, tmp_path
 ):
     status, said = quantflow("run", str(recipe), "--set", setting)
-    assert status == commands.WRONG_INPUT
+    assert status == outcome.WRONG_INPUT
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / ".quantflow" / "store").exists()
@@ -124,7 +124,7 @@ def remove_images(folder):
 def test_a_spoilt_dataset_is_named_before_any_stage_starts(spoil, message, folder, recipe, quantflow, tmp_path):
     spoil(folder)
     status, said = quantflow("run", str(recipe))
-    assert status == commands.WRONG_INPUT
+    assert status == outcome.WRONG_INPUT
     assert message in said
     assert not (tmp_path / ".quantflow" / "store").exists()
 
@@ -135,20 +135,20 @@ def test_an_engine_that_this_cpu_lacks_is_an_error_that_names_those_it_has(recip
     supported = property(lambda _: ["none", "x86"])
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", supported)
     status, said = quantflow("run", str(recipe), "--set", "engine=qnnpack")
-    assert status == commands.WRONG_INPUT
+    assert status == outcome.WRONG_INPUT
     assert "this machine's torch has x86" in said
 
 
 def test_an_unknown_recipe_names_those_there_are(quantflow):
     status, said = quantflow("run", "digit")
-    assert status == commands.WRONG_INPUT
+    assert status == outcome.WRONG_INPUT
     assert "did you mean 'digits'?" in said
 
 
 def test_a_file_that_is_not_toml_is_named(quantflow, tmp_path):
     (tmp_path / "broken.toml").write_text("name = ")
     status, said = quantflow("run", "broken.toml")
-    assert status == commands.WRONG_INPUT
+    assert status == outcome.WRONG_INPUT
     assert "cannot be read as TOML" in said
 
 
@@ -182,7 +182,7 @@ def test_an_empty_home_is_not_an_error(command, quantflow):
 
 def test_nothing_to_resume_is_said(quantflow):
     status, said = quantflow("resume")
-    assert status == commands.WRONG_INPUT
+    assert status == outcome.WRONG_INPUT
     assert "Nothing to resume" in said
 
 
@@ -201,7 +201,7 @@ def test_report_and_runs_and_cache_show_a_finished_run(home_copy, quantflow):
 
 def test_freeing_without_saying_what_is_refused(home_copy, quantflow):
     status, said = quantflow("cache", "free", "--home", str(home_copy))
-    assert status == commands.WRONG_INPUT
+    assert status == outcome.WRONG_INPUT
     assert "--keep-runs" in said
 
 

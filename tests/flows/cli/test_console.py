@@ -10,7 +10,7 @@ from rows import layer_row, variant_row
 
 from flows.cli.console import conclusion, interval_table, result_table, runs_table, why
 from quantlib.report.diagnosis import diagnose
-from quantlib.report.tables import LayerRow, NoteRow, Report, VariantRow
+from quantlib.report.rows import LayerRow, NoteRow, Report, VariantRow
 from quantlib.store.journal import RunFile, RunStatus
 
 

@@ -19,7 +19,7 @@ from quantlib.eager.fusing import FuseMode
 from quantlib.eager.rounding import FixedFakeQuantize
 from quantlib.eager.training import freeze_batch_norm, freeze_observers
 from quantlib.errors import MachineError
-from quantlib.export import files
+from quantlib.export import onnx, scripting
 from quantlib.graph import fusion
 from quantlib.process import EXPECTED_WARNINGS
 from quantlib.quantize import preparation
@@ -74,8 +74,8 @@ def test_each_expected_warning_is_one_that_torch_gives(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         converting.convert(preparation.prepare(fused_model, scheme("fbgemm"), "eval"))
-        (tmp_path / "model.pt").write_bytes(files.script(converting.convert(calibrated("fbgemm"))))
-        files.to_onnx(tmp_path / "model.pt", "auto", 32)
+        (tmp_path / "model.pt").write_bytes(scripting.script(converting.convert(calibrated("fbgemm"))))
+        onnx.to_onnx(tmp_path / "model.pt", "auto", 32)
 
     unseen = [
         message

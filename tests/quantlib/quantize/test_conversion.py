@@ -13,7 +13,7 @@ from quantlib.data import shards
 from quantlib.eager.fusing import FuseMode
 from quantlib.eager.modules import DeQuantStub, QuantStub
 from quantlib.errors import MachineError, ModelError
-from quantlib.export import files
+from quantlib.export import scripting
 from quantlib.graph import fusion
 from quantlib.measure import evaluation
 from quantlib.models import checkpoint, mobilenet_v2
@@ -150,7 +150,7 @@ def full_size() -> nn.Module:
 
 
 def test_float_file_has_13_99_mb(full_size: nn.Module) -> None:
-    assert len(files.script(full_size)) / 1e6 == pytest.approx(13.99, rel=0.02)
+    assert len(scripting.script(full_size)) / 1e6 == pytest.approx(13.99, rel=0.02)
 
 
 @pytest.mark.parametrize(("qconfig", "megabytes"), [("default", 3.62), ("fbgemm", 3.93)])
@@ -163,7 +163,7 @@ def test_int8_file_is_less_than_a_third_of_float(
     prepared = preparation.prepare(full_size, scheme(qconfig), "eval")
     calibration.calibrate(prepared, tmp_path / "shard", batch_size=2)
 
-    size = len(files.script(conversion.convert(prepared, engine), engine))
+    size = len(scripting.script(conversion.convert(prepared, engine), engine))
 
     assert size / 1e6 == pytest.approx(megabytes, rel=0.02)
 

@@ -8,7 +8,7 @@ from rows import layer_row, variant_row
 
 from quantlib.measure.sensitivity import LayerSums
 from quantlib.report import diagnosis
-from quantlib.report.tables import LayerRow, Report, VariantRow
+from quantlib.report.rows import LayerRow, Report, VariantRow
 
 
 def _sums(layer: str, **changes: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from quantlib.measure import examples
 from quantlib.measure.examples import Example
 from quantlib.measure.predictions import Predictions
 from quantlib.report import html, tables
-from quantlib.report.tables import ClassRow, EpochRow, LatencyRow, LayerRow, Report, StageRow, VariantRow
+from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, LayerRow, Report, StageRow, VariantRow
 
 FLOAT = variant_row("float", method="float")
 QAT = replace(

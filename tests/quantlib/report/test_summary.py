@@ -6,7 +6,7 @@ from rows import START, variant_row
 
 from quantlib.measure.predictions import Predictions
 from quantlib.report import summary, tables
-from quantlib.report.tables import NoteRow, Report, StageRow
+from quantlib.report.rows import NoteRow, Report, StageRow
 
 FIRST, SECOND = "20260501-030000-tiny-0000000a", "20260502-030000-tiny-0000000b"
 

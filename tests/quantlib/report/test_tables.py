@@ -20,7 +20,7 @@ from quantlib.errors import MachineError, StoreError
 from quantlib.measure.examples import Example
 from quantlib.measure.predictions import Predictions
 from quantlib.report import tables
-from quantlib.report.tables import ClassRow, EpochRow, LatencyRow, NoteRow, Report, StageRow
+from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, NoteRow, Report, StageRow
 
 # The contract: columns may be added, and none renamed.
 COLUMNS = {

@@ -10,8 +10,8 @@ import pytest
 from quantlib.measure.predictions import Predictions
 from quantlib.recipe.sections import GateRecipe
 from quantlib.recipe.variant import Variant
-from quantlib.report import verdict
-from quantlib.report.tables import FileRow, VariantRow
+from quantlib.report import choice, verdict
+from quantlib.report.rows import FileRow, VariantRow
 from quantlib.report.verdict import Epoch, File, Measured, RunInfo
 from quantlib.runtimes.available import Runtime
 
@@ -194,8 +194,8 @@ def test_a_file_is_meant_for_the_first_of_the_runtimes_that_are_fastest_within_n
     machine = np.random.default_rng(0).uniform(1, 2, 50)
     noise = np.random.default_rng(1).lognormal(0, 0.1, 50)
 
-    assert verdict.fastest_runtime({x86: machine, onednn: machine * noise, fbgemm: machine * 1.2}) == x86
-    assert verdict.fastest_runtime({x86: machine, onednn: machine * 0.9}) == onednn
+    assert choice.fastest_runtime({x86: machine, onednn: machine * noise, fbgemm: machine * 1.2}) == x86
+    assert choice.fastest_runtime({x86: machine, onednn: machine * 0.9}) == onednn
 
 
 def test_simulated_accuracies_are_there_where_they_were_asked_for() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from quantlib import api
 from quantlib.data import shards
 from quantlib.errors import MachineError, ModelError
-from quantlib.export import files
+from quantlib.export import onnx, scripting
 from quantlib.quantize import conversion
 from quantlib.runtimes import available, classifiers
 
@@ -31,9 +31,9 @@ def exported(
     """A folder of int8.pt, int8.onnx and float.pt."""
     pytest.importorskip("onnx", reason="the extra of an ONNX runtime is not installed")
     folder = tmp_path_factory.mktemp("files")
-    (folder / "int8.pt").write_bytes(files.script(conversion.convert(calibrated("accurate"), engine), engine))
-    (folder / "float.pt").write_bytes(files.script(fused_model))
-    (folder / "int8.onnx").write_bytes(files.to_onnx(folder / "int8.pt", engine, 32))
+    (folder / "int8.pt").write_bytes(scripting.script(conversion.convert(calibrated("accurate"), engine), engine))
+    (folder / "float.pt").write_bytes(scripting.script(fused_model))
+    (folder / "int8.onnx").write_bytes(onnx.to_onnx(folder / "int8.pt", engine, 32))
     return folder
 
 
@@ -70,7 +70,7 @@ def test_a_frozen_float_file_computes_the_same(
 
 
 def test_the_onnx_file_has_the_same_bytes_each_time(exported: Path, engine: str) -> None:
-    assert files.to_onnx(exported / "int8.pt", engine, 32) == (exported / "int8.onnx").read_bytes()
+    assert onnx.to_onnx(exported / "int8.pt", engine, 32) == (exported / "int8.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
@@ -79,22 +79,22 @@ def test_an_onnx_file_that_answers_otherwise_is_refused(
 ) -> None:
     other = copy.deepcopy(calibrated("accurate"))
     other.classifier[1].weight.data = other.classifier[1].weight.data.flip(0)
-    (tmp_path / "other.pt").write_bytes(files.script(conversion.convert(other, engine), engine))
-    right, wrong = (files.to_onnx(path, engine, 32) for path in (exported / "int8.pt", tmp_path / "other.pt"))
+    (tmp_path / "other.pt").write_bytes(scripting.script(conversion.convert(other, engine), engine))
+    right, wrong = (onnx.to_onnx(path, engine, 32) for path in (exported / "int8.pt", tmp_path / "other.pt"))
 
-    files.check_onnx(right, exported / "int8.pt", engine, runtime, val_shard)
+    onnx.check_onnx(right, exported / "int8.pt", engine, runtime, val_shard)
     with pytest.raises(ModelError, match=rf"In {runtime} the logits are [\d.]+% of their power away"):
-        files.check_onnx(wrong, exported / "int8.pt", engine, runtime, val_shard)
+        onnx.check_onnx(wrong, exported / "int8.pt", engine, runtime, val_shard)
 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
 def test_float_as_onnx_answers_as_its_torchscript_file_to_a_hundredth_of_the_logits(
     exported: Path, runtime: str, val_shard: Path, val_inputs: torch.Tensor, tmp_path: Path
 ) -> None:
-    content = files.to_onnx(exported / "float.pt", None, 32)
-    files.check_onnx(content, exported / "float.pt", None, runtime, val_shard)
+    content = onnx.to_onnx(exported / "float.pt", None, 32)
+    onnx.check_onnx(content, exported / "float.pt", None, runtime, val_shard)
     with pytest.raises(ModelError, match=r"at most 0.01% are allowed\.$"):
-        files.check_onnx((exported / "int8.onnx").read_bytes(), exported / "float.pt", None, runtime, val_shard)
+        onnx.check_onnx((exported / "int8.onnx").read_bytes(), exported / "float.pt", None, runtime, val_shard)
 
 
 def test_what_onnx_cannot_express_is_refused(tmp_path: Path, engine: str) -> None:
@@ -102,9 +102,9 @@ def test_what_onnx_cannot_express_is_refused(tmp_path: Path, engine: str) -> Non
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.linalg.matrix_exp(x)
 
-    (tmp_path / "model.pt").write_bytes(files.script(Unusual()))
+    (tmp_path / "model.pt").write_bytes(scripting.script(Unusual()))
     with pytest.raises(ModelError, match="cannot be written as ONNX"):
-        files.to_onnx(tmp_path / "model.pt", engine, 32)
+        onnx.to_onnx(tmp_path / "model.pt", engine, 32)
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, None])

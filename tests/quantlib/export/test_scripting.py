@@ -16,7 +16,7 @@ from torch import nn
 from quantlib import api
 from quantlib.eager.fusing import FuseMode
 from quantlib.errors import ModelError
-from quantlib.export import files
+from quantlib.export import scripting
 from quantlib.graph import fusion
 from quantlib.models import checkpoint
 from quantlib.quantize import calibration, conversion, preparation
@@ -43,7 +43,7 @@ def test_the_int8_file_gives_the_same_logits_with_torch_alone(
     int8 = conversion.convert(calibrated("fbgemm"), engine)
     with torch.inference_mode(), use_engine(engine):
         expected = int8(val_inputs)
-    (tmp_path / "model.pt").write_bytes(files.script(int8, engine))
+    (tmp_path / "model.pt").write_bytes(scripting.script(int8, engine))
     torch.save(val_inputs, tmp_path / "inputs")
     arguments = [tmp_path / name for name in ("model.pt", "inputs", "logits")]
 
@@ -54,7 +54,7 @@ def test_the_int8_file_gives_the_same_logits_with_torch_alone(
 
 
 def test_a_float_file_gives_the_same_logits(fused_model: nn.Module, val_inputs: torch.Tensor, tmp_path: Path) -> None:
-    (tmp_path / "model.pt").write_bytes(files.script(fused_model))
+    (tmp_path / "model.pt").write_bytes(scripting.script(fused_model))
 
     loaded = api.load(tmp_path / "model.pt")
 
@@ -65,19 +65,19 @@ def test_a_float_file_gives_the_same_logits(fused_model: nn.Module, val_inputs: 
 def test_the_file_has_the_same_bytes_each_time(fused_model: nn.Module, calibrated: Calibrated, engine: str) -> None:
     int8 = conversion.convert(calibrated("default"), engine)
 
-    assert files.script(int8, engine) == files.script(int8, engine)
-    assert files.script(fused_model) == files.script(fused_model)
+    assert scripting.script(int8, engine) == scripting.script(int8, engine)
+    assert scripting.script(fused_model) == scripting.script(fused_model)
 
 
 _SCRIPT = """
 import hashlib, pathlib, sys, warnings
 import torch
 from torch import nn
-from quantlib.export import files
+from quantlib.export import scripting
 from quantlib.quantize import conversion
 warnings.simplefilter("ignore")
 torch.jit.script(nn.Sequential(nn.Linear(1, 1), nn.Conv2d(1, 1, 1)))
-content = files.script(*conversion.load_deployable(pathlib.Path(sys.argv[1]).read_bytes()))
+content = scripting.script(*conversion.load_deployable(pathlib.Path(sys.argv[1]).read_bytes()))
 print(hashlib.sha256(content).hexdigest())
 """
 
@@ -96,7 +96,7 @@ def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
         text=True,
     )
 
-    assert other.stdout.strip() == hashlib.sha256(files.script(int8, engine)).hexdigest()
+    assert other.stdout.strip() == hashlib.sha256(scripting.script(int8, engine)).hexdigest()
 
 
 @pytest.mark.parametrize("mode", ["eval", "qat"])
@@ -112,12 +112,12 @@ def test_a_model_just_made_and_the_same_read_back_give_the_same_bytes(
 
     assert just_made is not read_back
     assert its_engine == engine_read == engine
-    assert files.script(just_made, engine) == files.script(read_back, engine)
+    assert scripting.script(just_made, engine) == scripting.script(read_back, engine)
 
 
 def test_the_engine_in_use_is_put_back(calibrated: Calibrated, engine: str) -> None:
     before = torch.backends.quantized.engine
-    files.script(conversion.convert(calibrated("default"), engine), engine)
+    scripting.script(conversion.convert(calibrated("default"), engine), engine)
 
     assert torch.backends.quantized.engine == before
 
@@ -128,4 +128,4 @@ def test_an_architecture_that_cannot_be_scripted_is_refused() -> None:
             return globals()["torch"].relu(x)
 
     with pytest.raises(ModelError, match=r"cannot be scripted.*"):
-        files.script(Unscriptable())
+        scripting.script(Unscriptable())

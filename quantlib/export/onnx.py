@@ -1,60 +1,29 @@
-"""Export: the TorchScript and ONNX files that are shipped and measured, and the loader for both."""
+"""A TorchScript file as ONNX, and whether both answer alike."""
 
 import io
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from quantlib import temporary
 from quantlib.data import shards
 from quantlib.errors import ModelError
-from quantlib.export import torchscript
-from quantlib.quantize import conversion
 from quantlib.runtimes import available, classifiers
 from quantlib.runtimes.engine import use_engine
 
 # The newest that torch's exporter of quantized operations was tried with.
 _OPSET = 17
+
+
 _NUM_CHECKED = 32
+
+
 # Of accurate int8 models it is about 0.001, of bad ones 0.05: each rounding that differs is enlarged on its way.
 _MAX_ERROR = 0.1
+
+
 _MAX_FLOAT_ERROR = 1e-4
-
-
-def script(model: nn.Module, engine: str | None = None) -> bytes:
-    """A model as a TorchScript file; `torch.jit.load` reads it without this package.
-
-    The same model gives the same bytes.
-
-    Args:
-        model: Fused float, or int8.
-        engine: The one that the int8 weights are packed for; None for float.
-
-    Raises:
-        ModelError: If the architecture uses Python that TorchScript cannot express.
-    """
-    buffer = io.BytesIO()
-    try:
-        with use_engine(engine or "auto"):
-            torchscript.forget_classes()
-            torch.jit.save(torch.jit.script(model.eval()), buffer)
-    except (RuntimeError, NotImplementedError, OSError) as error:
-        raise ModelError(
-            f"The model cannot be scripted: {error}\nUse operations that torch.jit.script supports in its forward()."
-        ) from None
-    return torchscript.canonical(buffer.getvalue())
-
-
-def script_saved(content: bytes) -> bytes:
-    """A stored model, as `conversion.load_deployable` reads it, as a TorchScript file.
-
-    Raises:
-        ModelError: As `script`.
-        MachineError: If this machine lacks the model's engine.
-    """
-    return script(*conversion.load_deployable(content))
 
 
 def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:

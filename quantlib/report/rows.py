@@ -1,0 +1,345 @@
+"""The rows of the report's tables, and what follows from them.
+
+`variants` and `stages` are a contract with outside readers: columns are added, never renamed.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from quantlib.measure.examples import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantRow:
+    """The float model, or one quantized model: a file of it, in the runtime that the file is meant for.
+
+    Accuracy, size, latency and verdict are all of that file (`artifact_path`) in that runtime (`runtime`); the table
+    `files` has the others. Of float, accuracy is that of TorchScript, which every drop is measured from; its latency is
+    that of its fastest file.
+
+    A column with a default was added to the table after others: it is null in runs reported before.
+    """
+
+    recipe: str
+    variant: str
+    method: str
+    """float, ptq or qat."""
+    qconfig: str | None
+    engine: str | None
+    observer: str | None = None
+    """How activation ranges were found; null for float, as the next three."""
+    weights: str | None = None
+    """per_tensor or per_channel."""
+    activation_bits: int | None = None
+    """7 or 8; 8 saturate on an x86 CPU without VNNI."""
+    float_layers: list[str] | None = None
+    """What was kept in float, as the recipe names it."""
+    equalized: bool | None = None
+    bias_corrected: bool | None = None
+    top1: float
+    """Fraction of the validation images, as are the other accuracies without another word."""
+    top5: float
+    loss: float
+    """Mean cross-entropy in nats."""
+    num_images: int
+    top1_drop: float
+    """Float's top1 less this one's."""
+    top1_drop_low: float | None = None
+    """Ends of the 95% interval of the drop, image by image on the same images."""
+    top1_drop_high: float | None = None
+    p_value: float | None = None
+    """Exact McNemar test: how likely a model as accurate as float differs from it by this much or more."""
+    top1_selection: float
+    """On the images that choices are made by."""
+    selected_on: str
+    """Which those are: held_out (training images) or validation."""
+    top1_simulated: float | None
+    """With fake quantization in float, of weights and activations."""
+    top1_weights_only: float | None
+    top1_activations_only: float | None
+    best_epoch: int | None
+    """0-based; the epoch of QAT that this is; null where QAT kept its start."""
+    top1_start: float | None = None
+    """Of the int8 model that QAT started from."""
+    kept_start: bool | None = None
+    """Whether no epoch of QAT was better than its start, on the images that choices are made by: then this is the
+    start."""
+    size_bytes: int
+    runtime: str | None = None
+    """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime or openvino.
+    Null in runs reported before: TorchScript on `engine`."""
+    latency_p50_ms: float
+    """A batch of one image, one thread."""
+    speedup: float
+    """Float's latency_p50_ms over this one's."""
+    fastest_runtime: str | None = None
+    """Of those that this machine has, whatever its accuracy there, for one image on one thread."""
+    fastest_p50_ms: float | None = None
+    accepted: bool
+    """Inside the gate."""
+    gate: str | None = None
+    """inside, outside, undecided (too few images to say with the confidence that the recipe asks for), or unavailable
+    (no file for a runtime that the recipe allows)."""
+    num_images_to_decide: int | None = None
+    """Of an undecided variant: about how many images would tell."""
+    winner: bool
+    reason: str | None = None
+    """Of the winner: why it was chosen."""
+    pareto: bool | None = None
+    """Whether nothing that is inside the gate beats it beyond noise: is faster and as accurate, or as fast and more
+    accurate, on the images that choices are made by. Null where it is not inside."""
+    artifact_sha256: str
+    artifact_path: str
+    torchscript_path: str | None = None
+    """Of the model as TorchScript."""
+    onnx_path: str | None = None
+    """Of the same model as ONNX; null where no runtime for ONNX is installed."""
+    onnx_top1: float | None = None
+    """Of that file in the runtime that is fastest for it; the table `files` says which."""
+    onnx_refusal: str | None = None
+    """Why there is no such file, where there could be one."""
+    torch_version: str
+    cpu_model: str
+    created_at: datetime
+
+    @property
+    def verdict(self) -> str:
+        """baseline, winner, accepted, or why it is not accepted."""
+        if self.method == "float":
+            return "baseline"
+        return "winner" if self.winner else "accepted" if self.accepted else self.gate or "outside"
+
+    @property
+    def change(self) -> str:
+        """Of top-1 against float, in points, as "-0.50"."""
+        return points(-self.top1_drop)
+
+    @property
+    def interval(self) -> str:
+        """Of the change with 95% confidence, as "-1.10 to +0.10"; empty in old reports."""
+        if self.top1_drop_low is None or self.top1_drop_high is None:
+            return ""
+        return f"{points(-self.top1_drop_high)} to {points(-self.top1_drop_low)}"
+
+    @property
+    def evidence(self) -> str:
+        """How sure the change is, as "95% interval -1.10 to +0.10, p = 0.25"; empty in old reports."""
+        return f"95% interval {self.interval}, p = {self.p_value:.2g}" if self.p_value is not None else ""
+
+    @property
+    def load(self) -> str:
+        """How Python opens the file in its runtime."""
+        if self.runtime is None:
+            return f'torch.jit.load("{self.artifact_path}")'
+        return f'quantlib.api.load("{self.artifact_path}", "{self.runtime}")'
+
+    @property
+    def title(self) -> str:
+        """The variant's name, and which of QAT's candidates it is."""
+        if self.kept_start:
+            return f"{self.variant} (start)"
+        return self.variant if self.best_epoch is None else f"{self.variant} (epoch {self.best_epoch})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRow:
+    """A file of a variant in the runtime that it is fastest in: what may be shipped, and what the gate judges."""
+
+    variant: str
+    path: str
+    sha256: str
+    size_bytes: int
+    runtime: str
+    """torchscript-ENGINE, onnxruntime or openvino."""
+    top1: float
+    top1_drop: float
+    """Float's top1 less this one's."""
+    top1_drop_low: float
+    """Ends of the 95% interval of the drop, image by image on the same images."""
+    top1_drop_high: float
+    p_value: float
+    """Exact McNemar test against float."""
+    top1_selection: float
+    """On the images that choices are made by."""
+    latency_p50_ms: float
+    """A batch of one image, one thread."""
+    speedup: float
+    """Against the fastest that float is in any runtime that the recipe allows."""
+    gate: str
+    """inside, outside or undecided."""
+    num_images_to_decide: int | None
+    """Of an undecided file: about how many images would tell."""
+    reported: bool
+    """Whether the variant's row is about this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoteRow:
+    """What is to be known of the run, a sentence."""
+
+    kind: str
+    """warning: the figures may mislead; note: the rest."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """An epoch of quantization-aware training."""
+
+    variant: str
+    epoch: int
+    loss: float
+    """Mean over the epoch's training images, in nats: cross-entropy with the labels, or with `distill` the
+    Kullback-Leibler divergence from the float model."""
+    train_top1: float
+    top1: float
+    """Of the converted int8 model, on the validation images."""
+    top1_selection: float
+    """Likewise, on the images that the best epoch is chosen by."""
+    best: bool
+    observers_frozen: bool
+    batch_norm_frozen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """A layer of a quantized model, measured in float with fake quantization on some of the images."""
+
+    variant: str
+    layer: str
+    """Its dotted path in the fused model."""
+    type: str
+    """Its class, as ConvReLU2d."""
+    weight_min: float | None
+    """Of the float weight, BatchNorm folded in; null where it has none."""
+    weight_max: float | None
+    activation_min: float | None
+    """Ends of its output's int8 grid; null where its output is not quantized."""
+    activation_max: float | None
+    sqnr_db: float | None
+    """Signal-to-quantization-noise ratio of its output where every layer is int8, against float."""
+    saturation: float | None
+    """Fraction of its output's values that the grid cuts off."""
+    top1_float: float | None = None
+    """On these images: what the two below are to be compared with."""
+    top1_int8: float | None = None
+    """When every layer is int8."""
+    top1_only: float
+    """When only this layer is int8."""
+    top1_all_but: float
+    """When every layer but this one is int8."""
+    divergence_only: float
+    """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
+    num_images: int
+    measured_on: str
+    """Where these images come from: held_out (training images) or validation, those that choices are made by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyRow:
+    """One model's timing for one batch size and number of threads."""
+
+    variant: str
+    runtime: str
+    """torchscript (float), torchscript-ENGINE, onnxruntime or openvino."""
+    batch_size: int
+    num_threads: int
+    p50_ms: float
+    """Of a call, so of a whole batch."""
+    p95_ms: float
+    images_per_second: float
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionRow:
+    """One model's answer for one validation image."""
+
+    variant: str
+    image_index: int
+    """Its place among the images that were evaluated: in the dataset's order, or as `evaluation.max_images` drew it."""
+    image: str | None
+    """Its file, below the dataset's folder, or its number in a dataset that has no files; absent where the dataset was
+    changed before the run was over."""
+    label: int
+    top5: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassRow:
+    """One class of the dataset."""
+
+    class_index: int
+    """As labels and answers name it."""
+    name: str
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of the run."""
+
+    stage: str
+    """The task run's name, as calibrate-per_channel."""
+    key: str
+    cached: bool
+    seconds: float
+    """Wall-clock time that this run spent on it."""
+    started_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run found."""
+
+    run_id: str
+    variants: tuple[VariantRow, ...]
+    epochs: tuple[EpochRow, ...]
+    latency: tuple[LatencyRow, ...]
+    stages: tuple[StageRow, ...]
+    classes: tuple[ClassRow, ...] = ()
+    """Empty in runs reported before it was added, as is the next one."""
+    examples: tuple[Example, ...] = ()
+    layers: tuple[LayerRow, ...] = ()
+    """Empty where the recipe does not ask for them."""
+    files: tuple[FileRow, ...] = ()
+    """Of quantized variants."""
+    notes: tuple[NoteRow, ...] = ()
+    """What is to be said of the run that no other table says."""
+
+    @property
+    def winner(self) -> VariantRow | None:
+        """The model to ship, where one is inside the gate."""
+        return next((row for row in self.variants if row.winner), None)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why the figures may mislead, a sentence each."""
+        return [note.text for note in self.notes if note.kind == "warning"]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What else is to be known, of the run and of single variants, a sentence each."""
+        kept = [
+            f"{row.variant}: no epoch of training was better than the model it started from, "
+            f"so that is what was kept ({row.top1:.2%})."
+            for row in self.variants
+            if row.kept_start
+        ]
+        undecided = [
+            f"{row.variant}: {row.num_images:,} images are too few to tell"
+            + ("." if row.num_images_to_decide is None else f"; about {row.num_images_to_decide:,} would be enough.")
+            for row in self.variants
+            if row.gate == "undecided"
+        ]
+        return [*(note.text for note in self.notes if note.kind == "note"), *kept, *undecided]
+
+    @property
+    def best(self) -> VariantRow:
+        """The winner, or where there is none the quantized model that loses least."""
+        quantized = [row for row in self.variants if row.method != "float"]
+        return self.winner or max(quantized, key=lambda row: row.top1_selection)
+
+
+def points(change: float) -> str:
+    """A signed change of a fraction, in points; never minus zero."""
+    return f"{round(100 * change, 2) + 0.0:+.2f}"
