@@ -39,7 +39,7 @@ def _load_where_named(value: Any) -> Any:
 
 
 RecipeParameter = Annotated[Recipe, BeforeValidator(_load_where_named, json_schema_input_type=PathName | Recipe)]
-"""A Recipe to the flow; to whoever starts it also the name or the file of one, read anew at each run's start."""
+"""A Recipe to the flow; to whoever starts it also the name or the file of one, read again at the start of each run."""
 
 Changes = Annotated[tuple[PathName, ...], Field(max_length=MAX_ITEMS)]
 """As `--set` takes them: "KEY=VALUE"."""

@@ -1,4 +1,4 @@
-"""The errors a user can cause, and so can mend.
+"""The errors that a user can cause, and so can fix.
 
 Each message says what was got, what is allowed and what to do.
 
@@ -43,7 +43,7 @@ class StoreError(QuantflowError):
 
 # With less, a database with its log cannot be written to.
 _ROOM_BYTES = 2 * 1024 * 1024
-# What the operating system refuses, and a user can mend.
+# What the operating system refuses, and a user can fix.
 _ROOM = "Free some space, or choose another place with --home, then run again: finished stages are kept."
 _ACCESS = "You may not read or write here: change its permissions, or choose another place with --home: {place}."
 _REFUSALS = {
@@ -60,7 +60,7 @@ _REFUSALS = {
 
 
 def explain_refusal(error: OSError, place: object) -> MachineError | None:
-    """What to do where the operating system refuses something; None where a user cannot mend it.
+    """What to do where the operating system refuses something; None where a user cannot fix it.
 
     Args:
         error: As it was raised.

@@ -50,7 +50,7 @@ def call_function(function: Callable[..., T], name: str, *arguments: Any, **name
     except QuantflowError:
         raise
     except Exception as error:
-        raise ModelError(f"{name} {_raised(error)}. Mend it there, or change what the recipe gives it.") from None
+        raise ModelError(f"{name} {_raised(error)}. Fix it there, or change what the recipe gives it.") from None
 
 
 def _raised(error: Exception) -> str:

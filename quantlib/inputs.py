@@ -271,4 +271,4 @@ def _hash_file(path: str) -> str:
 
 
 def _unreadable(path: str, error: OSError) -> DataError:
-    return DataError(f"Image file {path} cannot be read: {error.strerror}. Mend it, or remove it from the dataset.")
+    return DataError(f"Image file {path} cannot be read: {error.strerror}. Fix it, or remove it from the dataset.")

@@ -22,7 +22,7 @@ def save_onnx(
 ) -> Ref:
     """The ONNX file of a TorchScript file, once it answers as that does; or why there is none.
 
-    A model that ONNX cannot express, or that answers otherwise in an ONNX runtime, still has its TorchScript file.
+    A model that ONNX cannot express, or that answers differently in an ONNX runtime, still has its TorchScript file.
     """
     from quantlib.errors import ModelError
     from quantlib.export import onnx

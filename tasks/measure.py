@@ -97,7 +97,7 @@ def pick_examples(
     variants: tuple[tuple[str, tuple[Ref, ...]], ...],
     num_examples: int,
 ) -> Ref:
-    """Images that variants answer otherwise than float, as small pictures.
+    """Images that variants answer differently from float, as small pictures.
 
     A variant is its name and its answers.
     """

@@ -1,4 +1,4 @@
-"""The task that reports. It is not a stage: its tables and files are made anew for every run, cached or not."""
+"""The task that reports. It is not a stage: its tables and files are made again for every run, cached or not."""
 
 import importlib.metadata
 from datetime import UTC, datetime

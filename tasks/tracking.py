@@ -27,7 +27,7 @@ _LOGGER = logging.getLogger("prefect.quantflow")
 
 
 class _ErrorsInALine(logging.Filter):
-    """Logs what a user can mend as its message: a traceback tells him nothing."""
+    """Logs an error that a user can fix as its message alone, without a traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None

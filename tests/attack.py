@@ -102,7 +102,7 @@ def finish(process: "subprocess.Popen[str]", folder: Path, findings: Findings, w
         findings.add("hang", f"{what} in {folder}: {said(folder)[-500:]}")
         _kill_all(process)
         return None
-    if "Traceback (most recent call last)" in said(folder) or "failure of quantflow" in said(folder):
+    if "Traceback (most recent call last)" in said(folder) or "bug in quantflow" in said(folder):
         findings.add("traceback", f"{what} in {folder}: {said(folder)[-1500:]}")
     return status
 

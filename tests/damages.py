@@ -191,7 +191,7 @@ class _Reader:
             if result is None:
                 findings.add("hang", f"{what}: {name}")
                 continue
-            if "failure of quantflow" in result.output or "Traceback" in result.output or _is_raw(result):
+            if "bug in quantflow" in result.output or "Traceback" in result.output or _is_raw(result):
                 findings.add("traceback", f"{what}: {name}: {result.output[-600:]} {result.exception!r}")
             if name in _SHOWS_FIGURES and result.exit_code == 0 and self._shown(name, result) != self._right[name]:
                 findings.add("silent", f"{what}: {name}: {result.output[-600:]}")

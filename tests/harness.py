@@ -101,7 +101,7 @@ def start_run(
         home: Its home folder.
         kill_at: Kill it with SIGKILL at this point of its work, counted from 0.
         hold_at: Let it sleep at the first point of this name, for ever; `process.held` is then there.
-        run_id: Of the run to go on with.
+        run_id: The run to resume.
         recipe: What is run.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")

@@ -92,11 +92,11 @@ def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
 @verbose_option
 @reports_errors
 def resume(run_id: str | None, home: Path, verbose: bool) -> int:
-    """Go on with RUN, or without it with the newest run that is unfinished, with the recipe it had."""
+    """Resume RUN, or else the newest run that is unfinished, with the recipe that it had."""
     from quantlib.store.journal import find_unfinished
 
     unfinished = find_unfinished(home / "runs", run_id)
-    click.echo(f"Run {unfinished.file.run_id} goes on; it was {unfinished.state} at {unfinished.stage or 'its start'}.")
+    click.echo(f"Resuming run {unfinished.file.run_id} ({unfinished.state} at {unfinished.stage or 'its start'}).")
     return _run(unfinished.file.flow, unfinished.recipe, home, run_id=unfinished.file.run_id, verbose=verbose)
 
 

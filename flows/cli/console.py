@@ -193,7 +193,7 @@ _NEXT = {
     "running": ("wait", "wait until it is done"),
     "completed": ("report", "quantflow report --html report.html --run {run}"),
     "crashed": ("resume", "quantflow resume {run}"),
-    "failed": ("resume", "mend what the message says, then quantflow resume {run}"),
+    "failed": ("resume", "fix what the message says, then quantflow resume {run}"),
     "damaged": ("run again", "run its recipe again: what it has computed is reused"),
 }
 

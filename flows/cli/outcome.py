@@ -49,9 +49,7 @@ def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
     if verbose:
         traceback.print_exception(error)
     hint = "" if verbose else " Run with --verbose for the traceback."
-    return complain(
-        f"{type(error).__name__}: {error}\nThis is a failure of quantflow or of what it uses.{hint}", FAILURE
-    )
+    return complain(f"{type(error).__name__}: {error}\nThis is a bug in quantflow or in what it uses.{hint}", FAILURE)
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

@@ -42,7 +42,7 @@ def run_here(
         home: The home folder.
         listener: Is told of each stage.
         say: Is given what a person must know that is no error.
-        run_id: Of a run to go on with; None begins one.
+        run_id: The run to resume; None starts a new one.
         verbose: Show Prefect's own log.
     """
     home = home.resolve()

@@ -57,7 +57,7 @@ def _try_in_turn(
 
     images, run = stages.inputs.training, stages.run
     before = set(run.keys)
-    # By what stages took, whenever that was: a clock would begin anew each time that the search is resumed.
+    # By what stages took, whenever that was: a clock would start again each time the search is resumed.
     while seconds_of(run.store, set(run.keys) - before) < 60 * settings.max_minutes:
         branch = search.next_trial(settings, trials, rank, images.stop - images.start)
         if branch is None:

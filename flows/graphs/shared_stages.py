@@ -34,7 +34,7 @@ class SharedStages:
     validation: tuple[Ref, ...]
     """Decoded shards."""
     held_out: tuple[Ref, ...]
-    """Likewise; empty where the recipe chooses on validation."""
+    """Decoded shards; empty where the recipe chooses on validation."""
 
     @property
     def runtime(self) -> Runtime:

@@ -115,7 +115,7 @@ class Pulse:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew, with a process that was just started."""
+        """Start again, with a process that was just started."""
         self._last = time.monotonic()
 
     def is_silent(self) -> bool:

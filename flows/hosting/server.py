@@ -83,7 +83,7 @@ def set_defaults(folder: Path, *, verbose: bool) -> None:
         # Nothing is sent anywhere.
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        # A dependency of Prefect's checks types at run time, and compiles itself anew for that at each start.
+        # A dependency of Prefect's checks types at run time, and compiles itself for that at each start.
         "PY_KEY_VALUE_DISABLE_BEARTYPE": "true",
     }
     if not verbose:

@@ -30,6 +30,6 @@ def verify(path: Path) -> None:
         return  # The file was taken along alone, or cannot be read, which whoever loads it says better.
     if digest != expected:
         raise ModelError(
-            f"{path} is damaged: its SHA-256 is {digest}, and {_NAME} beside it says {expected}. Copy it anew, or run "
+            f"{path} is damaged: its SHA-256 is {digest}, and {_NAME} beside it says {expected}. Copy it again, or run "
             "its recipe again; where you have changed it yourself, remove it from that list."
         )

@@ -1,6 +1,6 @@
 """Benchmark: models timed in rounds, a call of each, so that a change of the machine's speed meets each alike.
 
-The order within a round is drawn anew. What ran before leaves its mark: in a fixed order, the same file opened twice
+The order within each round is random. What ran before leaves its mark: in a fixed order, the same file opened twice
 differed by up to a quarter, always with the same sign, where it followed another runtime.
 """
 

@@ -1,4 +1,4 @@
-"""Example images: a few on which a quantized model answers otherwise than float, as small pictures for the report."""
+"""Example images: a few on which a quantized model answers differently from float, as small pictures for the report."""
 
 import io
 from collections.abc import Sequence

@@ -90,11 +90,11 @@ class LayerSums:
     num_correct_float: int = 0
     """Images that are right in float: what the two below are to be compared with, the same for every layer."""
     num_correct_int8: int = 0
-    """Likewise, with all layers int8."""
+    """Images that are right with all layers int8."""
     num_correct_only: int = 0
     """Images that are right when this layer alone is int8."""
     num_correct_all_but: int = 0
-    """Likewise, when every other layer is."""
+    """Images that are right when every other layer is int8."""
     divergence_only: float = 0.0
     """Kullback-Leibler divergence from float's answers when this layer alone is int8, in nats."""
 

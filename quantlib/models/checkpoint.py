@@ -29,7 +29,7 @@ def save(model: nn.Module, header: Mapping[str, Any]) -> bytes:
 def hand_over(model: nn.Module, header: Mapping[str, Any]) -> bytes:
     """As `save`, of a model that the caller is done with: whoever loads these bytes next may `take` the model itself.
 
-    Mostly the next stage does, and to build the model anew takes as long as half of scripting it.
+    Mostly the next stage does, and building the model again takes as long as half of scripting it.
     """
     content = save(model, header)
     _handed_over.append((content, model, dict(header)))

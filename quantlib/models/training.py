@@ -32,7 +32,7 @@ def train(
         model: Its initial weights are the start.
         split: The training images.
         indices: Those of them to train on, [n] int64.
-        transform: Applied to each image, anew in each epoch.
+        transform: Applied to each image, again in each epoch.
         recipe: Epochs; images a step, where what is left over at an epoch's end is dropped; and the highest
             learning rate of a one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120).
         seed: Of data order, crops and dropout.

@@ -23,7 +23,7 @@ class Schedule:
     freeze_batch_norm_after_epoch: int
     """Frozen at the end of each 0-based epoch whose number is greater."""
     freeze_observer_after_epoch: int
-    """Likewise, the observers."""
+    """Observers are frozen at the end of each 0-based epoch whose number is greater."""
     seed: int
     """Of data order, crops and dropout, together with the epoch's number."""
 

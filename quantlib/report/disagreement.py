@@ -1,4 +1,4 @@
-"""Where a quantized model answers otherwise than float."""
+"""Where a quantized model answers differently from float."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Where a quantized model answers otherwise than float."""
+    """Where a quantized model answers differently from float."""
 
     variant: str
     num_images: int

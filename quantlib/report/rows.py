@@ -195,7 +195,7 @@ class EpochRow:
     top1: float
     """Of the converted int8 model, on the validation images."""
     top1_selection: float
-    """Likewise, on the images that the best epoch is chosen by."""
+    """Top-1 on the images that the best epoch is chosen by."""
     best: bool
     observers_frozen: bool
     batch_norm_frozen: bool

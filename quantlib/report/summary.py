@@ -133,7 +133,7 @@ def _changes(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]
             )
         elif row.top1 != old[row.variant]["top1"]:
             change = points(row.top1 - old[row.variant]["top1"])
-            lines.append(f"`{row.variant}` is the same model, measured otherwise: {change} points of top-1.")
+            lines.append(f"`{row.variant}` is the same model, measured differently: {change} points of top-1.")
     lines += [f"`{name}` is gone." for name in old if name not in {row.variant for row in variants}]
     return "\n".join(f"- {line}" for line in lines) or "Every model is the same, and as accurate."
 

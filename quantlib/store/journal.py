@@ -121,7 +121,7 @@ class Journal:
 
     @contextmanager
     def record(self, flow: str, recipe: Recipe, flow_run_id: str | None) -> Iterator[None]:
-        """Begin the run, or go on with it, and note how it ended.
+        """Begin or resume the run, and note how it ended.
 
         Raises:
             RecipeError: If the run's process still lives.
@@ -256,7 +256,7 @@ def find_run(folder: Path, run_id: str) -> RunStatus:
 
 
 def find_unfinished(folder: Path, run_id: str | None) -> RunStatus:
-    """The run to go on with.
+    """The run to resume.
 
     Args:
         folder: Of all runs.

@@ -81,7 +81,7 @@ class Store:
                 if status.st_size != ref.size or _hash_file(blob) != ref.sha256:
                     raise StoreError(
                         f"Artifact {blob} is damaged: its content is no longer what was written. "
-                        "Run the recipe again: the stage that made it is computed anew."
+                        "Run the recipe again: the stage that made it is computed again."
                     )
                 self._verified[ref.sha256] = seen
         except OSError as error:
@@ -137,7 +137,7 @@ class Store:
             outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
             record = Record(outputs=outputs, **fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            # Damaged in whatever way: the stage is computed again, and that writes it anew.
+            # Damaged in whatever way: the stage is computed again, and that writes it again.
             return None
         return record if record.key == key else None
 
@@ -220,5 +220,5 @@ class Store:
 def _unreadable(blob: Path, error: OSError) -> StoreError:
     return StoreError(
         f"Artifact {blob} cannot be read ({error.strerror}). "
-        "Run the recipe again: the stage that made it is computed anew."
+        "Run the recipe again: the stage that made it is computed again."
     )

@@ -224,7 +224,7 @@ def test_what_the_operating_system_refuses_is_no_failure_of_quantflow(number, sa
     assert found.exit_code == 2
     assert says in found.stderr
     assert "/some/file" in found.stderr
-    assert "failure of quantflow" not in found.stderr
+    assert "bug in quantflow" not in found.stderr
 
 
 def test_a_home_that_can_only_be_read_is_told(tmp_path):

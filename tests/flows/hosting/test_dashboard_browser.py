@@ -226,7 +226,7 @@ def test_the_html_report_draws_every_chart_without_errors(dashboard, runs, windo
     charts = window.script("return document.querySelectorAll('.chart').length")
     assert charts >= 6
     assert window.script("return document.querySelectorAll('.chart svg.main-svg').length") >= charts
-    # Images that int8 answers otherwise than float.
+    # Images that int8 answers differently from float.
     pictures = "return [...document.querySelectorAll('figure img')].map(i => i.complete && i.naturalWidth)"
     assert min(window.script(pictures)) > 0
     # Nothing is wider than the window but what scrolls by itself.

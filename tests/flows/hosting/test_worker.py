@@ -1,4 +1,4 @@
-"""What the dashboard's worker does otherwise than Prefect's."""
+"""What the dashboard's worker does differently from Prefect's."""
 
 import asyncio
 import signal

@@ -30,7 +30,7 @@ def test_a_file_with_one_bit_changed_is_not_loaded(shipped, name):
     content = bytearray((shipped / name).read_bytes())
     content[len(content) // 2] ^= 1
     (shipped / name).write_bytes(content)
-    with pytest.raises(ModelError, match=f"{name} is damaged: its SHA-256 is .*Copy it anew"):
+    with pytest.raises(ModelError, match=f"{name} is damaged: its SHA-256 is .*Copy it again"):
         api.load(shipped / name)
 
 
