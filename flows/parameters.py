@@ -42,4 +42,4 @@ RecipeParameter = Annotated[Recipe, BeforeValidator(_load_where_named, json_sche
 """A Recipe to the flow; to whoever starts it also the name or the file of one, read again at the start of each run."""
 
 Changes = Annotated[tuple[PathName, ...], Field(max_length=MAX_ITEMS)]
-"""As `--set` takes them: "KEY=VALUE"."""
+"""Changes to a recipe, each as "KEY=VALUE", like those of `--set`."""

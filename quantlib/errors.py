@@ -71,7 +71,7 @@ def explain_refusal(error: OSError, place: object) -> MachineError | None:
 
 
 def explain_full_disk(place: Path) -> MachineError | None:
-    """As `explain_refusal`, where something failed that does not tell why: None while there is room.
+    """The error of a full disk, where something failed without saying why; None while there is room.
 
     Args:
         place: A folder on the disk that may be full.

@@ -36,7 +36,7 @@ class Trial:
 
     branch: BranchRecipe
     drop: float
-    """Of top-1 against float, on the images that choices are made by."""
+    """Drop of top-1 against float, on the selection images."""
     high: float
     """Upper end of the drop's 95% interval."""
 

@@ -57,7 +57,7 @@ class Maker:
     ref: Ref
     """Kept, so that no other object gets its identity."""
     state: State[Any]
-    """Of the task run, which it names."""
+    """State of the task run, which it names."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class LiveRun:
     stages: list[StageRow] = field(default_factory=list)
     """The stages met so far, in order."""
     makers: dict[int, Maker] = field(default_factory=dict)
-    """Of every artifact that a stage of this run gave, by its Ref's identity: two of equal content are two."""
+    """The maker of every artifact of this run, by the identity of its Ref: two of equal content are two."""
 
     @property
     def run_id(self) -> str:

@@ -122,7 +122,7 @@ def choose_epoch(
     *,
     branch: str,
 ) -> tuple[Ref, Ref, Ref]:
-    """The candidate that is most accurate on the images that choices are made by; of equals, the first.
+    """The candidate that is most accurate on the selection images; of equals, the first.
 
     Its artifact, its state, and its place among the candidates.
 

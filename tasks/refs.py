@@ -60,7 +60,7 @@ class VariantRefs:
     simulated: dict[str, tuple[Ref, ...]] = field(default_factory=dict)
     layers: tuple[Ref, ...] = ()
     start: CandidateRefs | None = None
-    """Of QAT from a calibrated model: that model."""
+    """The calibrated model that QAT started from, if it did."""
     epochs: tuple[EpochRefs, ...] = ()
     best_epoch: int | None = None
     """The place among `epochs` of the one that this is; None: the start, or not QAT."""

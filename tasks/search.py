@@ -14,7 +14,7 @@ from tasks.run import Run
 
 
 def judge(run: Run, branch: BranchRecipe, baseline: VariantRefs, variant: VariantRefs) -> Trial:
-    """How a trial did on the images that choices are made by.
+    """How a trial did on the selection images.
 
     Raises:
         NotYetKnownError: Where the run is only planned, and the trial was not made before.

@@ -286,14 +286,14 @@ def _simulate(shared: SharedStages, prepared: Ref, name: str, *, in_float: Ref) 
 
 
 def _layers(shared: SharedStages, prepared: Ref, branch: BranchRecipe) -> tuple[Ref, ...]:
-    """As `layers_of`, where the recipe asks for it of every variant."""
+    """What `layers_of` measures, where the recipe asks for it."""
     if not shared.recipe.evaluation.layers:
         return ()
     return layers_of(shared, prepared, branch.name, equalized=branch.equalizes)
 
 
 def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool) -> tuple[Ref, ...]:
-    """What each layer costs, on the first of the images that choices are made by."""
+    """What each layer costs, on the first of the selection images."""
     reference = shared.fused("eval", equalized=equalized)
     images = shared.inputs.held_out if shared.held_out else shared.inputs.validation
     shard = (shared.held_out or shared.validation)[0]
@@ -315,7 +315,7 @@ def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool
 def _on_shards(
     shared: SharedStages, name: str, measure: Callable[[Ref, str], Ref]
 ) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
-    """Measure on the validation shards, and on those that choices are made by."""
+    """Measure on the validation shards, and on those of the selection images."""
     validation = tuple(measure(shard, label) for shard, label in _labelled(shared.validation, name))
     if not shared.held_out:
         return validation, validation

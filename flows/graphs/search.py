@@ -76,7 +76,7 @@ def _conclusion(settings: SearchRecipe, trials: list[Trial], limit: str) -> str:
     if not trials:
         return "The search has no trial yet."
     best = search.best_trial(settings, trials)
-    chosen = f"{best.branch.name}, {-100 * best.drop + 0.0:+.2f} points on the images that choices are made by"
+    chosen = f"{best.branch.name}, {-100 * best.drop + 0.0:+.2f} points on the selection images"
     ended = f"The search ended after {_count(len(trials), 'trial')}{limit}"
     if search.is_inside(best, settings):
         return f"{ended} inside its budget: {chosen}."

@@ -32,7 +32,7 @@ _MAX_16_BITS = 2**16 - 1
 
 
 def open_image_folder(root: Path, split: SplitName) -> Split:
-    """As torchvision's ImageFolder, whose import takes longer than a second for what it has beside."""
+    """The split that torchvision's ImageFolder finds; importing torchvision takes longer than a second."""
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"No folder {folder}: data.root must hold train/CLASS/IMAGE and val/CLASS/IMAGE.")

@@ -20,7 +20,7 @@ class SplitInput:
     name: SplitName
     root: str | None = field(metadata=NOT_IN_KEY)
     fingerprint: str
-    """Of the names and contents of its files, and of the code that reads them where that is the user's."""
+    """Hash of its files' names and contents, and of the code that reads them where that is the user's."""
     num_images: int
     classes: tuple[str, ...] = field(metadata=NOT_IN_KEY)
     num_skipped: int = field(default=0, metadata=NOT_IN_KEY)

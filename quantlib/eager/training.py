@@ -38,7 +38,7 @@ def _forward_conv_bn(conv_bn: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_conv_bn_relu(conv_bn_relu: Any, x: torch.Tensor) -> torch.Tensor:
-    """As torch's, but for the ReLU where the fake quantization that comes next does what a ReLU does."""
+    """Torch's forward without the ReLU, where the fake quantization behind it does what a ReLU does."""
     y = conv_bn_relu._forward(x)
     return y if getattr(conv_bn_relu.activation_post_process, "fuses_relu", False) else nn.functional.relu(y)
 

@@ -22,7 +22,7 @@ class Example:
 
     variant: str
     image_index: int
-    """As in the table `predictions`."""
+    """The place that the table `predictions` gives it."""
     label: int
     float_top1: int
     """Float's likeliest class."""
@@ -102,7 +102,7 @@ def draw(pixels: np.ndarray) -> bytes:
 
 
 def save(examples: Sequence[Example]) -> bytes:
-    """As a Parquet file."""
+    """The examples as a Parquet file."""
     content = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(example) for example in examples], schema=SCHEMA), content)
     return content.getvalue()

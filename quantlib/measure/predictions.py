@@ -61,7 +61,7 @@ def concatenate(parts: Sequence[Predictions]) -> Predictions:
 
 
 def save(predictions: Predictions) -> bytes:
-    """As a Parquet file with the columns label, top5 and loss."""
+    """The predictions as a Parquet file with the columns label, top5 and loss."""
     table = pa.table(
         {
             "label": pa.array(predictions.labels, pa.int64()),

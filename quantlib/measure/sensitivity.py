@@ -73,7 +73,7 @@ class LayerSums:
     type: str
     """Its class, as ConvReLU2d."""
     weight_min: float | None = None
-    """Of the float weight; None where it has none that is quantized."""
+    """Least value of the float weight; None where it has none that is quantized."""
     weight_max: float | None = None
     activation_min: float | None = None
     """Ends of its output's int8 grid; None where its output is not quantized."""
@@ -83,7 +83,7 @@ class LayerSums:
     noise: float = 0.0
     """Squares of what its output is off by, where all layers are int8."""
     num_values: int = 0
-    """Of its output."""
+    """Number of values of its output."""
     num_clipped: int = 0
     """Values of them that lie outside the grid."""
     num_images: int = 0
@@ -224,7 +224,7 @@ def _compare_outputs(
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> int:
-    """Of logits [n, num_classes], those whose highest is the label."""
+    """How many of logits [n, num_classes] have their highest at the label."""
     return int((logits.argmax(1) == labels).sum())
 
 

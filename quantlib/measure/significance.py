@@ -19,7 +19,7 @@ class PairedDrop:
     high: float
     """Ends of the interval that holds the true drop with the confidence asked for."""
     p_value: float
-    """Of McNemar's test: how likely models of equal accuracy differ by this much or more."""
+    """p-value of McNemar's test: how likely models of equal accuracy differ by this much or more."""
 
 
 def paired_drop(correct: np.ndarray, other_correct: np.ndarray, confidence: float = 0.95) -> PairedDrop:

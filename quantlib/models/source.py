@@ -15,8 +15,8 @@ class ModelInput:
     arguments: str
     """JSON of the architecture's keyword arguments."""
     weights: str = field(metadata=NOT_IN_KEY)
-    """As in the recipe."""
+    """The recipe's `weights`."""
     fingerprint: str
-    """Of the weights: a file's SHA-256, "torchvision:NAME", or "train"."""
+    """Identifies the weights: a file's SHA-256, "torchvision:NAME", or "train"."""
     code: str
     """Hash of the user's own module, "" for a registered architecture."""

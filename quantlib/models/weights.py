@@ -111,5 +111,5 @@ def _torchvision_weights(architecture: str, name: str) -> dict[str, Tensor]:
 
 
 def _few(word: str, names: Sequence[str]) -> str:
-    """As `2 missing (a, b); `, and nothing where there is none."""
+    """Names in brackets behind their number, as `2 missing (a, b); `; "" where there are none."""
     return f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}); " if names else ""

@@ -116,7 +116,7 @@ class KeptInFloat(nn.Module):
         module_.qconfig = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the module, int8 in and int8 out."""
+        """What the module computes, int8 in and int8 out."""
         return self.quant(self.module(self.dequant(x)))
 
 

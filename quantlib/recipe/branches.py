@@ -78,13 +78,13 @@ class QATRecipe(BranchRecipe):
     batch_size: _BatchOfTwo = 30
     """Images a training step (BatchNorm needs two at least)."""
     learning_rate: _LearningRate = 1e-4
-    """Of plain SGD, at the start."""
+    """Learning rate of plain SGD at the start."""
     learning_rate_decay: LearningRateDecay = "cosine"
     """cosine: to zero at the last epoch's end; constant: none."""
     distill: Flag = True
     """Learn what the float model says of each image, not the labels."""
     train_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
-    """As [data] train_scale, of this branch. The nearer to the images that the float model was trained on, the less
+    """Like [data] train_scale, for this branch. The nearer to the images that the float model was trained on, the less
     BatchNorm moves."""
     freeze_batch_norm_after_epoch: _LastEpoch = -2
     """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the

@@ -25,7 +25,7 @@ class Schedule:
     freeze_observer_after_epoch: int
     """Observers are frozen at the end of each 0-based epoch whose number is greater."""
     seed: int
-    """Of data order, crops and dropout, together with the epoch's number."""
+    """Seeds data order, crops and dropout, together with the epoch's number."""
 
     def learning_rate_at(self, epoch: int, progress: float) -> float:
         """The learning rate of a step.

@@ -33,7 +33,7 @@ class Recipe(Section):
     description: Line = ""
     """One line for `quantflow recipes`."""
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 191009
-    """Of every random choice: initial weights, data order, crops."""
+    """Seeds every random choice: initial weights, data order, crops."""
     engine: EngineName = "auto"
     """torch's int8 engine; auto: x86 on x86-64 CPUs, else qnnpack."""
     model: ModelRecipe
@@ -58,7 +58,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _share_budget(cls, tables: Any) -> Any:
-        """Of [search] and [gate], the one that has no budget takes the other's."""
+        """Give [search] or [gate] the other's budget where it has none of its own."""
         search = tables.get("search") if isinstance(tables, Mapping) else None
         gate = tables.get("gate", {}) if isinstance(tables, Mapping) else None
         if not isinstance(search, Mapping) or not isinstance(gate, Mapping):

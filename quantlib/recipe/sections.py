@@ -148,7 +148,7 @@ class SearchRecipe(Section):
 
     max_top1_drop: Fraction = 0.002
     """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too: given in [gate], it
-    may be absent here. Trials are judged on the images that choices are made by, the winner by the gate."""
+    may be absent here. Trials are judged on the selection images, the winner by the gate."""
     max_trials: Annotated[int, Field(gt=0, le=_MAX_BRANCHES, strict=True)] = 12
     """Variants to try at most; each is a branch of the report."""
     max_minutes: Annotated[float, Field(gt=0.0, le=1_000_000.0, strict=True)] = 120.0

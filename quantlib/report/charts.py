@@ -196,7 +196,7 @@ def _sizes(variants: Sequence[VariantRow]) -> go.Figure:
 
 
 def _in_own_runtime(latency: Sequence[LatencyRow], variants: Sequence[VariantRow]) -> list[LatencyRow]:
-    """Of each variant the rows of the runtime that its verdict is about; in old reports, of the one that is first."""
+    """Each variant's rows for the runtime that its verdict is about; in old reports, for its first runtime."""
     own = {row.variant: row.runtime for row in reversed(latency)}
     own |= {row.variant: row.runtime for row in variants if row.runtime}
     return [row for row in latency if row.runtime == own[row.variant]]

@@ -24,9 +24,9 @@ class Contender:
 
     name: str
     samples_ms: Sequence[float]
-    """Of one image on one thread; in the same rounds as the others'."""
+    """Times for one image on one thread, in the same rounds as the others'."""
     selection: np.ndarray
-    """[N], bool: on which of the images that choices are made by it is right."""
+    """[N], bool: on which of the selection images it is right."""
     size_bytes: int
 
     @property
@@ -52,7 +52,7 @@ def choose(contenders: Sequence[Contender]) -> Choice:
     """Which of several files to ship: a fastest, of those an accurate one, of those the smallest, then the first.
 
     As fast as the fastest is whatever is not slower beyond the noise of timing; as accurate as the most accurate of
-    these, on the images that choices are made by, whatever is not less accurate beyond chance.
+    these, on the selection images, whatever is not less accurate beyond chance.
 
     Args:
         contenders: In the order of the recipe, one at least.

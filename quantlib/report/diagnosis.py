@@ -15,7 +15,7 @@ _MUCH_CLIPPED = 1e-3
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Of one variant."""
+    """Why one variant loses accuracy."""
 
     variant: VariantRow
     worst: tuple[LayerRow, ...]

@@ -50,7 +50,7 @@ class VariantRow:
     p_value: float | None = None
     """Exact McNemar test: how likely a model as accurate as float differs from it by this much or more."""
     top1_selection: float
-    """On the images that choices are made by."""
+    """On the selection images."""
     selected_on: str
     """Which those are: held_out (training images) or validation."""
     top1_simulated: float | None
@@ -60,9 +60,9 @@ class VariantRow:
     best_epoch: int | None
     """0-based; the epoch of QAT that this is; null where QAT kept its start."""
     top1_start: float | None = None
-    """Of the int8 model that QAT started from."""
+    """Top-1 of the int8 model that QAT started from."""
     kept_start: bool | None = None
-    """Whether no epoch of QAT was better than its start, on the images that choices are made by: then this is the
+    """Whether no epoch of QAT was better than its start, on the selection images: then this is the
     start."""
     size_bytes: int
     runtime: str | None = None
@@ -73,7 +73,7 @@ class VariantRow:
     speedup: float
     """Float's latency_p50_ms over this one's."""
     fastest_runtime: str | None = None
-    """Of those that this machine has, whatever its accuracy there, for one image on one thread."""
+    """The fastest of this machine's runtimes for one image on one thread, whatever the accuracy there."""
     fastest_p50_ms: float | None = None
     accepted: bool
     """Inside the gate."""
@@ -81,21 +81,21 @@ class VariantRow:
     """inside, outside, undecided (too few images to say with the confidence that the recipe asks for), or unavailable
     (no file for a runtime that the recipe allows)."""
     num_images_to_decide: int | None = None
-    """Of an undecided variant: about how many images would tell."""
+    """About how many images would decide an undecided variant."""
     winner: bool
     reason: str | None = None
-    """Of the winner: why it was chosen."""
+    """Why the winner was chosen; null for the others."""
     pareto: bool | None = None
     """Whether nothing that is inside the gate beats it beyond noise: is faster and as accurate, or as fast and more
-    accurate, on the images that choices are made by. Null where it is not inside."""
+    accurate, on the selection images. Null where it is not inside."""
     artifact_sha256: str
     artifact_path: str
     torchscript_path: str | None = None
-    """Of the model as TorchScript."""
+    """Path of the TorchScript file."""
     onnx_path: str | None = None
-    """Of the same model as ONNX; null where no runtime for ONNX is installed."""
+    """Path of the ONNX file; null where no runtime for ONNX is installed."""
     onnx_top1: float | None = None
-    """Of that file in the runtime that is fastest for it; the table `files` says which."""
+    """Top-1 of the ONNX file in its fastest runtime; the table `files` says which."""
     onnx_refusal: str | None = None
     """Why there is no such file, where there could be one."""
     torch_version: str
@@ -111,12 +111,12 @@ class VariantRow:
 
     @property
     def change(self) -> str:
-        """Of top-1 against float, in points, as "-0.50"."""
+        """Change of top-1 against float, in points, as "-0.50"."""
         return points(-self.top1_drop)
 
     @property
     def interval(self) -> str:
-        """Of the change with 95% confidence, as "-1.10 to +0.10"; empty in old reports."""
+        """The 95% interval of the change, as "-1.10 to +0.10"; empty in old reports."""
         if self.top1_drop_low is None or self.top1_drop_high is None:
             return ""
         return f"{points(-self.top1_drop_high)} to {points(-self.top1_drop_low)}"
@@ -160,7 +160,7 @@ class FileRow:
     p_value: float
     """Exact McNemar test against float."""
     top1_selection: float
-    """On the images that choices are made by."""
+    """On the selection images."""
     latency_p50_ms: float
     """A batch of one image, one thread."""
     speedup: float
@@ -168,7 +168,7 @@ class FileRow:
     gate: str
     """inside, outside or undecided."""
     num_images_to_decide: int | None
-    """Of an undecided file: about how many images would tell."""
+    """About how many images would decide an undecided file."""
     reported: bool
     """Whether the variant's row is about this file."""
 
@@ -193,7 +193,7 @@ class EpochRow:
     Kullback-Leibler divergence from the float model."""
     train_top1: float
     top1: float
-    """Of the converted int8 model, on the validation images."""
+    """Top-1 of the converted int8 model on the validation images."""
     top1_selection: float
     """Top-1 on the images that the best epoch is chosen by."""
     best: bool
@@ -211,7 +211,7 @@ class LayerRow:
     type: str
     """Its class, as ConvReLU2d."""
     weight_min: float | None
-    """Of the float weight, BatchNorm folded in; null where it has none."""
+    """Least value of the float weight, BatchNorm folded in; null where it has none."""
     weight_max: float | None
     activation_min: float | None
     """Ends of its output's int8 grid; null where its output is not quantized."""
@@ -232,7 +232,7 @@ class LayerRow:
     """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
     num_images: int
     measured_on: str
-    """Where these images come from: held_out (training images) or validation, those that choices are made by."""
+    """Where these images come from: held_out (training images) or validation, as the selection images do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class LatencyRow:
     batch_size: int
     num_threads: int
     p50_ms: float
-    """Of a call, so of a whole batch."""
+    """Median time of a call, that is, of a whole batch."""
     p95_ms: float
     images_per_second: float
     num_samples: int
@@ -270,7 +270,7 @@ class ClassRow:
     """One class of the dataset."""
 
     class_index: int
-    """As labels and answers name it."""
+    """The number that stands for the class in labels and answers."""
     name: str
 
 
@@ -302,7 +302,7 @@ class Report:
     layers: tuple[LayerRow, ...] = ()
     """Empty where the recipe does not ask for them."""
     files: tuple[FileRow, ...] = ()
-    """Of quantized variants."""
+    """Files of the quantized variants."""
     notes: tuple[NoteRow, ...] = ()
     """What is to be said of the run that no other table says."""
 

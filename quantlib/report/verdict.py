@@ -62,7 +62,7 @@ class Measured:
     """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
     epochs: tuple[Epoch, ...]
     start_validation: Predictions | None = None
-    """Of the int8 model that QAT started from, where it started from one."""
+    """Answers of the int8 model that QAT started from, if it did."""
     kept_start: bool | None = None
     """Whether that is what this is, as no epoch was better."""
     samples_ms: Mapping[tuple[str, int, int], Sequence[float]]
@@ -160,12 +160,12 @@ class _Entry:
 
     @property
     def p50_ms(self) -> float:
-        """Of one image on one thread."""
+        """Median time for one image on one thread."""
         return self.contender.p50_ms
 
     @cached_property
     def contender(self) -> Contender:
-        """As it is compared with others."""
+        """The file in its runtime, to be compared with others."""
         return Contender(
             self.variant.variant.name,
             self.variant.samples_ms[self.file.runtime, *_SETTING],
@@ -200,7 +200,7 @@ class _Entry:
         return "undecided", significance.images_to_tell(paired, len(self.file.validation), limit)
 
     def _drop(self, confidence: float = 0.95) -> significance.PairedDrop:
-        """Of top-1 against float."""
+        """The drop of top-1 against float."""
         before, after = self.baseline.files[0].validation, self.file.validation
         return significance.paired_drop(before.top1_correct, after.top1_correct, confidence)
 

@@ -22,7 +22,7 @@ class Classifier(Protocol):
     """A model that is ready to be called."""
 
     layout: torch.memory_format
-    """Of the images that are fastest for it; it takes any."""
+    """Memory layout of images that is fastest for it; it takes any."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""

@@ -10,7 +10,7 @@ class Ref:
     kind: str
     """What the bytes are: model, images, evaluation, torchscript, …"""
     sha256: str
-    """Of the bytes, in hex."""
+    """SHA-256 of the bytes, in hex."""
     size: int
     """Bytes."""
 

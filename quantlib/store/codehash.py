@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def hash_tree(tree: ast.AST) -> str:
-    """Of a syntax tree, without its docstrings."""
+    """Hash of a syntax tree without its docstrings."""
     return hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
 
 

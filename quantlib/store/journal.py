@@ -90,9 +90,9 @@ class RunStatus:
     stage: str
     """The last one it met."""
     keys: frozenset[str]
-    """Of all stages it met."""
+    """Keys of all stages that it met."""
     message: str
-    """Of a run that failed: the error's first line; of a damaged one, what is damaged."""
+    """First line of the error of a failed run; what is damaged in a damaged one."""
 
     @property
     def recipe(self) -> Recipe:
