@@ -192,7 +192,7 @@ def tiny_model(stir_batch_norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def tiny_header() -> dict[str, Any]:
-    """What `models.save` is told of `tiny_model` and `trained_model`."""
+    """What `checkpoint.save` is told of `tiny_model` and `trained_model`."""
     return {"architecture": "mobilenet_v2", "arguments": TINY_ARGUMENTS, "code": ""}
 
 

@@ -44,7 +44,7 @@ def find_groups(model: nn.Module) -> list[list[str]]:
 
 
 def load(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
-    """A fused model and its header from what `models.save` made with `header["fused"]` set."""
+    """A fused model and its header from what `checkpoint.save` made with `header["fused"]` set."""
     header, state = checkpoint.open_saved(content)
     fused = rebuild(header)
     fused.load_state_dict(state)

@@ -19,7 +19,7 @@ _open_model = functools.lru_cache(maxsize=1)(classifiers.open_model)
 def evaluate_file(
     artifact: Path, runtime: str, shard: Path, batch_size: int, progress: Progress = silent
 ) -> Predictions:
-    """What `evaluate` gives for an exported model in a runtime, as `runtimes.open_model` takes them.
+    """What `evaluate` gives for an exported model in a runtime, as `classifiers.open_model` takes them.
 
     Raises:
         ModelError: If the file cannot be read, or is not for that runtime.

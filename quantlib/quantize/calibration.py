@@ -76,7 +76,7 @@ def load_or_prepare(content: bytes, scheme: Scheme) -> tuple[nn.Module, dict[str
 
 
 def load_prepared(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
-    """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `models.save` made it."""
+    """A prepared model (PTQ: calibrated; QAT: an epoch's state) and its header, as `checkpoint.save` made it."""
     if taken := checkpoint.take(content):
         return taken
     header, state = checkpoint.open_saved(content)

@@ -55,7 +55,7 @@ def check_int8(model: nn.Module, engine: str, crop: int) -> None:
 
 
 def load_deployable(content: bytes) -> tuple[nn.Module, str | None]:
-    """A fused float model and None, or an int8 model and its engine, as `models.save` made it.
+    """A fused float model and None, or an int8 model and its engine, as `checkpoint.save` made it.
 
     Raises:
         MachineError: If this machine lacks the engine.

@@ -30,7 +30,7 @@ def layer_rows(variant: str, measured_on: str, parts: Iterable[Sequence[Mapping[
     Args:
         variant: Its name.
         measured_on: Where the images come from: held_out or validation.
-        parts: `quantlib.layers.LayerSums` of every layer as JSON, for each part of the images.
+        parts: `quantlib.measure.sensitivity.LayerSums` of every layer as JSON, for each part of the images.
     """
     return [_layer_row(variant, measured_on, sums) for sums in zip(*parts, strict=True)]
 

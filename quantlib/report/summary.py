@@ -45,7 +45,7 @@ def summarize(report: Report, reports: Path) -> str:
 
 def find_previous(reports: Path, recipe: str, run_id: str) -> str | None:
     """The newest finished run of a recipe before another; found by name, so that no table is read."""
-    # As `tasks.run` names runs: the time, the recipe, eight hexadecimal digits.
+    # As `tasks.execution` names runs: the time, the recipe, eight hexadecimal digits.
     ours = re.compile(rf"run_id=(\d{{8}}-\d{{6}}-{re.escape(recipe)}-[0-9a-f]{{8}})")
     found = [ours.fullmatch(place.name) for place in (reports / "variants").glob("run_id=*")]
     return max((match[1] for match in found if match and match[1] < run_id), default=None)

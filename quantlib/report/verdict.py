@@ -28,7 +28,7 @@ class Epoch:
     """What was measured of an epoch of quantization-aware training."""
 
     metrics: Mapping[str, Any]
-    """`quantlib.qat.EpochMetrics` as JSON."""
+    """`quantlib.quantize.qat.EpochMetrics` as JSON."""
     validation: Predictions
     selection: Predictions
     chosen: bool
@@ -57,7 +57,7 @@ class Measured:
     available: bool = True
     """Whether it allows any."""
     layers: Sequence[Sequence[Mapping[str, Any]]] = ()
-    """`quantlib.layers.LayerSums` of every layer as JSON, for each part of the images; empty where not asked for."""
+    """`quantlib.measure.sensitivity.LayerSums` of every layer as JSON, for each part of the images; empty where not asked for."""
     simulated: Mapping[str, Predictions]
     """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
     epochs: tuple[Epoch, ...]
