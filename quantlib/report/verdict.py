@@ -57,7 +57,7 @@ class Measured:
     available: bool = True
     """Whether it allows any."""
     layers: Sequence[Sequence[Mapping[str, Any]]] = ()
-    """`quantlib.measure.sensitivity.LayerSums` of every layer as JSON, for each part of the images; empty where not asked for."""
+    """`quantlib.measure.sensitivity.LayerSums` of every layer as JSON, per part of the images; empty: not asked for."""
     simulated: Mapping[str, Predictions]
     """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
     epochs: tuple[Epoch, ...]

@@ -118,7 +118,7 @@ def loop(monkeypatch):
     def run(drops, keys=list, **settings):
         saved, ranked = [], []
 
-        def make(trunk, branch):
+        def make(shared, branch):
             return VariantRefs(
                 variant=Variant(name=branch.name, method=""),
                 artifact=Ref("torchscript", branch.name, 1),
@@ -127,7 +127,7 @@ def loop(monkeypatch):
                 selection=(),
             )
 
-        def measure(trunk, prepared, name, *, equalized):
+        def measure(shared, prepared, name, *, equalized):
             ranked.append(name)
             return (Ref("layers", name, 1),)
 
@@ -154,12 +154,12 @@ def loop(monkeypatch):
             def copy_out(self, ref, name):
                 saved.append(ref.sha256)
 
-        trunk = SimpleNamespace(
+        shared = SimpleNamespace(
             run=FakeRun(),
             recipe=SimpleNamespace(search=SearchRecipe(**settings)),
             inputs=Inputs(None, None, None, images, images, images),
         )
-        variants, best, note = flow.search_branches(trunk, make(trunk, SimpleNamespace(name="float")))
+        variants, best, note = flow.search_branches(shared, make(shared, SimpleNamespace(name="float")))
         assert best is None or f"{best}, " in note
         return variants, note, saved, ranked
 
