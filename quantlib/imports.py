@@ -5,13 +5,9 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from quantlib.errors import ModelError, QuantflowError, RecipeError
-
-if TYPE_CHECKING:
-    pass
-
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from flows.cli.outcome import FAILURE, NO_WINNER, complain, reports_errors, warn
 from flows.hosting import processes
 from quantlib.errors import StoreError
 
 if TYPE_CHECKING:
     from quantlib.recipe.schema import Recipe
-from flows.cli.outcome import FAILURE, NO_WINNER, complain, reports_errors, warn
 
 home_option = click.option(
     "--home",

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from quantlib.data.images import Split
 from quantlib.errors import DataError
 
 if TYPE_CHECKING:
     from quantlib.data.split import SplitName
-from quantlib.data.images import Split
 
 # Those of torchvision's ImageFolder, and two that it passes over.
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif")

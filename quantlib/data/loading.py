@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantlib.data.datasets import open_split
+from quantlib.data.images import Split
 from quantlib.data.transforms import Transform
 from quantlib.errors import DataError
 from quantlib.progress import Progress, silent
 
 if TYPE_CHECKING:
     from quantlib.data.split import SplitInput, Subset
-from quantlib.data.datasets import open_split
-from quantlib.data.images import Split
 
 # One decoding thread a core keeps two cores busy: PIL releases the interpreter's lock while it works.
 _NUM_THREADS = 2

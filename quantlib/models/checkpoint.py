@@ -6,13 +6,11 @@ import io
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    pass
 from quantlib.models.registry import build
 
 # The model of the last `hand_over`, with its bytes and its header.

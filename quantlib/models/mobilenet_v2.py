@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from quantlib.eager.modules import DeQuantStub, FloatFunctional, QuantStub
 from quantlib.errors import ModelError
-
-if TYPE_CHECKING:
-    pass
-
 
 Setting = Sequence[int]
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.errors import ModelError
-
-if TYPE_CHECKING:
-    from quantlib.models.source import ModelInput
 from quantlib.imports import call_function, import_function
 from quantlib.models.mobilenet_v2 import mobilenet_v2
 from quantlib.models.weights import load_weights, read_weights
+
+if TYPE_CHECKING:
+    from quantlib.models.source import ModelInput
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2}
 """The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES are their names."""

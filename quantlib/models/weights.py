@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantlib.errors import MachineError, ModelError
-
-if TYPE_CHECKING:
-    pass
-
 
 _PARALLEL = "module."
 
