@@ -107,7 +107,7 @@ def pick_examples(
     pixels = [shards.open_shard(job.store.path(ref))[0] for ref in images]
 
     def answers(refs: tuple[Ref, ...]) -> predictions.Predictions:
-        return predictions.concatenate([predictions.load(job.store.read(ref)) for ref in refs])
+        return predictions.load_shards(map(job.store.read, refs))
 
     before, found = answers(baseline), []
     for name, refs in variants:

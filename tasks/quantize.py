@@ -109,7 +109,7 @@ def has_stalled(run: Run, evaluations: Sequence[tuple[Ref, ...]], patience: int)
     from quantlib.measure import predictions
 
     store = run.known(evaluations)
-    top1 = [predictions.concatenate([predictions.load(store.read(ref)) for ref in parts]).top1 for parts in evaluations]
+    top1 = [predictions.load_shards(map(store.read, parts)).top1 for parts in evaluations]
     return len(top1) - 1 - top1.index(max(top1)) >= patience
 
 
@@ -131,6 +131,6 @@ def choose_epoch(
     from quantlib.measure import predictions
 
     store = job.store
-    top1 = [predictions.concatenate([predictions.load(store.read(ref)) for ref in parts]).top1 for parts in evaluations]
+    top1 = [predictions.load_shards(map(store.read, parts)).top1 for parts in evaluations]
     best = top1.index(max(top1))
     return artifacts[best], states[best], job.store.put_json("choice", best)

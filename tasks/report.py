@@ -161,4 +161,4 @@ def read_samples(
 
 def read_predictions(store: Store, shards: tuple[Ref, ...]) -> Predictions:
     """The answers of consecutive shards as one."""
-    return predictions.concatenate([predictions.load(store.read(ref)) for ref in shards])
+    return predictions.load_shards(map(store.read, shards))

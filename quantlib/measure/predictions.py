@@ -1,7 +1,7 @@
 """What a model said about each image, and the accuracy that follows from it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,3 +85,12 @@ def load(content: bytes) -> Predictions:
         top5=top5.flatten().to_numpy().reshape(len(table), top5.type.list_size),
         loss=table["loss"].to_numpy(),
     )
+
+
+def load_shards(contents: Iterable[bytes]) -> Predictions:
+    """The predictions of consecutive shards, each as `save` wrote it, as one.
+
+    Raises:
+        ValueError: If there is no shard.
+    """
+    return concatenate([load(content) for content in contents])
