@@ -11,9 +11,11 @@ _REFUSAL = "refusal"
 def script_and_save(job: Job, model: Ref, *, branch: str) -> Ref:
     """The TorchScript file of a fused float model, or of an int8 model."""
     from quantlib.export import scripting
+    from quantlib.quantize import stored
 
     store = job.store
-    return store.put("torchscript", scripting.script_saved(store.read(model)))
+    module, header = stored.open_model(store.read(model))
+    return store.put("torchscript", scripting.script(module, header.engine))
 
 
 @stage("save_onnx-{branch}")

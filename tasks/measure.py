@@ -40,24 +40,26 @@ def simulate(
 ) -> Ref:
     """Predictions of the float model with fake quantization of weights, activations or both."""
     from quantlib.measure import evaluation, predictions
-    from quantlib.quantize import simulation
+    from quantlib.quantize import simulation, stored
 
-    model = simulation.load(job.store.read(prepared), parts)
-    answers = evaluation.evaluate(model, job.store.path(images), batch_size, job.progress)
+    model, header = stored.open_model(job.store.read(prepared))
+    assert header.fused is not None  # Every prepared model is.
+    simulated = simulation.simulate(model, header.fused, parts)
+    answers = evaluation.evaluate(simulated, job.store.path(images), batch_size, job.progress)
     return job.store.put("predictions", predictions.save(answers))
 
 
 @stage("measure_layers-{branch}")
 def measure_layers(job: Job, fused: Ref, prepared: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
     """What each layer of a calibrated model, or of an epoch's state, costs on some images of a shard."""
-    from quantlib.graph import fusion
     from quantlib.measure import sensitivity
-    from quantlib.quantize import calibration
+    from quantlib.quantize import stored
 
-    reference, _ = fusion.load(job.store.read(fused))
-    model, header = calibration.load_prepared(job.store.read(prepared))
+    reference, _ = stored.open_model(job.store.read(fused))
+    model, header = stored.open_model(job.store.read(prepared))
+    assert header.fused is not None  # Every prepared model is.
     shard = job.store.path(images)
-    sums = sensitivity.measure_layers(reference, model, header["fused"], shard, start, stop, job.progress)
+    sums = sensitivity.measure_layers(reference, model, header.fused, shard, start, stop, job.progress)
     return job.store.put_json("layers", sums)
 
 

@@ -1,11 +1,11 @@
 """Stages that make float models: load_float, equalize, fuse."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from quantlib.data.split import Subset
 from quantlib.data.transforms import Transform
 from quantlib.models.source import ModelInput
+from quantlib.recipe.scheme import FuseMode
 from quantlib.recipe.sections import TrainingRecipe
 from quantlib.store.artifacts import Ref
 from tasks.stage import Job, stage
@@ -32,26 +32,28 @@ def load_float(job: Job, model: ModelInput, num_classes: int, crop: int, seed: i
     if training is not None:
         split, indices = loading.select(training.images)
         trainer.train(module, split, indices, training.transform, training.recipe, seed, job.progress)
-    return job.store.put("model", checkpoint.save(module, header))
+    return job.store.put(header.kind, checkpoint.save(module, header))
 
 
 @stage("equalize")
 def equalize(job: Job, model: Ref, crop: int) -> Ref:
     """Make channel ranges equal across layers; the float model computes the same."""
     from quantlib.models import checkpoint
-    from quantlib.quantize import equalization
+    from quantlib.quantize import equalization, stored
 
     store = job.store
-    module, header = checkpoint.load(store.read(model))
-    return store.put("model", checkpoint.save(equalization.equalize(module, crop), header))
+    module, header = stored.open_model(store.read(model))
+    return store.put(header.kind, checkpoint.save(equalization.equalize(module, crop), header))
 
 
 @stage("fuse-{branch}")
-def fuse(job: Job, model: Ref, mode: Literal["eval", "qat"], *, branch: str) -> Ref:
+def fuse(job: Job, model: Ref, mode: FuseMode, *, branch: str) -> Ref:
     """Fuse Conv, BatchNorm and ReLU: folded ("eval": baseline and PTQ), or kept live ("qat")."""
     from quantlib.graph import fusion
     from quantlib.models import checkpoint
+    from quantlib.quantize import stored
 
     store = job.store
-    module, header = checkpoint.load(store.read(model))
-    return store.put("model", checkpoint.save(fusion.fuse_model(module, mode), header | {"fused": mode}))
+    module, before = stored.open_model(store.read(model))
+    header = replace(before, fused=mode)
+    return store.put(header.kind, checkpoint.save(fusion.fuse_model(module, mode, inplace=True), header))

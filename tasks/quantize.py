@@ -1,6 +1,7 @@
 """Stages that quantize: calibrate, choose_ranges, correct_bias, convert, qat_epoch, choose_epoch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from quantlib.data.split import Subset
 from quantlib.data.transforms import Transform
@@ -20,56 +21,65 @@ def calibrate(
     What it collects serves every scheme: branches that differ in observer, weights or bits alone share it.
     """
     from quantlib.models import checkpoint
-    from quantlib.quantize import calibration
+    from quantlib.quantize import calibration, preparation, stored
 
-    observed, header = calibration.load_or_observe(job.store.read(before), float_layers)
-    calibration.calibrate(observed, job.store.path(images), batch_size, job.progress)
-    return job.store.put("model", checkpoint.save(observed, header))
+    model, header = stored.open_model(job.store.read(before))
+    if header.state == "fused":
+        header = replace(header, observed=float_layers)
+        model = preparation.observe(model, float_layers, inplace=True)
+    calibration.calibrate(model, job.store.path(images), batch_size, job.progress)
+    return job.store.put(header.kind, checkpoint.save(model, header))
 
 
 @stage("choose_ranges-{branch}")
 def choose_ranges(job: Job, observed: Ref, scheme: Scheme, *, branch: str) -> Ref:
     """Give each activation the range that the scheme's observer finds in what calibration has collected."""
-    from quantlib.quantize import calibration
+    from quantlib.quantize import calibration, stored
 
     store = job.store
-    return store.put("model", calibration.choose_ranges(store.read(observed), scheme))
+    model, before = stored.open_model(store.read(observed))
+    header = replace(before, observed=None, scheme=scheme)
+    prepared = stored.build_blank(header)
+    calibration.choose_ranges(model, prepared)
+    return store.put(header.kind, stored.hand_over(prepared, header))
 
 
 @stage("correct_bias-{branch}")
 def correct_bias(job: Job, prepared: Ref, images: tuple[Ref, ...], *, branch: str) -> Ref:
     """Give each layer of a calibrated model the mean output that it has in float."""
-    from quantlib.models import checkpoint
-    from quantlib.quantize import bias_correction, calibration
+    from quantlib.quantize import bias_correction, stored
 
     store = job.store
-    module, header = calibration.load_prepared(store.read(prepared))
+    module, header = stored.open_model(store.read(prepared))
     corrected = bias_correction.correct_bias(module, [store.path(ref) for ref in images])
-    return store.put("model", checkpoint.hand_over(corrected, header))
+    return store.put(header.kind, stored.hand_over(corrected, header))
 
 
 @stage("convert-{branch}")
 def convert(job: Job, prepared: Ref, engine: str, crop: int, *, branch: str) -> Ref:
     """Make a calibrated model, or an epoch's state, int8."""
-    from quantlib.quantize import conversion
+    from quantlib.quantize import conversion, stored
 
     store = job.store
-    return store.put("model", conversion.convert_saved(store.read(prepared), engine, crop))
+    module, before = stored.open_model(store.read(prepared))
+    header = replace(before, engine=engine)
+    int8 = conversion.convert(module, engine, inplace=True)
+    conversion.check_int8(int8, engine, crop)
+    return store.put(header.kind, stored.hand_over(int8, header))
 
 
 @stage("start_qat-{branch}")
 def start_qat(job: Job, trainable: Ref, calibrated: Ref, *, branch: str) -> Ref:
     """Give a model fused for QAT the biases and ranges of a calibrated one."""
-    from quantlib.graph import fusion
     from quantlib.models import checkpoint
-    from quantlib.quantize import calibration, qat
-    from quantlib.recipe.scheme import Scheme
+    from quantlib.quantize import qat, stored
 
     store = job.store
-    module, header = fusion.load(store.read(trainable))
-    source, source_header = calibration.load_prepared(store.read(calibrated))
-    model = qat.start_from(module, source, Scheme.from_header(source_header))
-    return store.put("model", checkpoint.save(model, header | {"scheme": source_header["scheme"]}))
+    fused, before = stored.open_model(store.read(trainable))
+    source, its_header = stored.open_model(store.read(calibrated))
+    assert its_header.scheme is not None  # Every calibrated model has one.
+    header = replace(before, scheme=its_header.scheme)
+    return store.put(header.kind, checkpoint.save(qat.start_from(fused, source, its_header.scheme), header))
 
 
 @stage("qat_epoch-{branch}-{epoch}")
@@ -87,15 +97,16 @@ def qat_epoch(
 ) -> tuple[Ref, Ref]:
     """Train one epoch from the start, or from the epoch before; the new state, and its metrics."""
     from quantlib.data import loading
-    from quantlib.graph import fusion
-    from quantlib.models import checkpoint
-    from quantlib.quantize import calibration, qat
+    from quantlib.quantize import preparation, qat, stored
 
-    model, header = calibration.load_or_prepare(job.store.read(before), scheme)
+    model, header = stored.open_model(job.store.read(before))
+    if header.state == "fused":
+        header = replace(header, scheme=scheme)
+        model = preparation.prepare(model, scheme, "qat", inplace=True)
     split, indices = loading.select(images)
-    taught_by = fusion.load(job.store.read(teacher))[0] if teacher is not None else None
+    taught_by = stored.open_model(job.store.read(teacher))[0] if teacher is not None else None
     metrics = qat.train_epoch(model, epoch, schedule, split, indices, transform, taught_by, job.progress)
-    return job.store.put("model", checkpoint.hand_over(model, header)), job.store.put_json("metrics", metrics)
+    return job.store.put(header.kind, stored.hand_over(model, header)), job.store.put_json("metrics", metrics)
 
 
 def has_stalled(run: Run, evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:

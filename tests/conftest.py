@@ -22,6 +22,7 @@ from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.graph import fusion
 from quantlib.measure import significance
 from quantlib.models import mobilenet_v2, training
+from quantlib.models.checkpoint import Header
 from quantlib.quantize import calibration, preparation
 from quantlib.recipe.sections import TrainingRecipe
 from quantlib.runtimes.available import resolve_engine
@@ -191,9 +192,9 @@ def tiny_model(stir_batch_norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def tiny_header() -> dict[str, Any]:
+def tiny_header() -> Header:
     """What `checkpoint.save` is told of `tiny_model` and `trained_model`."""
-    return {"architecture": "mobilenet_v2", "arguments": TINY_ARGUMENTS, "code": ""}
+    return Header(architecture="mobilenet_v2", arguments=TINY_ARGUMENTS, code="")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
 """Fusing modules in eager mode."""
 
-from typing import Literal
-
 from torch import nn
 from torch.ao import quantization as tq
 
-FuseMode = Literal["eval", "qat"]
+from quantlib.recipe.scheme import FuseMode
 
 
 def fuse_modules(model: nn.Module, groups: list[list[str]], mode: FuseMode) -> None:

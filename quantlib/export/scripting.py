@@ -7,7 +7,6 @@ from torch import nn
 
 from quantlib.errors import ModelError
 from quantlib.export import torchscript
-from quantlib.quantize import conversion
 from quantlib.runtimes.engine import use_engine
 
 
@@ -33,13 +32,3 @@ def script(model: nn.Module, engine: str | None = None) -> bytes:
             f"The model cannot be scripted: {error}\nUse operations that torch.jit.script supports in its forward()."
         ) from None
     return torchscript.canonical(buffer.getvalue())
-
-
-def script_saved(content: bytes) -> bytes:
-    """A stored model, as `conversion.load_deployable` reads it, as a TorchScript file.
-
-    Raises:
-        ModelError: As `script`.
-        MachineError: If this machine lacks the model's engine.
-    """
-    return script(*conversion.load_deployable(content))

@@ -1,13 +1,11 @@
 """Fusion: Conv, BatchNorm and ReLU become one module, which int8 needs and float likes."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
-from quantlib.eager.fusing import FuseMode, fuse_modules
-from quantlib.models import checkpoint, registry
+from quantlib.eager.fusing import fuse_modules
+from quantlib.recipe.scheme import FuseMode
 
 # What eager-mode quantization can fuse, longest first.
 _PATTERNS: tuple[tuple[type[nn.Module], ...], ...] = (
@@ -18,16 +16,19 @@ _PATTERNS: tuple[tuple[type[nn.Module], ...], ...] = (
 )
 
 
-def fuse_model(model: nn.Module, mode: FuseMode) -> nn.Module:
-    """A fused copy of a float model.
+def fuse_model(model: nn.Module, mode: FuseMode, *, inplace: bool = False) -> nn.Module:
+    """A float model, or its copy, fused.
 
     Args:
         model: Its fusible chains lie next to each other in nn.Sequential; other chains are named by a method
             `modules_to_fuse() -> list[list[str]]` of the model, which then decides alone.
         mode: "eval" folds BatchNorm into the convolution, for inference and PTQ; "qat" keeps it live, so that
             it can be trained, then frozen.
+        inplace: The model itself, not a copy.
     """
-    return _fuse(copy.deepcopy(model), mode)
+    fused = model if inplace else copy.deepcopy(model)
+    fuse_modules(fused, find_groups(fused), mode)
+    return fused.train(mode == "qat")
 
 
 def find_groups(model: nn.Module) -> list[list[str]]:
@@ -41,25 +42,6 @@ def find_groups(model: nn.Module) -> list[list[str]]:
         if isinstance(module, nn.Sequential)
         for group in _groups_of(module, prefix=f"{name}." if name else "")
     ]
-
-
-def load(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
-    """A fused model and its header from what `checkpoint.save` made with `header["fused"]` set."""
-    header, state = checkpoint.open_saved(content)
-    fused = rebuild(header)
-    fused.load_state_dict(state)
-    return fused, header
-
-
-def rebuild(header: Mapping[str, Any]) -> nn.Module:
-    """A fused model of the shape that a header describes, its weights still to be loaded."""
-    return _fuse(registry.build(header["architecture"], header["arguments"]), header["fused"])
-
-
-def _fuse(model: nn.Module, mode: FuseMode) -> nn.Module:
-    """In place."""
-    fuse_modules(model, find_groups(model), mode)
-    return model.train(mode == "qat")
 
 
 def _groups_of(chain: nn.Sequential, prefix: str) -> list[list[str]]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.data import shards
-from quantlib.eager.fusing import FuseMode
 from quantlib.eager.modules import FloatFunctional, FusedModule
 from quantlib.eager.rounding import FixedFakeQuantize
 from quantlib.progress import Progress, silent
 from quantlib.quantize import preparation, simulation
+from quantlib.recipe.scheme import FuseMode
 
 # Of a batch: every layer's output for it is in memory at once, in float and in int8, 150 MB each of MobileNetV2's.
 _MAX_PIXELS = 2**18

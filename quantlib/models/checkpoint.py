@@ -1,60 +1,71 @@
-"""Models as bytes: a header that says how to build one, and the state_dict that fills it."""
+"""Models as bytes: a header that says what a model is, and the state_dict that fills it."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from quantlib.models.registry import build
+from quantlib.recipe.scheme import FuseMode, Scheme
 
-# The model of the last `hand_over`, with its bytes and its header.
-_handed_over: deque[tuple[bytes, nn.Module, dict[str, Any]]] = deque(maxlen=1)
+State = Literal["float", "fused", "observed", "calibrated", "trainable", "int8"]
 
 
-def save(model: nn.Module, header: Mapping[str, Any]) -> bytes:
-    """A model as bytes: the header says how to build it, the state_dict fills it."""
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a stored model is: how its float model is built, and what was done to it since."""
+
+    architecture: str
+    """A registered name, or "package.module:function"."""
+    arguments: Mapping[str, Any]
+    """What the architecture is called with."""
+    code: str
+    """Hash of the user's own module, "" for a registered architecture."""
+    fused: FuseMode | None = None
+    """The mode in which it is fused; None: it is not."""
+    observed: tuple[str, ...] | None = None
+    """It collects statistics of its activations, with these layers in float; None: it does not, or no longer."""
+    scheme: Scheme | None = None
+    """How it is quantized; None: it is float."""
+    engine: str | None = None
+    """The engine of its int8 kernels; None: it computes in float."""
+
+    @property
+    def state(self) -> State:
+        """How far it is on the way from a float model to an int8 one."""
+        if self.engine is not None:
+            return "int8"
+        if self.scheme is not None:
+            return "trainable" if self.fused == "qat" else "calibrated"
+        if self.observed is not None:
+            return "observed"
+        return "float" if self.fused is None else "fused"
+
+    @property
+    def kind(self) -> str:
+        """Of the artifact that such a model is stored as."""
+        return f"{self.state}-model"
+
+
+def save(model: nn.Module, header: Header) -> bytes:
+    """A model as bytes; the same model gives the same bytes."""
     buffer = io.BytesIO()
-    torch.save({"header": dict(header), "state": model.state_dict()}, buffer)
+    torch.save({"header": asdict(header), "state": model.state_dict()}, buffer)
     return buffer.getvalue()
 
 
-def hand_over(model: nn.Module, header: Mapping[str, Any]) -> bytes:
-    """As `save`, of a model that the caller is done with: whoever loads these bytes next may `take` the model itself.
-
-    Mostly the next stage does, and building the model again takes as long as half of scripting it.
-    """
-    content = save(model, header)
-    _handed_over.append((content, model, dict(header)))
-    return content
-
-
-def take(content: bytes) -> tuple[nn.Module, dict[str, Any]] | None:
-    """The model and the header that `hand_over` made these bytes of, if that was its last call; only once."""
-    try:
-        made, model, header = _handed_over.pop()  # Gone in either case: whoever gets it may change it.
-    except IndexError:
-        return None
-    return (model, header) if made == content else None
-
-
-def open_saved(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header and the state_dict of what `save` made."""
+def read(content: bytes) -> tuple[Header, dict[str, Any]]:
+    """The header and the state_dict of what `save` made. `quantize.stored.open_model` makes a model of them."""
     with warnings.catch_warnings():
         # Quantized tensors are rebuilt through a storage class that torch has deprecated but still writes.
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
         saved = torch.load(io.BytesIO(content), weights_only=True)
-    return saved["header"], saved["state"]
-
-
-def load(content: bytes) -> tuple[nn.Module, dict[str, Any]]:
-    """A float model and its header from what `save` made."""
-    header, state = open_saved(content)
-    model = build(header["architecture"], header["arguments"])
-    model.load_state_dict(state)
-    return model.eval(), header
+    fields = saved["header"]
+    if fields["scheme"] is not None:
+        fields["scheme"] = Scheme(**fields["scheme"])
+    return Header(**fields), saved["state"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantlib.errors import ModelError
 from quantlib.imports import call_function, import_function
+from quantlib.models.checkpoint import Header
 from quantlib.models.mobilenet_v2 import mobilenet_v2
 from quantlib.models.weights import load_weights, read_weights
 
@@ -68,7 +69,7 @@ def arguments_of(source: ModelInput, num_classes: int) -> dict[str, Any]:
     return arguments
 
 
-def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Module, Header]:
     """The model that a recipe names, and its header.
 
     Args:
@@ -84,8 +85,7 @@ def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Modu
     model = build(source.architecture, arguments)
     if source.weights != "train":
         load_weights(model, read_weights(source.weights, source.architecture), source.weights)
-    header = {"architecture": source.architecture, "arguments": arguments, "code": source.code}
-    return model.eval(), header
+    return model.eval(), Header(architecture=source.architecture, arguments=arguments, code=source.code)
 
 
 def check_logits(model: nn.Module, num_classes: int, crop: int) -> None:

@@ -1,13 +1,12 @@
 """Preparation: observers or fake quantization put into a fused model, as a scheme says."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantlib.eager.fusing import FuseMode
 from quantlib.eager.modules import (
     DeQuantStub,
     FusedModule,
@@ -20,10 +19,9 @@ from quantlib.eager.modules import (
 )
 from quantlib.eager.preparing import prepare_ptq, prepare_qat, ptq_qconfig, qat_qconfig
 from quantlib.errors import ModelError, suggest
-from quantlib.graph import fusion
 from quantlib.quantize import observers
 from quantlib.quantize.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
-from quantlib.recipe.scheme import ObserverName, Scheme
+from quantlib.recipe.scheme import FuseMode, ObserverName, Scheme
 
 OBSERVERS: dict[ObserverName, type[ObserverBase]] = {
     "minmax": MinMaxObserver,
@@ -34,27 +32,19 @@ OBSERVERS: dict[ObserverName, type[ObserverBase]] = {
 }
 
 
-def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
-    """A copy of a fused model with observers (mode "eval") or fake quantization (mode "qat") put in.
+def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode, *, inplace: bool = False) -> nn.Module:
+    """A fused model, or its copy, with observers (mode "eval") or fake quantization (mode "qat") put in.
 
     Args:
         fused: Fused in the same mode.
         scheme: In mode "qat", ranges are moving averages whatever its observer, because the model moves as well.
         mode: As it was fused.
+        inplace: The model itself, not a copy.
 
     Raises:
         ModelError: If the model has none of the scheme's `float_layers`.
     """
-    return _prepare(copy.deepcopy(fused), scheme, mode)
-
-
-def rebuild(header: Mapping[str, Any], scheme: Scheme) -> nn.Module:
-    """A prepared model of the shape that a header describes, its weights and ranges still to be loaded."""
-    return _prepare(fusion.rebuild(header), scheme, header["fused"])
-
-
-def _prepare(model: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
-    """In place."""
+    model = fused if inplace else copy.deepcopy(fused)
     _keep_in_float(model, scheme.float_layers)
     per_channel, reduce_range = scheme.weights == "per_channel", scheme.activation_bits == 7
     if mode == "qat":
@@ -63,13 +53,13 @@ def _prepare(model: nn.Module, scheme: Scheme, mode: FuseMode) -> nn.Module:
     return prepare_ptq(model, ptq_qconfig(activation, per_channel))
 
 
-def observe(fused: nn.Module, float_layers: Iterable[str]) -> nn.Module:
-    """A copy of a model fused in mode "eval" with observers that collect for every scheme of these `float_layers`.
+def observe(fused: nn.Module, float_layers: Iterable[str], *, inplace: bool = False) -> nn.Module:
+    """A model fused in mode "eval", or its copy, with observers that collect for every scheme of these `float_layers`.
 
     Raises:
         ModelError: If the model has none of the `float_layers`.
     """
-    model = copy.deepcopy(fused)
+    model = fused if inplace else copy.deepcopy(fused)
     _keep_in_float(model, float_layers)
     for module in model.modules():
         if isinstance(module, FusedModule) and isinstance(module[-1], nn.ReLU):

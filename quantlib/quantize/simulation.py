@@ -5,9 +5,8 @@ from typing import Literal
 
 from torch import nn
 
-from quantlib.eager.fusing import FuseMode
 from quantlib.eager.rounding import fake_quantize_ptq, fake_quantize_qat
-from quantlib.quantize import calibration
+from quantlib.recipe.scheme import FuseMode
 
 Parts = Literal["both", "weights", "activations"]
 
@@ -27,9 +26,3 @@ def simulate(prepared: nn.Module, mode: FuseMode, parts: Parts) -> nn.Module:
     else:
         fake_quantize_ptq(model, **switches)
     return model
-
-
-def load(content: bytes, parts: Parts) -> nn.Module:
-    """The simulation of a stored prepared model."""
-    prepared, header = calibration.load_prepared(content)
-    return simulate(prepared, header["fused"], parts)

@@ -1,12 +1,12 @@
 """How a model is quantized: which ranges, which grids, which layers."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Literal, get_args
 
 ObserverName = Literal["minmax", "moving_average", "histogram", "percentile", "mse"]
 WeightGrid = Literal["per_tensor", "per_channel"]
 ActivationBits = Literal[7, 8]
+FuseMode = Literal["eval", "qat"]
 QConfigName = Literal["accurate", "default", "fbgemm", "x86", "onednn", "qnnpack"]
 
 
@@ -22,12 +22,6 @@ class Scheme:
     """7 leave room for the 16-bit sums of CPUs without VNNI, on which 8 saturate."""
     float_layers: tuple[str, ...] = ()
     """Dotted names or class names of the modules that stay float."""
-
-    @classmethod
-    def from_header(cls, header: Mapping[str, Any]) -> Self:
-        """The scheme that a saved model's header holds, as `asdict` of it."""
-        fields = header["scheme"]
-        return cls(**{**fields, "float_layers": tuple(fields["float_layers"])})
 
 
 @dataclass(frozen=True, kw_only=True)

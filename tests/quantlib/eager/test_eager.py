@@ -15,7 +15,6 @@ from schemes import scheme
 from torch import nn
 
 from quantlib.eager import converting
-from quantlib.eager.fusing import FuseMode
 from quantlib.eager.rounding import FixedFakeQuantize
 from quantlib.eager.training import freeze_batch_norm, freeze_observers
 from quantlib.errors import MachineError
@@ -23,7 +22,7 @@ from quantlib.export import onnx, scripting
 from quantlib.graph import fusion
 from quantlib.process import EXPECTED_WARNINGS
 from quantlib.quantize import preparation
-from quantlib.recipe.scheme import QConfigName
+from quantlib.recipe.scheme import FuseMode, QConfigName
 from quantlib.recipe.sections import EngineName
 from quantlib.runtimes.available import resolve_engine
 from quantlib.runtimes.engine import use_engine

@@ -2,15 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from quantlib.eager.fusing import FuseMode, fuse_modules
+from quantlib.eager.fusing import fuse_modules
 from quantlib.graph import fusion
-from quantlib.models import checkpoint
+from quantlib.recipe.scheme import FuseMode
 
 MODES: tuple[FuseMode, ...] = ("eval", "qat")
 
@@ -137,21 +136,6 @@ def test_a_model_may_want_nothing_fused() -> None:
     fused = fusion.fuse_model(_OwnGroups([]), "eval")
 
     assert _count(fused, nn.BatchNorm2d) == 1
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_saved_fused_model_comes_back_exactly(
-    tiny_model: nn.Module, tiny_header: dict[str, Any], val_inputs: torch.Tensor, mode: FuseMode
-) -> None:
-    fused = fusion.fuse_model(tiny_model, mode)
-
-    loaded, header = fusion.load(checkpoint.save(fused, tiny_header | {"fused": mode}))
-
-    assert header["fused"] == mode
-    assert loaded.training == (mode == "qat")
-    assert loaded.state_dict().keys() == fused.state_dict().keys()
-    with torch.inference_mode():
-        assert torch.equal(loaded.eval()(val_inputs), fused.eval()(val_inputs))
 
 
 def test_fusing_nothing_is_no_error(tiny_model: nn.Module) -> None:

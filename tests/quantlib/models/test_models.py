@@ -1,6 +1,5 @@
 """MobileNetV2, its weights, and a user's own architectures."""
 
-import io
 import itertools
 import json
 import pickle
@@ -16,7 +15,7 @@ from torch import nn
 from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 
 from quantlib.errors import MachineError, ModelError, RecipeError
-from quantlib.models import checkpoint, mobilenet_v2, registry
+from quantlib.models import mobilenet_v2, registry
 from quantlib.models.source import ModelInput
 from quantlib.models.weights import load_weights, read_weights
 
@@ -165,7 +164,7 @@ def test_weights_are_loaded_into_the_named_architecture(
 
     model, header = registry.from_input(source, num_classes=3, seed=0)
 
-    assert header["arguments"] == tiny_arguments  # num_classes comes from the data
+    assert header.arguments == tiny_arguments  # num_classes comes from the data
     assert not model.training
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny_model.state_dict().values(), strict=True)
@@ -309,13 +308,13 @@ def test_a_users_architecture_is_built_and_told_the_number_of_classes(write_modu
     model, header = registry.from_input(_source(f"{name}:small", '{"channels": 6}'), num_classes=5, seed=0)
 
     registry.check_logits(model, num_classes=5, crop=16)
-    assert header["arguments"] == {"num_classes": 5, "channels": 6}
+    assert header.arguments == {"num_classes": 5, "channels": 6}
 
 
 def test_an_architecture_without_num_classes_is_not_told_it(write_module: Callable[[str], str]) -> None:
     name = write_module("from torch import nn\ndef fixed():\n    return nn.Linear(1, 1)\n")
 
-    assert registry.from_input(_source(f"{name}:fixed"), num_classes=5, seed=0)[1]["arguments"] == {}
+    assert registry.from_input(_source(f"{name}:fixed"), num_classes=5, seed=0)[1].arguments == {}
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known() -> None:
@@ -363,49 +362,6 @@ def test_a_model_that_cannot_take_the_crop_is_refused() -> None:
     registry.check_logits(model, num_classes=10, crop=8)
     with pytest.raises(ModelError, match=r"16 x 16 pixels.*data\.crop"):
         registry.check_logits(model, num_classes=10, crop=16)
-
-
-# Saving
-
-
-def test_a_saved_model_comes_back_exactly(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
-    loaded, header = checkpoint.load(checkpoint.save(tiny_model, tiny_header))
-
-    assert header == tiny_header
-    assert not loaded.training
-    own, its = tiny_model.state_dict(), loaded.state_dict()
-    assert list(own) == list(its)
-    assert all(torch.equal(own[name], its[name]) for name in own)
-
-
-def test_a_saved_model_has_the_same_bytes_each_time(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
-    content = checkpoint.save(tiny_model, tiny_header)
-
-    assert checkpoint.save(tiny_model, tiny_header) == content
-    assert checkpoint.save(*checkpoint.load(content)) == content
-
-
-def test_a_model_handed_over_is_saved_and_can_be_taken_once(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
-    content = checkpoint.hand_over(tiny_model, tiny_header)
-
-    assert content == checkpoint.save(tiny_model, tiny_header)
-    assert checkpoint.take(content) == (tiny_model, tiny_header)
-    assert checkpoint.take(content) is None
-
-
-def test_no_model_is_taken_for_another(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
-    first = checkpoint.hand_over(tiny_model, tiny_header)
-    second = checkpoint.hand_over(tiny_model, tiny_header | {"fused": "eval"})
-
-    assert first != second
-    assert checkpoint.take(first) is None
-    assert checkpoint.take(second) is None  # Whoever took another thing came between.
-
-
-def test_what_is_saved_is_read_without_running_code(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> None:
-    content = checkpoint.save(tiny_model, tiny_header)
-
-    assert torch.load(io.BytesIO(content), weights_only=True)["header"] == tiny_header
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])

@@ -1,5 +1,5 @@
 import copy
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from torch import nn
 from quantlib.data import shards
 from quantlib.graph import fusion
 from quantlib.models import checkpoint, mobilenet_v2
-from quantlib.quantize import bias_correction, conversion, preparation, simulation
+from quantlib.models.checkpoint import Header
+from quantlib.quantize import bias_correction, conversion, preparation, simulation, stored
 from quantlib.recipe.scheme import Scheme
 
 SETTING = [[1, 8, 1, 1], [3, 8, 2, 2]]
@@ -55,10 +56,11 @@ def test_corrected_biases_bring_the_mean_logits_back(calibrated, shard):
 
 def test_a_corrected_model_handed_over_converts_to_the_bytes_of_one_read_back(calibrated, shard, engine):
     arguments = {"num_classes": 4, "width_mult": 0.25, "inverted_residual_setting": SETTING}
-    header = {"architecture": "mobilenet_v2", "arguments": arguments, "fused": "eval", "scheme": asdict(SCHEME)}
-    content = checkpoint.hand_over(bias_correction.correct_bias(calibrated, [shard]), header)
-    handed_over, read_back = (conversion.convert_saved(content, engine, 16) for _ in range(2))
-    assert handed_over == read_back
+    header = Header(architecture="mobilenet_v2", arguments=arguments, code="", fused="eval", scheme=SCHEME)
+    content = stored.hand_over(bias_correction.correct_bias(calibrated, [shard]), header)
+    handed_over, read_back = (conversion.convert(stored.open_model(content)[0], engine) for _ in range(2))
+    header = replace(header, engine=engine)
+    assert checkpoint.save(handed_over, header) == checkpoint.save(read_back, header)
 
 
 def test_the_mean_behind_relu_is_what_is_corrected(calibrated, shard):

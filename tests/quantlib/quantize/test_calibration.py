@@ -1,20 +1,22 @@
 """Calibration: what observers see, and what is kept of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from schemes import header_of, scheme
+from schemes import scheme
 from torch import nn
 
 from quantlib.data import shards
 from quantlib.eager.modules import ObserverBase
 from quantlib.graph import fusion
 from quantlib.models import checkpoint
-from quantlib.quantize import calibration
+from quantlib.models.checkpoint import Header
+from quantlib.quantize import calibration, preparation, stored
 from quantlib.recipe.scheme import QConfigName
 
 Calibrated = Callable[[str], nn.Module]
@@ -22,8 +24,8 @@ QCONFIGS = get_args(QConfigName)
 
 
 @pytest.fixture
-def fused_content(tiny_model: nn.Module, tiny_header: dict[str, Any]) -> bytes:
-    return checkpoint.save(fusion.fuse_model(tiny_model, "eval"), tiny_header | {"fused": "eval"})
+def fused(tiny_model: nn.Module) -> nn.Module:
+    return fusion.fuse_model(tiny_model, "eval")
 
 
 def _shard(path: Path, pixels: np.ndarray) -> Path:
@@ -32,10 +34,10 @@ def _shard(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def test_calibration_finds_the_least_and_the_greatest_value(fused_content: bytes, tmp_path: Path) -> None:
+def test_calibration_finds_the_least_and_the_greatest_value(fused: nn.Module, tmp_path: Path) -> None:
     pixels = np.full((5, 32, 32, 3), 100, dtype=np.uint8)
     pixels[1, 0, 0, 2], pixels[4, 31, 31, 1] = 0, 255
-    prepared, _ = calibration.load_or_prepare(fused_content, scheme("default"))
+    prepared = preparation.prepare(fused, scheme("default"), "eval")
 
     calibration.calibrate(prepared, _shard(tmp_path / "shard", pixels), batch_size=2)
 
@@ -55,29 +57,26 @@ def test_every_observer_has_seen_something(calibrated: Calibrated, qconfig: str)
 
 @pytest.mark.parametrize("qconfig", QCONFIGS)
 def test_shard_after_shard_through_the_store_is_one_calibration(
-    fused_content: bytes, train_shard: Path, tmp_path: Path, qconfig: str
+    fused: nn.Module, tiny_header: Header, train_shard: Path, tmp_path: Path, qconfig: str
 ) -> None:
-    whole, _ = calibration.load_or_prepare(fused_content, scheme(qconfig))
+    whole = preparation.prepare(fused, scheme(qconfig), "eval")
+    header = replace(tiny_header, fused="eval", scheme=scheme(qconfig))
+    content = checkpoint.save(whole, header)
     calibration.calibrate(whole, train_shard, batch_size=12)
 
-    content = fused_content
     pixels = shards.open_shard(train_shard)[0].numpy()
     for number, part in enumerate((pixels[:24], pixels[24:])):
-        prepared, header = calibration.load_or_prepare(content, scheme(qconfig))
-        calibration.calibrate(prepared, _shard(tmp_path / f"{number}", part), batch_size=12)
-        content = checkpoint.save(prepared, header)
+        parts, _ = stored.open_model(content)
+        calibration.calibrate(parts, _shard(tmp_path / f"{number}", part), batch_size=12)
+        content = checkpoint.save(parts, header)
 
-    parts, header = calibration.load_prepared(content)
-    assert header["scheme"] == header_of(qconfig)["scheme"]
-    expected = whole.state_dict()
-    assert parts.state_dict().keys() == expected.keys()
-    for name, value in parts.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    expected, got = whole.state_dict(), stored.open_model(content)[0].state_dict()
+    assert got.keys() == expected.keys()
+    assert [name for name, value in got.items() if not torch.equal(value, expected[name])] == []
 
 
-def test_calibration_changes_no_weight(fused_content: bytes, train_shard: Path) -> None:
-    fused, _ = fusion.load(fused_content)
-    prepared, _ = calibration.load_or_prepare(fused_content, scheme("fbgemm"))
+def test_calibration_changes_no_weight(fused: nn.Module, train_shard: Path) -> None:
+    prepared = preparation.prepare(fused, scheme("fbgemm"), "eval")
 
     calibration.calibrate(prepared, train_shard, batch_size=12)
 
@@ -92,9 +91,9 @@ def test_an_observer_lets_its_input_through(
         assert torch.equal(calibrated("default")(val_inputs), fused_model(val_inputs))
 
 
-def test_progress_counts_the_images(fused_content: bytes, val_shard: Path) -> None:
+def test_progress_counts_the_images(fused: nn.Module, val_shard: Path) -> None:
     calls: list[tuple[int, int]] = []
-    prepared, _ = calibration.load_or_prepare(fused_content, scheme("default"))
+    prepared = preparation.prepare(fused, scheme("default"), "eval")
 
     calibration.calibrate(prepared, val_shard, 8, lambda done, total: calls.append((done, total)))
 

@@ -2,21 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
-from schemes import header_of, scheme
+from schemes import scheme
 from torch import nn
 
 from quantlib.data import shards
-from quantlib.eager.fusing import FuseMode
 from quantlib.eager.modules import DeQuantStub, QuantStub
 from quantlib.errors import MachineError, ModelError
 from quantlib.export import scripting
 from quantlib.graph import fusion
 from quantlib.measure import evaluation
-from quantlib.models import checkpoint, mobilenet_v2
+from quantlib.models import mobilenet_v2
 from quantlib.models.weights import load_weights, read_weights
 from quantlib.quantize import calibration, conversion, preparation
 from quantlib.recipe.scheme import QConfigName
@@ -62,45 +61,6 @@ def test_converting_leaves_the_prepared_model_in_float(
         before = prepared(val_inputs)
         conversion.convert(prepared, engine)
         assert torch.equal(prepared(val_inputs), before)
-
-
-# Weights of a scale each, and a scale a channel; x86's and onednn's are stored as fbgemm's.
-@pytest.mark.parametrize("qconfig", ["default", "fbgemm"])
-@pytest.mark.parametrize("mode", ["eval", "qat"])
-def test_a_saved_int8_model_comes_back_bit_for_bit(
-    tiny_model: nn.Module,
-    tiny_header: dict[str, Any],
-    train_shard: Path,
-    val_inputs: torch.Tensor,
-    engine: str,
-    mode: FuseMode,
-    qconfig: str,
-) -> None:
-    prepared = preparation.prepare(fusion.fuse_model(tiny_model, mode), scheme(qconfig), mode)
-    calibration.calibrate(prepared, train_shard, batch_size=36)
-    int8 = conversion.convert(prepared, engine)
-    header = tiny_header | header_of(qconfig) | {"fused": mode, "engine": engine}
-
-    content = checkpoint.save(int8, header)
-    loaded, its_engine = conversion.load_deployable(content)
-
-    assert its_engine == engine
-    assert checkpoint.save(int8, header) == content
-    assert checkpoint.save(loaded, header) == content
-    with torch.inference_mode(), use_engine(engine):
-        assert torch.equal(loaded(val_inputs), int8(val_inputs))
-
-
-def test_a_saved_fused_model_is_deployable_as_it_is(
-    tiny_model: nn.Module, tiny_header: dict[str, Any], val_inputs: torch.Tensor
-) -> None:
-    fused = fusion.fuse_model(tiny_model, "eval")
-
-    loaded, engine = conversion.load_deployable(checkpoint.save(fused, tiny_header | {"fused": "eval"}))
-
-    assert engine is None
-    with torch.inference_mode():
-        assert torch.equal(loaded(val_inputs), fused(val_inputs))
 
 
 def test_an_engine_that_this_machine_lacks_is_refused(calibrated: Calibrated) -> None:

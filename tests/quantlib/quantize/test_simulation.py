@@ -2,19 +2,17 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from schemes import header_of, scheme
+from schemes import scheme
 from torch import nn
 
-from quantlib.eager.fusing import FuseMode
 from quantlib.eager.rounding import fake_quantize_qat
 from quantlib.graph import fusion
-from quantlib.models import checkpoint
 from quantlib.quantize import conversion, preparation, simulation
 from quantlib.quantize.simulation import Parts
+from quantlib.recipe.scheme import FuseMode
 from quantlib.runtimes.engine import use_engine
 
 Calibrated = Callable[[str], nn.Module]
@@ -132,15 +130,3 @@ def test_a_simulation_does_not_learn_from_what_it_sees(
         first = simulated(val_inputs)
         simulated(100 * val_inputs)
         assert torch.equal(simulated(val_inputs), first)
-
-
-@pytest.mark.parametrize("mode", ["eval", "qat"])
-def test_a_stored_model_is_simulated_as_the_one_in_memory(
-    prepared: Callable[..., nn.Module], tiny_header: dict[str, Any], val_inputs: torch.Tensor, mode: FuseMode
-) -> None:
-    model = prepared(mode, "fbgemm")
-    content = checkpoint.save(model, tiny_header | header_of("fbgemm") | {"fused": mode})
-
-    with torch.inference_mode():
-        got = simulation.load(content, "both")(val_inputs)
-        assert torch.equal(got, simulation.simulate(model, mode, "both")(val_inputs))

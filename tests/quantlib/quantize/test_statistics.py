@@ -1,5 +1,6 @@
 """Statistics collected once, for every observer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import nn
 
 from quantlib.eager.modules import ObserverBase
 from quantlib.graph import fusion
-from quantlib.models import checkpoint
-from quantlib.quantize import calibration, observers, preparation
+from quantlib.models import checkpoint, mobilenet_v2
+from quantlib.models.checkpoint import Header
+from quantlib.quantize import calibration, observers, preparation, stored
 from quantlib.quantize.observers import ActivationStatistics
 from quantlib.recipe.scheme import ObserverName, Scheme
 
@@ -65,20 +67,13 @@ def test_infinite_values_are_left_out() -> None:
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
 @pytest.mark.parametrize("float_layers", [(), ("features.0",)])
-def test_one_pass_feeds_every_scheme(
-    fused_model: nn.Module, tiny_header: dict[str, Any], train_shard: Path, float_layers: tuple[str, ...]
-) -> None:
-    content = checkpoint.save(fused_model, tiny_header | {"fused": "eval"})
-    observed, header = calibration.load_or_observe(content, float_layers)
+def test_one_pass_feeds_every_scheme(fused_model: nn.Module, train_shard: Path, float_layers: tuple[str, ...]) -> None:
+    observed = preparation.observe(fused_model, float_layers)
     calibration.calibrate(observed, train_shard, batch_size=12)
-    collected = checkpoint.save(observed, header)
     for name in OBSERVERS:
         wanted = Scheme(observer=name, weights="per_channel", activation_bits=8, float_layers=float_layers)
-        content_of_ranges = calibration.choose_ranges(collected, wanted)
-        handed_over, prepared = (calibration.load_prepared(content_of_ranges)[0] for _ in range(2))
-        assert handed_over is not prepared
-        torch.testing.assert_close(handed_over.state_dict(), prepared.state_dict(), rtol=0, atol=0)
-        alone = preparation.prepare(fusion.load(content)[0], wanted, "eval")
+        prepared, alone = (preparation.prepare(fused_model, wanted, "eval") for _ in range(2))
+        calibration.choose_ranges(observed, prepared)
         calibration.calibrate(alone, train_shard, batch_size=12)
         for path, module in alone.named_modules():
             if isinstance(module, ObserverBase):
@@ -87,16 +82,27 @@ def test_one_pass_feeds_every_scheme(
         assert torch.equal(alone.classifier[1].weight, prepared.classifier[1].weight)
 
 
-def test_shard_after_shard_goes_on_with_what_was_collected(
-    fused_model: nn.Module, tiny_header: dict[str, Any], train_shard: Path
+def test_chosen_ranges_and_the_weights_are_the_observed_models_own(
+    tiny_model: nn.Module, tiny_arguments: dict[str, Any], train_shard: Path, val_inputs: torch.Tensor
 ) -> None:
-    content = checkpoint.save(fused_model, tiny_header | {"fused": "eval"})
-    once, header = calibration.load_or_observe(content, ())
-    calibration.calibrate(once, train_shard, batch_size=12)
-    again, _ = calibration.load_or_observe(checkpoint.save(once, header), ())
-    torch.testing.assert_close(again.state_dict(), once.state_dict(), rtol=0, atol=0)
-    ranges, header = calibration.load_prepared(
-        calibration.choose_ranges(checkpoint.save(again, header), scheme("default"))
-    )
-    assert "observed" not in header
-    assert calibration.load_prepared(checkpoint.save(ranges, header))[1]["scheme"]["observer"] == "minmax"
+    fused = fusion.fuse_model(tiny_model, "eval")
+    observed = preparation.observe(fused, ())
+    calibration.calibrate(observed, train_shard, batch_size=12)
+    other = fusion.fuse_model(mobilenet_v2.mobilenet_v2(**tiny_arguments).eval(), "eval")
+    prepared = preparation.prepare(other, scheme("default"), "eval")
+
+    calibration.choose_ranges(observed, prepared)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared(val_inputs), fused(val_inputs))
+
+
+def test_statistics_go_on_after_they_were_stored(
+    fused_model: nn.Module, tiny_header: Header, train_shard: Path
+) -> None:
+    observed = preparation.observe(fused_model, ())
+    calibration.calibrate(observed, train_shard, batch_size=12)
+    again, _ = stored.open_model(checkpoint.save(observed, replace(tiny_header, fused="eval", observed=())))
+    for model in (observed, again):
+        calibration.calibrate(model, train_shard, batch_size=12)
+    torch.testing.assert_close(again.state_dict(), observed.state_dict(), rtol=0, atol=0)
