@@ -25,10 +25,10 @@ def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measure
     """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
     folder = run.models
     digests: dict[str, str] = {}
-    for variant in measurements.variants:
-        for file in (variant.artifact, variant.onnx_file):
+    for refs in measurements.variants:
+        for file in (refs.artifact, refs.onnx_file):
             if file is not None:
-                place = run.store.copy_out(file, _place(folder, variant, file))
+                place = run.store.copy_out(file, _place(folder, refs, file))
                 digests[place.name] = file.sha256
     checksums.write(folder, digests)
     samples = read_samples(run.store, measurements.targets, measurements.timings)
@@ -55,8 +55,8 @@ def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measure
         notes=(*(NoteRow(kind="warning", text=text) for text in doubts), *measurements.notes),
         layers=tuple(
             row
-            for variant in measured
-            for row in diagnosis.layer_rows(variant.variant.name, run_info.selected_on, variant.layers)
+            for each in measured
+            for row in diagnosis.layer_rows(each.variant.name, run_info.selected_on, each.layers)
         ),
     )
     answers = {row.variant: file.validation for row, file in zip(rows, judged.reported, strict=True)}
@@ -87,18 +87,16 @@ def find_reported(
     )
 
 
-def _files(variant: VariantRefs) -> tuple[FileRefs, ...]:
+def _files(refs: VariantRefs) -> tuple[FileRefs, ...]:
     """What the variant is judged by."""
-    if variant.files:
-        return variant.files
-    runtime = available.torch_runtime(variant.variant.engine)
-    return (
-        FileRefs(file=variant.artifact, runtime=runtime, validation=variant.validation, selection=variant.selection),
-    )
+    if refs.files:
+        return refs.files
+    runtime = available.torch_runtime(refs.variant.engine)
+    return (FileRefs(file=refs.artifact, runtime=runtime, validation=refs.validation, selection=refs.selection),)
 
 
-def _place(folder: Path, variant: VariantRefs, file: Ref) -> Path:
-    return folder / f"{variant.variant.name}{'.pt' if file == variant.artifact else '.onnx'}"
+def _place(folder: Path, refs: VariantRefs, file: Ref) -> Path:
+    return folder / f"{refs.variant.name}{'.pt' if file == refs.artifact else '.onnx'}"
 
 
 def _measured(

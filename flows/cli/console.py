@@ -151,7 +151,7 @@ def _short(runtime: str | None) -> str:
 def why(found: Sequence[Diagnosis]) -> list[Table | str]:
     """What costs the variants of a run their accuracy: weights or activations, which layers, and what to try."""
     parts: list[Table | str] = []
-    simulated = [diagnosis.variant for diagnosis in found if diagnosis.variant.top1_simulated is not None]
+    simulated = [diagnosis.row for diagnosis in found if diagnosis.row.top1_simulated is not None]
     if simulated:
         table = Table(header_style="bold", title="What is quantized (simulated in float)", title_justify="left")
         table.add_column("variant")
@@ -170,7 +170,7 @@ def why(found: Sequence[Diagnosis]) -> list[Table | str]:
 def _worst_table(diagnosis: Diagnosis) -> Table:
     first = diagnosis.worst[0]
     images = "training images held out" if first.measured_on == "held_out" else "validation images"
-    title = f"{diagnosis.variant.variant}: the layers that cost most ({first.num_images} {images})"
+    title = f"{diagnosis.row.variant}: the layers that cost most ({first.num_images} {images})"
     if first.top1_float is not None and first.top1_int8 is not None:
         title += f"\ntop-1 {first.top1_float:.2%} in float, {first.top1_int8:.2%} with all layers int8"
     table = Table(header_style="bold", title=title, title_justify="left")

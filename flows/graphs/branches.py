@@ -210,13 +210,11 @@ def _save_onnx(shared: SharedStages, artifact: Ref, engine: str | None, name: st
     return shared.run(save_onnx, artifact, shared.validation[0], engine, shared.onnx_runtimes[0], crop, branch=name)
 
 
-def targets_of(shared: SharedStages, variant: VariantRefs) -> list[BenchmarkTarget]:
+def targets_of(shared: SharedStages, refs: VariantRefs) -> list[BenchmarkTarget]:
     """A variant's files in every runtime that this machine has for them; its own engine comes first."""
-    engines = (
-        (None,) if variant.variant.engine is None else dict.fromkeys((variant.variant.engine, *available.engines()))
-    )
-    found = [BenchmarkTarget(variant.artifact, available.torch_runtime(engine)) for engine in engines]
-    onnx = variant.onnx_file
+    engines = (None,) if refs.variant.engine is None else dict.fromkeys((refs.variant.engine, *available.engines()))
+    found = [BenchmarkTarget(refs.artifact, available.torch_runtime(engine)) for engine in engines]
+    onnx = refs.onnx_file
     if onnx is not None:
         found += [BenchmarkTarget(onnx, runtime) for runtime in shared.onnx_runtimes]
     return found
@@ -241,21 +239,21 @@ def evaluate_files(
             return cast("Runtime", Pending("benchmark"))
         return fastest_runtime({runtime: samples[file][runtime.name, 1, 1] for runtime in allowed[file]})
 
-    def evaluate_variant(variant: VariantRefs) -> VariantRefs:
+    def evaluate_variant(refs: VariantRefs) -> VariantRefs:
         files = tuple(
-            _evaluate_in(shared, variant, file, runtime_for(file), f"{variant.variant.name}-{label}")
-            for file, label in ((variant.artifact, "pt"), (variant.onnx, "onnx"))
+            _evaluate_in(shared, refs, file, runtime_for(file), f"{refs.variant.name}-{label}")
+            for file, label in ((refs.artifact, "pt"), (refs.onnx, "onnx"))
             if file is not None and file in allowed
         )
-        return replace(variant, files=files)
+        return replace(refs, files=files)
 
     return tuple(map(evaluate_variant, variants))
 
 
-def _evaluate_in(shared: SharedStages, variant: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
+def _evaluate_in(shared: SharedStages, refs: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
     # Float's accuracy is that of TorchScript, which all else is compared with.
-    if variant.variant.engine is None or runtime == shared.runtime:
-        return FileRefs(file=file, runtime=runtime, validation=variant.validation, selection=variant.selection)
+    if refs.variant.engine is None or runtime == shared.runtime:
+        return FileRefs(file=file, runtime=runtime, validation=refs.validation, selection=refs.selection)
     validation, selection = _evaluate(shared, file, runtime, name)
     return FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
 

@@ -115,7 +115,7 @@ def _pick_examples(
     try:
         reported = find_reported(shared.run, shared.recipe, variants, targets, timings)
         answered = tuple(
-            (variant.variant.name, file.validation) for variant, file in zip(variants[1:], reported[1:], strict=True)
+            (refs.variant.name, file.validation) for refs, file in zip(variants[1:], reported[1:], strict=True)
         )
     except NotYetKnownError:
         answered = Pending("benchmark")

@@ -49,10 +49,10 @@ def _try_in_turn(
     """
 
     def rank(name: str) -> list[str]:
-        variant = variants[name]
-        assert variant.prepared is not None
-        layers = variant.layers or layers_of(stages, variant.prepared, name, equalized=variant.variant.equalized)
-        variants[name] = replace(variant, layers=layers)
+        refs = variants[name]
+        assert refs.prepared is not None
+        layers = refs.layers or layers_of(stages, refs.prepared, name, equalized=refs.variant.equalized)
+        variants[name] = replace(refs, layers=layers)
         return rank_layers(stages.run, layers)
 
     images, run = stages.inputs.training, stages.run

@@ -1,14 +1,15 @@
 """Prefect's own database: what a new one starts as, and whether an old one can be read.
 
 An empty database costs Prefect 6 seconds of migrations, more than all else that its server does when it starts. So
-the first server of an environment keeps what came of them, and the next new home begins with a copy. Prefect checks,
-and brings up to date, whatever it finds: the copy saves time and decides nothing.
+`make setup` keeps a migrated one in the Python environment, and a new home begins with a copy of it, where there is
+one. Prefect checks, and brings up to date, whatever it finds: the copy saves time and decides nothing.
 
 PREFIX/share/quantflow/prefect-VERSION.db.gz    compressed, which checks it, too
 """
 
 import asyncio
 import gzip
+import importlib.metadata
 import os
 import sqlite3
 import sys
@@ -21,6 +22,7 @@ from quantlib.errors import MachineError, explain_full_disk
 from quantlib.files import write_atomically
 
 _FULL_CHECK_BYTES = 64 * 2**20
+_TEMPLATES = Path(sys.prefix) / "share" / "quantflow"
 
 
 def check_database(file: Path) -> None:
@@ -45,16 +47,14 @@ def check_database(file: Path) -> None:
         )
 
 
-def prepare_database(templates: Path | None = None) -> None:
+def prepare_database(templates: Path = _TEMPLATES) -> None:
     """Give this process's Prefect a migrated database where it has none yet; for a server, before it starts.
 
     Nothing is done where the database is another than the SQLite file of a Prefect home, or is there already.
 
     Args:
-        templates: Folder of migrated databases; None: that of the Python environment. One that cannot be written to
-            saves nothing, and is no error.
+        templates: Folder of migrated databases. Where it has none of this Prefect, the server migrates its own.
     """
-    import prefect
     from prefect.settings import get_current_settings
     from sqlalchemy.engine import make_url
 
@@ -66,37 +66,39 @@ def prepare_database(templates: Path | None = None) -> None:
     url = make_url(configured.get_secret_value())
     if url.get_backend_name() != "sqlite" or not url.database or Path(url.database) != file:
         return
-    folder = templates or Path(sys.prefix) / "share" / "quantflow"
-    template = folder / f"prefect-{prefect.__version__}.db.gz"
-    if not _copy(template, file):
+    try:
+        content = gzip.decompress(_template_in(templates).read_bytes())
+    except (OSError, EOFError, zlib.error):  # None, or a damaged one.
+        return
+    if content:  # An empty file decompresses to nothing.
+        _write_new(content, file)
+
+
+def write_template(templates: Path = _TEMPLATES) -> None:
+    """Keep a migrated database for new homes. Prefect must not be imported yet: it reads its settings then."""
+    with temporary.new_folder() as home:
+        os.environ["PREFECT_HOME"] = str(home)
         from prefect.server.database import provide_database_interface
 
         asyncio.run(provide_database_interface().create_db())
-        with suppress(OSError, MachineError):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(template, gzip.compress(_content(file)))
+        templates.mkdir(parents=True, exist_ok=True)
+        write_atomically(_template_in(templates), gzip.compress(_content(home / "prefect.db")))
 
 
-def _copy(template: Path, file: Path) -> bool:
-    """Whether `file` is now what the template holds, or what somebody else has put there meanwhile."""
-    try:
-        content = gzip.decompress(template.read_bytes())
-    except (OSError, EOFError, zlib.error):  # None yet, or damaged.
-        return False
-    if not content:  # What an empty file decompresses to.
-        return False
+def _template_in(folder: Path) -> Path:
+    return folder / f"prefect-{importlib.metadata.version('prefect')}.db.gz"
+
+
+def _write_new(content: bytes, file: Path) -> None:
+    """Write a file, unless somebody else has put one there meanwhile."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with temporary.new_folder(file.parent) as place:
         new = place / file.name
         write_atomically(new, content)
-        try:
-            # A link, where a file that another server has begun would be replaced by a rename.
+        # A link, where a file that another server has begun would be replaced by a rename. Without one, on a file
+        # system that has no links, the server migrates its own database.
+        with suppress(OSError):
             os.link(new, file)
-        except FileExistsError:
-            return True
-        except OSError:  # A file system without links.
-            return False
-    return True
 
 
 def _content(file: Path) -> bytes:
@@ -106,3 +108,7 @@ def _content(file: Path) -> bytes:
         with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(whole)) as copy:
             source.backup(copy)
         return whole.read_bytes()
+
+
+if __name__ == "__main__":
+    write_template()

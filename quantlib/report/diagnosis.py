@@ -17,7 +17,7 @@ _MUCH_CLIPPED = 1e-3
 class Diagnosis:
     """Why one variant loses accuracy."""
 
-    variant: VariantRow
+    row: VariantRow
     worst: tuple[LayerRow, ...]
     """The layers that cost most, the costliest first; empty where layers were not measured."""
     advice: tuple[str, ...]

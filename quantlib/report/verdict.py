@@ -119,7 +119,7 @@ class Verdict:
         return tuple(
             entry.file_row(float_ms=float_ms, reported=entry in self._chosen)
             for entry in self._files
-            if entry.variant is not entry.baseline and entry.variant.available
+            if entry.measured is not entry.baseline and entry.measured.available
         )
 
 
@@ -133,16 +133,16 @@ def judge(variants: Sequence[Measured], gate: GateRecipe) -> Verdict:
         gate: What a file may lose.
     """
     baseline = variants[0]
-    entries = tuple(_Entry(variant, file, baseline, gate) for variant in variants for file in variant.files)
-    inside = [entry for entry in entries if entry.accepted and entry.variant is not baseline]
+    entries = tuple(_Entry(measured, file, baseline, gate) for measured in variants for file in measured.files)
+    inside = [entry for entry in entries if entry.accepted and entry.measured is not baseline]
     won = choose([entry.contender for entry in inside]) if inside else None
     winner = inside[won.place] if won else None
-    chosen = tuple(_reported(variant, entries, winner) for variant in variants)
+    chosen = tuple(_reported(measured, entries, winner) for measured in variants)
     return Verdict(entries, chosen, winner, won.reason if won else None)
 
 
-def _reported(variant: Measured, entries: Sequence["_Entry"], winner: "_Entry | None") -> "_Entry":
-    own = [entry for entry in entries if entry.variant is variant]
+def _reported(measured: Measured, entries: Sequence["_Entry"], winner: "_Entry | None") -> "_Entry":
+    own = [entry for entry in entries if entry.measured is measured]
     if winner in own:
         return winner
     candidates = [entry for entry in own if entry.accepted] or own
@@ -153,7 +153,7 @@ def _reported(variant: Measured, entries: Sequence["_Entry"], winner: "_Entry | 
 class _Entry:
     """A file of a variant, and the gate that judges it."""
 
-    variant: Measured
+    measured: Measured
     file: File
     baseline: Measured
     gate: GateRecipe
@@ -167,8 +167,8 @@ class _Entry:
     def contender(self) -> Contender:
         """The file in its runtime, to be compared with others."""
         return Contender(
-            self.variant.variant.name,
-            self.variant.samples_ms[self.file.runtime, *_SETTING],
+            self.measured.variant.name,
+            self.measured.samples_ms[self.file.runtime, *_SETTING],
             self.file.selection.top1_correct,
             self.file.size_bytes,
         )
@@ -181,12 +181,12 @@ class _Entry:
     @property
     def outcome(self) -> str:
         """inside, outside, undecided or unavailable."""
-        return self._judged[0] if self.variant.available else "unavailable"
+        return self._judged[0] if self.measured.available else "unavailable"
 
     @cached_property
     def _judged(self) -> tuple[str, int | None]:
         """Whether it is inside the gate, outside, or undecided; then, about how many images would tell."""
-        if self.variant is self.baseline:
+        if self.measured is self.baseline:
             return "inside", None
         # A drop of exactly the gate is not to be lost to float64's rounding; one image is far more than this.
         limit = self.gate.max_top1_drop + 1e-9
@@ -208,7 +208,7 @@ class _Entry:
         """The file's row."""
         paired, (outcome, num_to_decide) = self._drop(), self._judged
         return FileRow(
-            variant=self.variant.variant.name,
+            variant=self.measured.variant.name,
             path=self.file.path,
             sha256=self.file.sha256,
             size_bytes=self.file.size_bytes,
@@ -228,7 +228,7 @@ class _Entry:
 
     def variant_row(self, run_info: RunInfo, *, float_ms: float, reason: str | None, pareto: bool | None) -> VariantRow:
         """The variant's row; with a reason, the winner's."""
-        measured, file, variant = self.variant, self.file, self.variant.variant
+        measured, file, variant = self.measured, self.file, self.measured.variant
         scheme = variant.scheme
         paired, by_runtime = self._drop(), _latencies(measured)
         fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
@@ -286,11 +286,11 @@ class _Entry:
         )
 
 
-def _latencies(variant: Measured) -> dict[str, float]:
+def _latencies(measured: Measured) -> dict[str, float]:
     """Median milliseconds of each runtime for one image on one thread."""
     return {
         runtime: float(np.median(samples))
-        for (runtime, *setting), samples in variant.samples_ms.items()
+        for (runtime, *setting), samples in measured.samples_ms.items()
         if tuple(setting) == _SETTING
     }
 
@@ -299,7 +299,7 @@ def epoch_rows(variants: Sequence[Measured]) -> tuple[EpochRow, ...]:
     """A row for each epoch of each variant."""
     return tuple(
         EpochRow(
-            variant=variant.variant.name,
+            variant=measured.variant.name,
             epoch=epoch.metrics["epoch"],
             loss=epoch.metrics["loss"],
             train_top1=epoch.metrics["train_top1"],
@@ -309,8 +309,8 @@ def epoch_rows(variants: Sequence[Measured]) -> tuple[EpochRow, ...]:
             observers_frozen=epoch.metrics["observers_frozen"],
             batch_norm_frozen=epoch.metrics["batch_norm_frozen"],
         )
-        for variant in variants
-        for epoch in variant.epochs
+        for measured in variants
+        for epoch in measured.epochs
     )
 
 
@@ -318,7 +318,7 @@ def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
     """A row for each variant, batch size and number of threads."""
     return tuple(
         LatencyRow(
-            variant=variant.variant.name,
+            variant=measured.variant.name,
             runtime=runtime,
             batch_size=batch_size,
             num_threads=num_threads,
@@ -327,6 +327,6 @@ def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
             images_per_second=batch_size / float(np.percentile(samples, 50)) * 1000,
             num_samples=len(samples),
         )
-        for variant in variants
-        for (runtime, batch_size, num_threads), samples in variant.samples_ms.items()
+        for measured in variants
+        for (runtime, batch_size, num_threads), samples in measured.samples_ms.items()
     )

@@ -13,19 +13,30 @@ import pytest
 from flows.hosting.database import check_database
 from quantlib.errors import MachineError
 
-PREPARE = """
+CALL = """
 import sys, pathlib
-from flows.hosting.database import prepare_database
-prepare_database(pathlib.Path(sys.argv[1]))
+from flows.hosting import database
+getattr(database, sys.argv[1])(pathlib.Path(sys.argv[2]))
 """
 
 
-def prepare(home, templates, **environment):
+def call(name, templates, **environment):
     """In a process of its own, as a server does it: Prefect's settings are read once."""
-    home.mkdir(exist_ok=True)
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    command = [sys.executable, "-c", PREPARE, str(templates)]
-    subprocess.run(command, env=own | {"PREFECT_HOME": str(home)} | environment, check=True, timeout=120)
+    command = [sys.executable, "-c", CALL, name, str(templates)]
+    subprocess.run(command, env=own | environment, check=True, timeout=120)
+
+
+def prepare(home, templates, **environment):
+    home.mkdir(exist_ok=True)
+    call("prepare_database", templates, PREFECT_HOME=str(home), **environment)
+    return home / "prefect.db"
+
+
+def migrate(home):
+    """Prefect's own way, on what there is."""
+    upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    subprocess.run(upgrade, env=os.environ | {"PREFECT_HOME": str(home)}, check=True, capture_output=True, timeout=120)
     return home / "prefect.db"
 
 
@@ -37,29 +48,24 @@ def schema(file):
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """(templates, database) of the first server of an environment."""
-    folder = tmp_path_factory.mktemp("environment")
-    return folder / "templates", prepare(folder / "home", folder / "templates")
+def templates(tmp_path_factory):
+    """What `make setup` keeps."""
+    folder = tmp_path_factory.mktemp("environment") / "templates"
+    call("write_template", folder)
+    return folder
 
 
 def template_of(templates):
     return templates / f"prefect-{prefect.__version__}.db.gz"
 
 
-def test_a_new_home_gets_a_copy_of_what_prefects_migrations_made(first, tmp_path):
-    templates, database = first
+def test_a_new_home_begins_with_the_database_that_prefects_migrations_make(templates, tmp_path):
     copy = prepare(tmp_path / "home", templates)
     assert copy.read_bytes() == gzip.decompress(template_of(templates).read_bytes())
-    assert schema(copy) == schema(database)
-
-
-def test_prefects_own_migrations_find_nothing_to_do_on_a_copy(first, tmp_path):
-    copy = prepare(tmp_path / "home", first[0])
+    (tmp_path / "own").mkdir()
     before = schema(copy)
-    upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-    environment = os.environ | {"PREFECT_HOME": str(copy.parent)}
-    subprocess.run(upgrade, env=environment, check=True, capture_output=True, timeout=120)
+    assert before == schema(migrate(tmp_path / "own"))
+    migrate(copy.parent)
     assert schema(copy) == before
 
 
@@ -67,30 +73,27 @@ def test_prefects_own_migrations_find_nothing_to_do_on_a_copy(first, tmp_path):
     "damage",
     [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: content[:-9] + b"123456789"],
 )
-def test_a_damaged_template_is_made_again(damage, first, tmp_path):
+def test_a_damaged_template_is_not_copied(damage, templates, tmp_path):
     template = template_of(tmp_path / "templates")
     template.parent.mkdir()
-    template.write_bytes(damage(template_of(first[0]).read_bytes()))
-    database = prepare(tmp_path / "home", template.parent)
-    assert schema(database) == schema(first[1])
-    assert gzip.decompress(template.read_bytes())[:15] == b"SQLite format 3"
+    template.write_bytes(damage(template_of(templates).read_bytes()))
+    assert not prepare(tmp_path / "home", template.parent).exists()
 
 
-def test_an_environment_that_cannot_be_written_to_costs_only_time(first, tmp_path):
-    (tmp_path / "file").touch()
-    database = prepare(tmp_path / "home", tmp_path / "file" / "templates")
-    assert schema(database) == schema(first[1])
+def test_a_run_writes_no_template(tmp_path):
+    assert not prepare(tmp_path / "home", tmp_path / "none").exists()
+    assert not (tmp_path / "none").exists()
 
 
-def test_a_database_that_is_there_is_left_alone(first, tmp_path):
+def test_a_database_that_is_there_is_left_alone(templates, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "prefect.db").write_bytes(b"mine")
-    assert prepare(tmp_path / "home", first[0]).read_bytes() == b"mine"
+    assert prepare(tmp_path / "home", templates).read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("url", ["postgresql+asyncpg://user@127.0.0.1:1/name", "sqlite+aiosqlite:////nowhere/own.db"])
-def test_another_database_than_a_homes_own_is_prefects_matter(url, first, tmp_path):
-    database = prepare(tmp_path / "home", first[0], PREFECT_API_DATABASE_CONNECTION_URL=url)
+def test_another_database_than_a_homes_own_is_prefects_matter(url, templates, tmp_path):
+    database = prepare(tmp_path / "home", templates, PREFECT_API_DATABASE_CONNECTION_URL=url)
     assert not database.exists()
 
 

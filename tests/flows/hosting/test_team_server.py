@@ -230,6 +230,7 @@ def test_a_dashboard_asks_for_the_documented_password_and_runs_what_is_begun_wit
 @pytest.mark.slow
 @pytest.mark.skipif(INITDB is None, reason="needs PostgreSQL's server (Debian: postgresql)")
 @pytest.mark.skipif(NGINX is None, reason="needs nginx (Debian: nginx)")
+@pytest.mark.usefixtures("ctrl_c_works")  # The worker hands SIGTERM on to itself as SIGINT.
 def test_server_proxy_worker_and_flow_run_with_postgresql_and_tls_as_documented(tmp_path):
     port, front = free_port(), free_port()
     team = Team(tmp_path, port, f"https://localhost:{front}/api")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ from torch import nn
 from quantlib.data import shards
 from quantlib.eager.modules import ObserverBase
 from quantlib.graph import fusion
-from quantlib.models import checkpoint
+from quantlib.models import checkpoint, mobilenet_v2
 from quantlib.models.checkpoint import Header
 from quantlib.quantize import calibration, preparation, stored
-from quantlib.recipe.scheme import QConfigName
+from quantlib.recipe.scheme import ObserverName, QConfigName, Scheme
 
 Calibrated = Callable[[str], nn.Module]
 QCONFIGS = get_args(QConfigName)
@@ -98,3 +98,46 @@ def test_progress_counts_the_images(fused: nn.Module, val_shard: Path) -> None:
     calibration.calibrate(prepared, val_shard, 8, lambda done, total: calls.append((done, total)))
 
     assert calls == [(8, 18), (16, 18), (18, 18)]
+
+
+@pytest.mark.filterwarnings("ignore:Please use quant_min")
+@pytest.mark.parametrize("float_layers", [(), ("features.0",)])
+def test_one_pass_feeds_every_scheme(fused_model: nn.Module, train_shard: Path, float_layers: tuple[str, ...]) -> None:
+    observed = preparation.observe(fused_model, float_layers)
+    calibration.calibrate(observed, train_shard, batch_size=12)
+    for name in get_args(ObserverName):
+        wanted = Scheme(observer=name, weights="per_channel", activation_bits=8, float_layers=float_layers)
+        prepared, alone = (preparation.prepare(fused_model, wanted, "eval") for _ in range(2))
+        calibration.choose_ranges(observed, prepared)
+        calibration.calibrate(alone, train_shard, batch_size=12)
+        for path, module in alone.named_modules():
+            if isinstance(module, ObserverBase):
+                expected, got = module.calculate_qparams(), prepared.get_submodule(path).calculate_qparams()
+                torch.testing.assert_close(got[0], expected[0], rtol=0.02, atol=0)
+        assert torch.equal(alone.classifier[1].weight, prepared.classifier[1].weight)
+
+
+def test_chosen_ranges_and_the_weights_are_the_observed_models_own(
+    tiny_model: nn.Module, tiny_arguments: dict[str, Any], train_shard: Path, val_inputs: torch.Tensor
+) -> None:
+    fused = fusion.fuse_model(tiny_model, "eval")
+    observed = preparation.observe(fused, ())
+    calibration.calibrate(observed, train_shard, batch_size=12)
+    other = fusion.fuse_model(mobilenet_v2.mobilenet_v2(**tiny_arguments).eval(), "eval")
+    prepared = preparation.prepare(other, scheme("default"), "eval")
+
+    calibration.choose_ranges(observed, prepared)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared(val_inputs), fused(val_inputs))
+
+
+def test_statistics_go_on_after_they_were_stored(
+    fused_model: nn.Module, tiny_header: Header, train_shard: Path
+) -> None:
+    observed = preparation.observe(fused_model, ())
+    calibration.calibrate(observed, train_shard, batch_size=12)
+    again, _ = stored.open_model(checkpoint.save(observed, replace(tiny_header, fused="eval", observed=())))
+    for model in (observed, again):
+        calibration.calibrate(model, train_shard, batch_size=12)
+    torch.testing.assert_close(again.state_dict(), observed.state_dict(), rtol=0, atol=0)
