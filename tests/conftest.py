@@ -28,7 +28,7 @@ from quantlib.recipe.sections import TrainingRecipe
 from quantlib.runtimes.available import resolve_engine
 from quantlib.store.local import Store
 
-# A server that Prefect starts by itself for a test asks nothing of the network; those of quantflow are not told here.
+# A server that Prefect itself starts for a test sends nothing out; quantflow's own set this themselves.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 
 CLASSES = ("blue", "green", "red")
@@ -49,7 +49,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def ctrl_c_works() -> Iterator[None]:
-    """SIGINT does here, and in what is started here, what it does in a terminal: a script's background ignores it."""
+    """Make SIGINT work as in a terminal, also in child processes: in a script's background it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -57,14 +57,14 @@ def ctrl_c_works() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Prefect server for every run of the tests that need one."""
+    """One Prefect server for all tests that need one."""
     with harness.serve_prefect(tmp_path_factory.mktemp("prefect")):
         yield
 
 
 @pytest.fixture(scope="session")
 def undisturbed(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, harness.Outcome]:
-    """A run that nothing happened to: its home, and what it left. Copy the home before changing it."""
+    """An undisturbed run: its home and its outcome. Copy the home before changing it."""
     home = tmp_path_factory.mktemp("undisturbed") / "home"
     outcome = harness.run(home)
     assert outcome.error == ""
@@ -74,13 +74,13 @@ def undisturbed(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def home_copy(undisturbed: tuple[Path, harness.Outcome], tmp_path: Path) -> Path:
-    """The home of a finished run, to do with as one likes."""
+    """A copy of a finished run's home, free to change."""
     return Path(shutil.copytree(undisturbed[0], tmp_path / "home"))
 
 
 @pytest.fixture(scope="session")
 def shared(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """Finds real data and weights, which lie beside the repository; skips where they do not."""
+    """Finds real data and weights, kept next to the repository; skips the test if they are missing."""
 
     def find(name: str) -> Path:
         path = request.config.rootpath.parent / "shared" / name
@@ -98,7 +98,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/CLASS/IMAGE and val/CLASS/IMAGE: noise of three colours, 12 and 6 images a class, of all shapes.
+    """train/CLASS/IMAGE and val/CLASS/IMAGE: noise of three colours, 12 and 6 images per class, of all shapes.
 
     Read-only: tests that change files take `own_folder`.
     """
@@ -112,7 +112,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 height, width = rng.integers(34, 60, 2)
                 pixels = rng.integers(0, 150, (height, width, 3))
                 pixels[..., 2 - label] += 100
-                # Both the usual formats; each name sorts where its number says.
+                # Both usual formats; names sort by their number.
                 suffix = "png" if number % 2 else "jpg"
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02}.{suffix}")
     return root
@@ -193,13 +193,13 @@ def tiny_model(stir_batch_norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def tiny_header() -> Header:
-    """What `checkpoint.save` is told of `tiny_model` and `trained_model`."""
+    """The header `checkpoint.save` gets for `tiny_model` and `trained_model`."""
     return Header(architecture="mobilenet_v2", arguments=TINY_ARGUMENTS, code="")
 
 
 @pytest.fixture(scope="session")
 def trained_model(train_split: Split) -> nn.Module:
-    """The tiny net, trained to tell the three colours; read-only."""
+    """The tiny net, trained to tell the three colours apart; read-only."""
     torch.manual_seed(0)
     model = mobilenet_v2.mobilenet_v2(**TINY_ARGUMENTS)
     recipe = TrainingRecipe(epochs=20, batch_size=12, learning_rate=0.01)
@@ -215,7 +215,7 @@ def fused_model(trained_model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def calibrated(fused_model: nn.Module, train_shard: Path) -> Callable[[str], nn.Module]:
-    """The trained net, calibrated with the qconfig of a name, once; read-only."""
+    """The trained net, calibrated once per qconfig name; read-only."""
     known: dict[str, nn.Module] = {}
 
     def calibrate(qconfig: str) -> nn.Module:
@@ -240,5 +240,5 @@ def rng() -> random.Random:
 
 @pytest.fixture
 def equally_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All files are taken for equally fast, as in the runs of the harness: what is planned here is what they did."""
+    """Treat all files as equally fast, as the harness's runs do, so that a plan matches what those runs did."""
     monkeypatch.setattr(significance, "is_slower", lambda *_: False)

@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole."""
+"""Rules for the repository as a whole."""
 
 import ast
 import re
@@ -12,9 +12,9 @@ PACKAGES = ("flows", "tasks", "quantlib")
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py"))
 
-# Where torch's eager-mode quantization can be had from.
+# Where torch's eager-mode quantization can be imported from.
 _QUANTIZATION = re.compile(r"torch\.(ao|quantization|nn\.(quantized|qat|intrinsic))\b")
-# Joined from parts, so that this file does not hold what it looks for.
+# Joined from parts, so that this file does not contain what it looks for.
 _REGISTRIES = re.compile(
     "|".join(
         ("pypi" + r"\.(org|python)", "pythonhosted" + r"\.org", r"download\." + "pytorch", "--(extra-)?" + "index-url")
@@ -30,7 +30,7 @@ def _name(path: Path) -> str:
 
 
 def _mentioned(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that code imports or uses; what comments and strings say is left out."""
+    """Dotted names that code imports or uses, not those in comments and strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -70,12 +70,12 @@ def test_everything_public_in_quantlib_has_a_docstring(path: Path) -> None:
 
 
 def _kept_files() -> list[Path]:
-    """What git has, or would take."""
+    """Files that git tracks or would add."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs git, and its checkout")
+        pytest.skip("needs git and a checkout")
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 

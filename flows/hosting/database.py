@@ -1,10 +1,10 @@
-"""Prefect's own database: what a new one starts as, and whether an old one can be read.
+"""Prefect's own database: creates a new one quickly, and checks whether an old one can be read.
 
-An empty database costs Prefect 6 seconds of migrations, more than all else that its server does when it starts. So
-the first server of an environment keeps what came of them, and the next new home begins with a copy. Prefect checks,
-and brings up to date, whatever it finds: the copy saves time and decides nothing.
+An empty database costs Prefect 6 seconds of migrations, more than everything else in its server's start. So the first
+server of an environment keeps the migrated database, and the next new home starts with a copy. Prefect checks
+whatever it finds and brings it up to date: the copy saves time and decides nothing.
 
-PREFIX/share/quantflow/prefect-VERSION.db.gz    compressed, which checks it, too
+PREFIX/share/quantflow/prefect-VERSION.db.gz    compressed, which also checks it
 """
 
 import asyncio
@@ -31,7 +31,7 @@ def check_database(file: Path) -> None:
     """
     if not file.exists():
         return
-    # A database of gigabytes takes minutes to check; that it opens must do there.
+    # A database of gigabytes takes minutes to check; there it is enough that it opens.
     check = "quick_check(1)" if file.stat().st_size < _FULL_CHECK_BYTES else "schema_version"
     try:
         with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
@@ -46,13 +46,13 @@ def check_database(file: Path) -> None:
 
 
 def prepare_database(templates: Path | None = None) -> None:
-    """Give this process's Prefect a migrated database where it has none yet; for a server, before it starts.
+    """Give this process's Prefect a migrated database if it has none yet; for a server, before it starts.
 
-    Nothing is done where the database is another than the SQLite file of a Prefect home, or is there already.
+    Does nothing if the database is not the SQLite file of a Prefect home, or already exists.
 
     Args:
-        templates: Folder of migrated databases; None: that of the Python environment. One that cannot be written to
-            saves nothing, and is no error.
+        templates: Folder of migrated databases; None: the one in the Python environment. If it cannot be written to,
+            no time is saved, but that is not an error.
     """
     import prefect
     from prefect.settings import get_current_settings
@@ -78,10 +78,10 @@ def prepare_database(templates: Path | None = None) -> None:
 
 
 def _copy(template: Path, file: Path) -> bool:
-    """Whether `file` is now what the template holds, or what somebody else has put there meanwhile."""
+    """Copy the template to `file`; whether `file` now exists, by this copy or by another process's."""
     try:
         content = gzip.decompress(template.read_bytes())
-    except (OSError, EOFError, zlib.error):  # None yet, or damaged.
+    except (OSError, EOFError, zlib.error):  # It does not exist yet, or is damaged.
         return False
     if not content:  # What an empty file decompresses to.
         return False
@@ -90,7 +90,7 @@ def _copy(template: Path, file: Path) -> bool:
         new = place / file.name
         write_atomically(new, content)
         try:
-            # A link, where a file that another server has begun would be replaced by a rename.
+            # A link, because a rename would replace a file that another server has started.
             os.link(new, file)
         except FileExistsError:
             return True
@@ -100,7 +100,7 @@ def _copy(template: Path, file: Path) -> bool:
 
 
 def _content(file: Path) -> bytes:
-    """A database as one file: what is in its write-ahead log, too."""
+    """A database as one file, including its write-ahead log."""
     with temporary.new_folder() as place:
         whole = place / "whole.db"
         with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(whole)) as copy:

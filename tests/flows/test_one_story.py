@@ -1,4 +1,4 @@
-"""The terminal, the page, the dashboard and the tables say the same of a run."""
+"""The terminal, the page, the dashboard and the tables say the same about a run."""
 
 import json
 import re
@@ -35,7 +35,7 @@ WINNER = variant_row(
     top1_selection=0.79,
     size_bytes=1_000_000,
 )
-# In the table it beats the winner in accuracy and in speed: within noise.
+# In the table it beats the winner in accuracy and speed, but only within noise.
 RIVAL = variant_row("large", runtime="openvino", pareto=True, latency_p50_ms=1.0, top1=0.7479, size_bytes=2_000_000)
 FOUND = Report(
     run_id="20260501-030000-tiny-0000000a",
@@ -110,7 +110,7 @@ def test_a_damaged_report_is_named_the_others_are_shown_and_the_page_of_one_is_r
     assert shown.exit_code == 1
     assert other.run_id in shown.stdout
     assert FOUND.run_id not in shown.stdout
-    assert f"`quantflow resume {FOUND.run_id}` makes it again" in shown.stderr
+    assert f"`quantflow resume {FOUND.run_id}` rebuilds it" in shown.stderr
     page = CliRunner().invoke(main, ["report", "--home", str(home), "--html", str(home / "x"), "--run", FOUND.run_id])
     assert page.exit_code == 1
     assert "is damaged" in page.stderr

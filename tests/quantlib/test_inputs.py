@@ -1,4 +1,4 @@
-"""What a run reads from outside: found, checked, identified."""
+"""A run's inputs: found, checked, identified."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ module_numbers = itertools.count()
 
 @pytest.fixture
 def find(own_folder: Path, tmp_path: Path) -> Callable[..., Inputs]:
-    """Finds the inputs of a recipe for `own_folder` (36 images to train on, 18 to validate), some keys changed."""
+    """Finds the inputs of a recipe for `own_folder` (36 training and 18 validation images), with some keys changed."""
 
     def call(root: Path = own_folder, cache: str = "splits", **changes: Any) -> Inputs:
         return find_inputs(_recipe(root, **changes), tmp_path / cache)
@@ -76,7 +76,7 @@ def test_a_class_that_validation_lacks_is_named(find: Callable[..., Inputs], own
         find()
 
 
-def test_another_number_of_classes_than_the_datas_is_refused(find: Callable[..., Inputs]) -> None:
+def test_a_number_of_classes_other_than_the_datas_is_refused(find: Callable[..., Inputs]) -> None:
     with pytest.raises(ModelError, match=r"num_classes = 10, and the data has 3 classes"):
         find(model={"arguments": {"num_classes": 10}})
     find(model={"arguments": {"num_classes": 3}})
@@ -125,7 +125,7 @@ def test_more_calibration_images_than_there_are_is_refused(find: Callable[..., I
 def test_more_qat_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:
     branches = [{"name": "a", "batch_size": 26}, {"name": "b", "batch_size": 3, "batches_per_epoch": 9}]
 
-    with pytest.raises(RecipeError, match=r"qat\.1 asks for 27 images an epoch, and the training split has 26"):
+    with pytest.raises(RecipeError, match=r"qat\.1 asks for 27 images per epoch, and the training split has 26"):
         find(qat=branches)
     with pytest.raises(RecipeError, match=r"qat\.0 asks for 27 images"):
         find(qat=[{"name": "a", "batch_size": 27}])
@@ -162,7 +162,7 @@ def test_held_out_and_training_images_share_none_and_are_all(find: Callable[...,
 
     assert len(held_out) == 10
     assert sorted(held_out + training) == list(range(36))
-    assert held_out != sorted(held_out)  # of all classes, and not the first folder's
+    assert held_out != sorted(held_out)  # from all classes, not just the first folder's
 
 
 def test_choosing_on_validation_holds_nothing_back(find: Callable[..., Inputs]) -> None:
@@ -181,7 +181,9 @@ def test_validation_is_every_image_in_the_datasets_order(find: Callable[..., Inp
     assert loading.select(found.validation)[1].tolist() == list(range(18))
 
 
-def test_a_part_of_the_validation_images_is_drawn_and_not_of_the_first_classes(find: Callable[..., Inputs]) -> None:
+def test_part_of_the_validation_images_is_drawn_from_all_classes_not_just_the_first(
+    find: Callable[..., Inputs],
+) -> None:
     split, numbers = loading.select(find(evaluation={"max_images": 9}).validation)
 
     assert len(set(numbers.tolist())) == 9
@@ -228,7 +230,7 @@ def test_a_changed_byte_in_a_file_of_the_same_size_changes_the_fingerprint(
 
 
 @pytest.mark.parametrize("change", ["rename", "move to another class", "remove", "add"])
-def test_what_images_there_are_and_where_decides_the_fingerprint(
+def test_which_images_exist_and_where_decides_the_fingerprint(
     find: Callable[..., Inputs], own_folder: Path, change: str
 ) -> None:
     before = find().train.fingerprint
@@ -278,7 +280,7 @@ def test_files_are_read_once(find: Callable[..., Inputs], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"classes": 3}', b'{"classes": [], "more": 1}'])
-def test_a_damaged_note_is_made_anew(find: Callable[..., Inputs], tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_note_is_made_again(find: Callable[..., Inputs], tmp_path: Path, damage: bytes) -> None:
     first = find()
     notes = list((tmp_path / "splits").iterdir())
     for note in notes:
@@ -307,7 +309,7 @@ def test_digits_are_identified_by_the_library_that_carries_them(
     assert len({*before, *after}) == 4
 
 
-def test_a_root_is_nothing_to_the_digits(own_folder: Path, tmp_path: Path) -> None:
+def test_a_root_does_not_affect_the_digits(own_folder: Path, tmp_path: Path) -> None:
     with_root = find_inputs(_recipe(own_folder, data={"format": "digits"}), tmp_path)
 
     assert _fingerprints(with_root) == _fingerprints(find_inputs(_recipe(None, data={"format": "digits"}), tmp_path))
@@ -336,7 +338,7 @@ def test_files_that_opening_unpacks_are_part_of_the_fingerprint(
 
 @pytest.fixture
 def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module that can be imported, each time the same one, and gives its name."""
+    """Writes an importable module, always the same one, and returns its name."""
     folder = tmp_path / "users"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
@@ -344,7 +346,7 @@ def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
 
     def write(source: str) -> str:
         (folder / f"{name}.py").write_text(source)
-        codehash.module_hashes.cache_clear()  # as in a new process
+        codehash.module_hashes.cache_clear()  # like a new process
         return name
 
     return write
@@ -398,18 +400,18 @@ def test_architecture_arguments_are_identified_in_any_order(find: Callable[..., 
     assert first == second
 
 
-def test_what_was_passed_over_is_told(find: Callable[..., Inputs], own_folder: Path) -> None:
+def test_skipped_files_are_reported(find: Callable[..., Inputs], own_folder: Path) -> None:
     assert find().remarks == []
     folder = next((own_folder / "train").iterdir())
     for name in ("a.heic", "b.txt"):
         (folder / name).write_bytes(b"")
-    for _ in range(2):  # From the note, too.
+    for _ in range(2):  # The second time from the note.
         assert find().remarks == [
-            "2 files in the train split's folders are no images, or of a kind that is not read: they were passed over."
+            "2 files in the train split's folders are not images, or of a kind that is not read: they were skipped."
         ]
 
 
-def test_a_note_that_was_altered_is_made_anew(find: Callable[..., Inputs], tmp_path: Path) -> None:
+def test_an_altered_note_is_made_again(find: Callable[..., Inputs], tmp_path: Path) -> None:
     right = find()
     for note in (tmp_path / "splits").iterdir():
         note.write_text(note.read_text().replace('"num_images": ', '"num_images": 1'))
@@ -421,8 +423,8 @@ def test_a_note_that_was_altered_is_made_anew(find: Callable[..., Inputs], tmp_p
     assert find() == right
 
 
-def test_a_single_training_image_is_told_so(own_folder: Path) -> None:
-    with pytest.raises(RecipeError, match="has 1 image, and two at least are needed"):
+def test_a_single_training_image_is_refused(own_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="has 1 image, and at least two are needed"):
         inputs._check_train_size(_recipe(own_folder), 1, 1)
 
 

@@ -34,7 +34,7 @@ SOURCE = ModelInput("mobilenet_v2", TINY, "train", "train", "")
 
 @pytest.fixture
 def run(tmp_path):
-    """A run in an empty home, outside of any flow."""
+    """A run in an empty home, outside any flow."""
     with start_run("quantize", RECIPE, None, tmp_path / "home") as run:
         yield run
 
@@ -115,7 +115,7 @@ def test_a_decoded_shard_holds_the_images_that_were_selected(run, tmp_path):
 
 
 def _answers(run, *num_correct):
-    """References to predictions for ten images, so many of them right."""
+    """References to predictions for ten images, one list per number of right ones."""
     return [
         (run.store.put("predictions", predictions.save(Predictions(np.zeros(10, int), wrong, np.zeros(10, "f4")))),)
         for wrong in (np.arange(10)[:, None] >= count for count in num_correct)

@@ -15,7 +15,7 @@ from quantlib.store.journal import RunFile, RunStatus
 
 
 def _wide_row(name: str, **changes: Any) -> VariantRow:
-    """With figures as long as real ones get."""
+    """A row with figures as long as real ones get."""
     wide = {"top1_drop": 0.5184, "size_bytes": 8_918_000, "latency_p50_ms": 12.34, "runtime": "torchscript-onednn"}
     return variant_row(name, **wide | changes)
 
@@ -39,7 +39,7 @@ def test_a_row_takes_one_line() -> None:
         _wide_row("qat", method="qat", kept_start=True, winner=True),
     ]
     lines = _shown(result_table(rows))
-    assert len(lines) == len(rows) + 4  # Two borders, the header and its line.
+    assert len(lines) == len(rows) + 4  # Two borders, the header and its rule.
     assert all(
         word in line for word, line in zip(("baseline", "outside", "undecided", "winner"), lines[3:], strict=False)
     )
@@ -90,11 +90,11 @@ def test_the_conclusion_says_why_how_sure_it_is_what_is_doubtful_and_how_to_load
         "Warning: Few images.",
         "  file    /models/a.onnx",
         '  load    quantlib.api.load("/models/a.onnx", "openvino")',
-        "          75.00% of top-1, 2.50 ms an image on one thread, 4.00 MB",
+        "          75.00% of top-1, 2.50 ms per image on one thread, 4.00 MB",
     ]
 
 
-def test_how_sure_each_change_is_is_shown_on_request() -> None:
+def test_intervals_and_p_values_are_shown_on_request() -> None:
     row = variant_row("a", top1_drop=0.004, top1_drop_low=-0.002, top1_drop_high=0.01, p_value=0.25, num_images=5000)
     lines = _shown(interval_table([variant_row("float", method="float"), row]))
     assert [line.split() for line in lines if " a " in line] == [
@@ -102,7 +102,7 @@ def test_how_sure_each_change_is_is_shown_on_request() -> None:
     ]
 
 
-def test_nothing_is_said_of_causes_that_were_not_measured() -> None:
+def test_nothing_is_said_about_causes_that_were_not_measured() -> None:
     assert why(diagnose(_report(variant_row("float", method="float"), variant_row("a")))) == []
 
 
@@ -129,7 +129,7 @@ def _run(run_id: str, state: str, stage: str) -> RunStatus:
     return RunStatus(file=file, state=state, num_stages=1234, stage=stage, keys=frozenset(), message="")
 
 
-def test_a_list_of_runs_takes_a_line_a_run_and_cuts_the_last_stage_alone() -> None:
+def test_a_list_of_runs_takes_one_line_per_run_and_cuts_only_the_last_stage() -> None:
     names = ("20261127-005823-accuracy-d7ea7698", "20261127-005824-a-d7ea7699")
     runs = [_run(name, "completed", "simulate-accurate_7_bits-activations_only [red]") for name in names]
     lines = _shown(runs_table(runs))[3:-1]

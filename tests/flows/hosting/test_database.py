@@ -21,7 +21,7 @@ prepare_database(pathlib.Path(sys.argv[1]))
 
 
 def prepare(home, templates, **environment):
-    """In a process of its own, as a server does it: Prefect's settings are read once."""
+    """Prepare in its own process, as a server does: Prefect reads its settings once."""
     home.mkdir(exist_ok=True)
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     command = [sys.executable, "-c", PREPARE, str(templates)]
@@ -30,7 +30,7 @@ def prepare(home, templates, **environment):
 
 
 def schema(file):
-    """The revision, and what there is; the migrations do not repeat the order of constraints."""
+    """The revision, and the names of all objects; migrations do not reproduce the order of constraints."""
     with closing(sqlite3.connect(file)) as database:
         (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
         return revision, sorted(database.execute("SELECT type, name FROM sqlite_master"))
@@ -38,7 +38,7 @@ def schema(file):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """(templates, database) of the first server of an environment."""
+    """(templates, database) of an environment's first server."""
     folder = tmp_path_factory.mktemp("environment")
     return folder / "templates", prepare(folder / "home", folder / "templates")
 
@@ -82,14 +82,14 @@ def test_an_environment_that_cannot_be_written_to_costs_only_time(first, tmp_pat
     assert schema(database) == schema(first[1])
 
 
-def test_a_database_that_is_there_is_left_alone(first, tmp_path):
+def test_an_existing_database_is_left_alone(first, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "prefect.db").write_bytes(b"mine")
     assert prepare(tmp_path / "home", first[0]).read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("url", ["postgresql+asyncpg://user@127.0.0.1:1/name", "sqlite+aiosqlite:////nowhere/own.db"])
-def test_another_database_than_a_homes_own_is_prefects_matter(url, first, tmp_path):
+def test_a_database_other_than_the_homes_own_is_left_to_prefect(url, first, tmp_path):
     database = prepare(tmp_path / "home", first[0], PREFECT_API_DATABASE_CONNECTION_URL=url)
     assert not database.exists()
 
@@ -114,5 +114,5 @@ def test_a_database_with_one_damaged_page_is_found(tmp_path):
         check_database(file)
 
 
-def test_no_database_yet_is_no_damage(tmp_path):
+def test_a_missing_database_is_not_damage(tmp_path):
     check_database(tmp_path / "prefect.db")

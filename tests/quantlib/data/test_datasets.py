@@ -30,7 +30,7 @@ EVAL = EvalTransform(8, 8)
 
 @dataclass(frozen=True)
 class _Number:
-    """A transform that makes an image of 1 x 1 pixel of whatever it is given."""
+    """A transform that turns any image into one of 1 x 1 pixel."""
 
     crop: int = 1
 
@@ -39,7 +39,7 @@ class _Number:
 
 
 def _numbered(num_images: int) -> Split:
-    """Image n is of the grey level n, and of class n % 3."""
+    """A split where image n has grey level n and class n % 3."""
     return Split(
         labels=np.arange(num_images) % 3,
         classes=("a", "b", "c"),
@@ -57,7 +57,7 @@ def test_two_thirds_of_the_1797_digits_train_and_one_third_validates(split: str,
 
     assert len(digits) == num_images
     assert digits.classes == tuple("0123456789")
-    # Every class at about a tenth.
+    # Every class has about a tenth.
     assert np.bincount(digits.labels).min() > 0.08 * num_images
 
 
@@ -74,7 +74,7 @@ def test_digits_are_grey_levels_from_black_to_white_and_no_image_is_in_both_spli
     assert not pixels["train"] & pixels["val"]
 
 
-def test_an_image_folder_has_a_class_a_folder_in_alphabetical_order(image_folder: Path) -> None:
+def test_an_image_folder_has_one_class_per_folder_in_alphabetical_order(image_folder: Path) -> None:
     train = datasets.open_split("imagefolder", str(image_folder), "train")
 
     assert train.classes == ("blue", "green", "red")
@@ -121,7 +121,7 @@ def test_a_folder_of_images_without_classes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "image.png")
 
-    with pytest.raises(DataError, match=r"train has no classes: it must hold one folder a class"):
+    with pytest.raises(DataError, match=r"train has no classes: it must hold one folder per class"):
         datasets.open_split("imagefolder", str(tmp_path), "train")
 
 
@@ -148,7 +148,7 @@ def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
 
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Batches of four images in torchvision's layout, whose MD5 sums torchvision is told to expect."""
+    """Batches of four images in torchvision's layout, with torchvision's expected MD5 sums patched to match."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -181,7 +181,7 @@ def test_cifar10_is_read_as_torchvision_keeps_it(cifar10: Path) -> None:
 
 def test_a_damaged_cifar10_file_is_refused_before_it_is_unpickled(cifar10: Path) -> None:
     victim = cifar10 / "code_ran"
-    # What it would unpickle to creates a file.
+    # Unpickling this would create a file.
     trap = type("Trap", (), {"__reduce__": lambda _: (Path.touch, (victim,))})()
     (cifar10 / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(trap))
 
@@ -201,7 +201,7 @@ def test_a_folder_without_cifar10_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def imagenet(tmp_path: Path) -> Path:
-    """What torchvision's ImageNet leaves when it has unpacked its archives."""
+    """What torchvision's ImageNet leaves after unpacking its archives."""
     for split in ("train", "val"):
         for wnid, number in (("n01440764", 3), ("n01494475", 2)):
             folder = tmp_path / split / wnid
@@ -249,7 +249,7 @@ def test_an_imagenet_folder_without_archives_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module that can be imported, and gives its name."""
+    """Writes an importable module, and returns its name."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(source: str) -> str:
@@ -360,7 +360,7 @@ def test_no_more_is_decoded_ahead_than_two_batches() -> None:
 
     split = replace(_numbered(60), open=open_one)
     for taken, _ in enumerate(loading.batches(split, np.arange(60), _Number(), 0, batch_size=5), start=1):
-        # The batch in hand, and two that are decoded or being so.
+        # The current batch, and two that are decoded or being decoded.
         assert opened[0] <= 5 * (taken + 2)
     assert opened[0] == 60
 
@@ -388,7 +388,7 @@ def test_random_crops_do_not_depend_on_the_batch_size(train_split: Split) -> Non
     assert not np.array_equal(results[0][0], results[0][1])  # one image at two places is cropped twice
 
 
-def test_decoding_gives_pixels_and_labels_in_order_and_tells_how_far_it_is() -> None:
+def test_decoding_gives_pixels_and_labels_in_order_and_reports_progress() -> None:
     calls: list[tuple[int, int]] = []
     order = np.arange(100)[::-1]
 
@@ -438,7 +438,7 @@ def test_without_a_seed_the_order_is_the_datasets_own(image_folder: Path) -> Non
 
 def test_shuffling_is_a_function_of_the_seed() -> None:
     assert loading.shuffled(8, 1).tolist() == loading.shuffled(8, 1).tolist() != loading.shuffled(8, 2).tolist()
-    # Pinned: another order would train and calibrate on other images under the keys of these.
+    # Pinned: another order would train and calibrate on other images under the same keys.
     assert loading.shuffled(8, 191009).tolist() == np.random.default_rng(191009).permutation(8).tolist()
 
 
@@ -484,7 +484,7 @@ def test_numbers_without_a_known_scale_are_refused_by_name(values, what, one_ima
 
 def test_an_image_is_turned_as_its_camera_was_held(one_image: Callable[..., np.ndarray]) -> None:
     image, exif = Image.new("RGB", (8, 8), "black"), Image.Exif()
-    image.paste("white", (0, 0, 8, 4))  # Its upper half, which is the right one once it is turned.
+    image.paste("white", (0, 0, 8, 4))  # The upper half, which ends up on the right once turned.
     exif[0x0112] = 6
     pixels = one_image("a.png", lambda path: image.save(path, exif=exif))
     assert pixels[:, 4:].min() == 255

@@ -93,7 +93,7 @@ def test_an_image_too_long_for_any_box_gives_its_middle(
 def test_a_training_crop_of_everything_is_the_resized_image(rng: random.Random) -> None:
     image = _image(40, 40)
     transform = TrainTransform(16, (1.0, 1.0), 0.0)
-    # Of all shapes only the square has the image's area and fits.
+    # Only the square has the image's area and fits.
     box = next(box for box in iter(lambda: transform._box(40, 40, rng), None) if box[2:] == (40, 40))
 
     assert box == (0, 0, 40, 40)
@@ -102,7 +102,7 @@ def test_a_training_crop_of_everything_is_the_resized_image(rng: random.Random) 
 
 @pytest.mark.parametrize(("flip", "expected"), [(0.0, 0), (1.0, 200), (0.5, 100)])
 def test_images_are_mirrored_as_often_as_asked(rng: random.Random, flip: float, expected: int) -> None:
-    # Left half black, right half white: which way round it is shows in any crop.
+    # Left half black, right half white: any crop shows which way round it is.
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (20, 0, 40, 40))
     transform = TrainTransform(8, (0.99, 1.0), flip)
@@ -123,7 +123,7 @@ def test_training_is_a_function_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (65_500, 1)])
-def test_of_a_long_thin_image_only_what_the_crop_needs_is_resized(size: tuple[int, int], rng: random.Random) -> None:
+def test_only_what_the_crop_needs_of_a_long_thin_image_is_resized(size: tuple[int, int], rng: random.Random) -> None:
     sizes = []
 
     class Watched(Image.Image):

@@ -36,7 +36,7 @@ def test_an_unknown_engine_is_refused_with_those_there_are() -> None:
 
 
 def test_no_engine_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Some builds of torch list it, and it cannot compute.
+    # Some builds of torch list it, but it cannot compute.
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack", "none"]))
 
     with pytest.raises(MachineError, match=r"'none' is not available: this machine's torch has qnnpack\."):
@@ -81,7 +81,7 @@ def test_each_expected_warning_is_one_that_torch_gives(
         for message, kind in EXPECTED_WARNINGS
         if not any(re.match(message, str(w.message)) and issubclass(w.category, kind) for w in caught)
     ]
-    # torch gives this one once a process, and may have done so before.
+    # torch gives this warning once per process, and may already have done so.
     assert set(unseen) <= {"torch.quantize_per_tensor, torch.quantize_per_channel"}
 
 

@@ -105,7 +105,7 @@ def test_a_model_without_chains_is_copied(val_inputs: torch.Tensor) -> None:
 
 
 class _OwnGroups(nn.Module):
-    """Its chains are attributes, which nobody else could know to be chains."""
+    """Its chains are attributes that only the model itself can know to be chains."""
 
     def __init__(self, groups: list[list[str]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Timing. No test here asserts a time: the machine is busy with others."""
+"""Timing. No test here asserts a time: the machine is shared with other work."""
 
 from collections import Counter
 from itertools import pairwise, permutations
@@ -13,7 +13,7 @@ NUM_WARM_UP = 2
 
 
 class _Model(nn.Module):
-    """Gives back what it gets."""
+    """Returns its input."""
 
     layout = torch.channels_last
 
@@ -22,7 +22,7 @@ class _Model(nn.Module):
 
 
 class _Recorder(_Model):
-    """Notes each call in a list that several share."""
+    """Notes each call in a list shared by several models."""
 
     def __init__(self, name: str, calls: list[tuple[str, int, int]]) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ def test_every_round_times_each_model_once_after_an_untimed_call(
     assert all(turns[0::2] == turns[1::2] for turns in rounds)
 
 
-def test_every_model_follows_every_other_about_as_often(calls: list[tuple[str, int, int]], inputs: Tensor) -> None:
-    # In a fixed order a model that follows another runtime is slower in each round: bias, that passes for a difference.
+def test_every_model_follows_every_other_about_equally_often(calls: list[tuple[str, int, int]], inputs: Tensor) -> None:
+    # In a fixed order, a model that follows another runtime is slower in every round: bias mistaken for a difference.
     models = [_Recorder(name, calls) for name in "abc"]
 
     benchmark.time_models(lambda _: models, inputs, [1], [1], num_samples=50)

@@ -25,7 +25,7 @@ def shard(tmp_path: Path) -> Path:
 
 
 class _Table(nn.Module):
-    """Logits of each of the three images, by its grey level."""
+    """Logits for each of the three images, looked up by grey level."""
 
     def __init__(self, logits: list[list[float]]) -> None:
         super().__init__()

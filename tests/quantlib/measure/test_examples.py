@@ -16,7 +16,7 @@ def predictions(labels: list[int], answers: list[int], loss: list[float]) -> Pre
 
 LABELS = [0, 1, 2, 3, 4]
 BEFORE = predictions(LABELS, [0, 1, 2, 5, 6], [0.1, 0.1, 0.1, 2.0, 2.0])
-# 0 is the same; 1 and 2 are broken, 2 by more; 3 is mended; 4 is wrong both times, and its loss rose most of all.
+# 0 is the same; 1 and 2 are broken, 2 by more; 3 is fixed; 4 is wrong both times, and its loss rose most.
 AFTER = predictions(LABELS, [0, 0, 0, 3, 7], [0.1, 1.0, 3.0, 0.1, 9.0])
 
 

@@ -12,7 +12,7 @@ from quantlib.measure.predictions import Predictions
 
 @pytest.fixture
 def answers() -> Predictions:
-    """Four images: right at once; second; not among five; last of five."""
+    """Four images: the label comes first; second; not among the five; last of the five."""
     return Predictions(
         labels=np.array([3, 1, 6, 0]),
         top5=np.array([[3, 1, 2, 0, 5], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [5, 4, 3, 2, 0]]),

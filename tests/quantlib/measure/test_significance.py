@@ -54,7 +54,7 @@ def test_answers_about_different_images_are_refused():
 
 
 def test_slower_is_what_most_rounds_say_and_not_the_medians():
-    machine = np.random.default_rng(0).uniform(1, 3, 50)  # That slows down and recovers.
+    machine = np.random.default_rng(0).uniform(1, 3, 50)  # A machine that slows down and recovers.
     assert significance.is_slower(machine * 1.02, machine)
     assert not significance.is_slower(machine, machine * 1.02)
     other_rounds = np.random.default_rng(1).permutation(machine)

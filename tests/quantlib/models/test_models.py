@@ -25,7 +25,7 @@ module_numbers = itertools.count()
 
 @pytest.fixture
 def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module that can be imported, and gives its name."""
+    """Writes an importable module, and returns its name."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(source: str) -> str:
@@ -75,7 +75,7 @@ def test_mobilenet_v2_has_the_papers_3_5_million_parameters() -> None:
 
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_504_872  # torchvision documents this number
     assert sum(1 for module in model.modules() if isinstance(module, mobilenet_v2.InvertedResidual)) == 17
-    # Every repeat but a row's first is added to its input: 0 + 1 + 2 + 3 + 2 + 2 + 0.
+    # Every repeat except a row's first is added to its input: 0 + 1 + 2 + 3 + 2 + 2 + 0.
     assert sum(getattr(module, "skip_add", None) is not None for module in model.modules()) == 10
 
 
@@ -297,7 +297,7 @@ def test_a_download_without_a_network_says_where_to_put_the_file(
 # A user's own architecture
 
 
-def test_a_users_architecture_is_built_and_told_the_number_of_classes(write_module: Callable[[str], str]) -> None:
+def test_a_users_architecture_is_built_with_the_number_of_classes(write_module: Callable[[str], str]) -> None:
     name = write_module(
         "from torch import nn\n"
         "def small(num_classes, channels=4):\n"
@@ -311,7 +311,7 @@ def test_a_users_architecture_is_built_and_told_the_number_of_classes(write_modu
     assert header.arguments == {"num_classes": 5, "channels": 6}
 
 
-def test_an_architecture_without_num_classes_is_not_told_it(write_module: Callable[[str], str]) -> None:
+def test_an_architecture_without_num_classes_is_not_given_it(write_module: Callable[[str], str]) -> None:
     name = write_module("from torch import nn\ndef fixed():\n    return nn.Linear(1, 1)\n")
 
     assert registry.from_input(_source(f"{name}:fixed"), num_classes=5, seed=0)[1].arguments == {}
@@ -323,7 +323,7 @@ def test_an_unknown_architecture_is_refused_with_those_that_are_known() -> None:
 
 
 @pytest.mark.parametrize("function", ["absent", "number"])
-def test_a_users_function_that_is_none_is_refused(write_module: Callable[[str], str], function: str) -> None:
+def test_a_name_that_is_not_a_users_function_is_refused(write_module: Callable[[str], str], function: str) -> None:
     name = f"{write_module('number = 3')}:{function}"
 
     with pytest.raises(RecipeError, match=rf"model\.architecture = '{name}'"):
@@ -342,7 +342,7 @@ def test_an_architecture_that_is_no_module_is_refused(write_module: Callable[[st
         registry.build(f"{name}:net", {})
 
 
-def test_a_model_with_another_number_of_classes_than_the_data_is_refused(tiny_model: nn.Module) -> None:
+def test_a_model_with_more_or_fewer_classes_than_the_data_is_refused(tiny_model: nn.Module) -> None:
     with pytest.raises(ModelError, match=r"\[1, 3\] for one image, and the data has 10 classes"):
         registry.check_logits(tiny_model, num_classes=10, crop=32)
 
@@ -371,7 +371,9 @@ def test_weights_of_a_model_that_was_trained_in_parallel_are_its_own(prefix: str
     assert sorted(read_weights(str(tmp_path / "weights.pth"), "mobilenet_v2")) == ["layer.bias", "layer.weight"]
 
 
-def test_what_a_users_function_raises_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_users_function_raises_is_reported_with_its_location(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_failing_net.py").write_text("def build(depth=1):\n    raise ValueError('no such depth')\n")
     (tmp_path / "my_broken_net.py").write_text("def build(:\n")
     monkeypatch.syspath_prepend(tmp_path)

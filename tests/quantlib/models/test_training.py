@@ -1,4 +1,4 @@
-"""Training from nothing."""
+"""Training from scratch."""
 
 import itertools
 from pathlib import Path
@@ -25,7 +25,7 @@ def recipe() -> TrainingRecipe:
 def _train(split: Split, recipe: TrainingRecipe, arguments: dict, seed: int = 3) -> tuple[nn.Module, list]:
     torch.manual_seed(0)
     model = mobilenet_v2.mobilenet_v2(**arguments)
-    torch.manual_seed(next(random_states))  # what the process drew before must not matter
+    torch.manual_seed(next(random_states))  # earlier draws in this process must not matter
     calls: list[tuple[int, int]] = []
     training.train(
         model,
@@ -39,7 +39,7 @@ def _train(split: Split, recipe: TrainingRecipe, arguments: dict, seed: int = 3)
     return model, calls
 
 
-def test_training_learns_to_tell_three_colours(trained_model: nn.Module, val_shard: Path) -> None:
+def test_training_learns_to_tell_three_colours_apart(trained_model: nn.Module, val_shard: Path) -> None:
     answers = evaluation.evaluate(trained_model, val_shard, batch_size=18)
 
     assert answers.top1 == 1.0
@@ -59,7 +59,7 @@ def test_training_is_a_function_of_the_seed(train_split: Split, recipe: Training
 def test_what_is_left_over_at_an_epochs_end_is_dropped(
     train_split: Split, recipe: TrainingRecipe, tiny_arguments: dict
 ) -> None:
-    model, calls = _train(train_split, recipe, tiny_arguments)  # 36 images: 3 steps of 10 an epoch
+    model, calls = _train(train_split, recipe, tiny_arguments)  # 36 images: 3 steps of 10 per epoch
 
     assert calls == [(step, 6) for step in range(1, 7)]
     assert int(model.features[0][1].num_batches_tracked) == 6

@@ -1,4 +1,4 @@
-"""Calibration: what observers see, and what is kept of it."""
+"""Calibration: what observers see, and what they keep of it."""
 
 from collections.abc import Callable
 from dataclasses import replace

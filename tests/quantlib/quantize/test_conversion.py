@@ -1,4 +1,4 @@
-"""Conversion to int8, and int8 models from their bytes."""
+"""Conversion to int8, and int8 models read back from their bytes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ Calibrated = Callable[[str], nn.Module]
 
 
 def _signal_to_noise(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """In decibels."""
+    """Signal-to-noise ratio in decibels."""
     return float(20 * torch.log10(expected.norm() / (expected - got).norm()))
 
 
@@ -89,7 +89,7 @@ class _NoStubs(nn.Module):
 
 
 @pytest.mark.parametrize("architecture", [_PlainAddition, _NoStubs])
-def test_an_architecture_that_cannot_run_in_int8_is_told_what_it_needs(
+def test_an_architecture_that_cannot_run_in_int8_is_refused_with_what_it_needs(
     architecture: type[nn.Module], train_shard: Path, engine: str
 ) -> None:
     prepared = preparation.prepare(architecture(), scheme("default"), "eval")
@@ -100,7 +100,7 @@ def test_an_architecture_that_cannot_run_in_int8_is_told_what_it_needs(
         conversion.check_int8(int8, engine, crop=32)
 
 
-# Sizes, of MobileNetV2 with 1,000 classes. What the tutorial's own script writes with torch 2.15, in MB.
+# Sizes of MobileNetV2 with 1,000 classes, in MB, as the tutorial's own script writes it with torch 2.15.
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_int8_file_is_less_than_a_third_of_float(
     assert size / 1e6 == pytest.approx(megabytes, rel=0.02)
 
 
-# Real weights and images, where they lie beside the repository.
+# Real weights and images, if they are kept next to the repository.
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def real_shards(shared: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     ("weights", "qconfig", "least", "most"),
     [
         ("mobilenet_v2_cifar10_64px.pth", "default", -0.03, 0.03),
-        # The same function, its channels of uneven range: min/max per tensor loses 36 points on all 5,000 images,
+        # The same function with channels of uneven range: min/max per tensor loses 36 points on all 5,000 images,
         # per channel 2.7.
         ("mobilenet_v2_cifar10_64px_uneven.pth", "default", 0.2, 0.5),
         ("mobilenet_v2_cifar10_64px_uneven.pth", "fbgemm", -0.02, 0.08),

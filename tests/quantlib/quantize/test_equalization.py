@@ -104,7 +104,7 @@ def test_a_channel_without_weights_stays_finite():
 
 
 class Branching(nn.Module):
-    """Its forward() cannot be traced; the part inside can."""
+    """Its forward() cannot be traced, but the part inside can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_a_model_that_cannot_be_traced_is_equalized_part_by_part():
 
 
 class Peeking(Branching):
-    """Reads a layer's output behind its container's back."""
+    """Uses a layer's output from outside its container."""
 
     def forward(self, x):
         return self.inside[0](x) if x.mean() < 100 else x

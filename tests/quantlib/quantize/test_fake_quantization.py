@@ -1,4 +1,4 @@
-"""Fake quantization and fused Conv-BatchNorm for training, beside torch's own."""
+"""Fake quantization and fused Conv-BatchNorm for training, compared with torch's own."""
 
 import copy
 from typing import Any
@@ -49,7 +49,7 @@ def _run(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_activations_are_quantized_as_by_torch(reduce_range: bool, relu: bool, layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     ours, theirs = (_activation(kind, reduce_range) for kind in (ActivationFakeQuantize, FusedMovingAvgObsFakeQuantize))
-    for step in range(3):  # From the second on, values fall outside of the moving range.
+    for step in range(3):  # From the second step on, values fall outside the moving range.
         x = (torch.randn(4, 6, 5, 5) * (step + 1)).contiguous(memory_format=layout)
         x = x.relu() if relu else x
         (y, gradient), (expected, expected_gradient) = _run(ours, x), _run(theirs, x)
@@ -62,7 +62,7 @@ def test_activations_are_quantized_as_by_torch(reduce_range: bool, relu: bool, l
 
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
-def test_it_rectifies_as_a_relu_before_it() -> None:
+def test_it_rectifies_like_a_relu_before_it() -> None:
     torch.manual_seed(0)
     ours, theirs = (_activation(ActivationFakeQuantize, True) for _ in range(2))
     ours.fuses_relu = True
@@ -73,7 +73,7 @@ def test_it_rectifies_as_a_relu_before_it() -> None:
         assert torch.equal(gradient, expected_gradient)
         assert 0.4 < (gradient == 0).float().mean() < 0.9
     assert str(ours.state_dict()) == str(theirs.state_dict())
-    # A grid from below 0 has been loaded.
+    # As if a grid that starts below 0 had been loaded.
     for module in (ours, theirs):
         freeze_observers(module)
         module.zero_point.fill_(30)
@@ -87,7 +87,7 @@ def test_it_rectifies_as_a_relu_before_it() -> None:
 def test_the_gradient_takes_the_place_of_what_was_rectified_if_that_keeps_its_layout(
     layout: torch.memory_format,
 ) -> None:
-    """In another layout, the layers before would add it up in another order."""
+    """In another layout, the earlier layers would sum it in another order."""
     module = _activation(ActivationFakeQuantize, True)
     module.fuses_relu = True
     x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -111,7 +111,7 @@ def test_relu_is_left_to_the_quantization_that_follows() -> None:
     use_fast_forward(model)
     assert model[0].activation_post_process.fuses_relu
     assert model[0]._forward(x).min() < 0
-    # Whatever takes its place finds a ReLU.
+    # A replacement must find a ReLU.
     model[0].activation_post_process = nn.Identity()
     assert model(x).min() == 0
 
@@ -125,7 +125,7 @@ def test_weights_are_quantized_as_by_torch() -> None:
         (y, gradient), (expected, expected_gradient) = _run(ours, w), _run(theirs, w)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
         assert torch.equal(gradient, expected_gradient)
-    # torch has another grid for a channel of nothing but zeros, on which they are zeros as well.
+    # torch uses another grid for an all-zero channel; the values are zero on that one, too.
     torch.testing.assert_close(ours.scale[:5], theirs.scale[:5], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.zero_point[:5], theirs.zero_point[:5].int())
 
@@ -145,7 +145,7 @@ def test_a_frozen_observer_keeps_its_grid(kind: type[nn.Module]) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_conv_and_batch_norm_train_as_in_torch(frozen: bool, bias: bool) -> None:
-    """Without rounding, which would make steps of the smallest differences."""
+    """Without rounding, which would turn the smallest differences into whole steps."""
     torch.manual_seed(0)
     chain = nn.Sequential(nn.Conv2d(4, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU())
     nn.init.uniform_(chain[1].weight, 0.1, 2.0)

@@ -144,7 +144,7 @@ def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: byt
         metrics = _train(model, epoch, train_split)
         assert metrics.batch_norm_frozen == (epoch >= 1)
         assert metrics.observers_frozen == (epoch >= 2)
-        assert not torch.equal(weight, model.features[0][0].weight)  # weights go on learning
+        assert not torch.equal(weight, model.features[0][0].weight)  # weights keep learning
         moved.append(
             tuple(
                 any(not torch.equal(value, after[name]) for name, value in before.items())
@@ -219,7 +219,7 @@ def test_an_epoch_takes_its_batches_from_the_given_images_alone(fused_content: b
 
 
 class _Fixed(nn.Module):
-    """Gives the same logits for every image, whatever is learned."""
+    """Gives the same logits for every image, whatever it learns."""
 
     def __init__(self) -> None:
         super().__init__()

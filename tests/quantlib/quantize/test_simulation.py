@@ -20,7 +20,7 @@ Calibrated = Callable[[str], nn.Module]
 
 @pytest.fixture(scope="module")
 def prepared(trained_model: nn.Module, calibrated: Calibrated, val_inputs: torch.Tensor) -> Callable[..., nn.Module]:
-    """A prepared model of either mode."""
+    """A prepared model in either mode."""
 
     def get(mode: FuseMode, qconfig: str) -> nn.Module:
         if mode == "eval":
@@ -35,7 +35,7 @@ def prepared(trained_model: nn.Module, calibrated: Calibrated, val_inputs: torch
 
 
 def _noise(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """Root mean square of the difference, as a part of the signal's."""
+    """Root mean square of the difference, relative to the signal's."""
     return float((expected - got).norm() / expected.norm())
 
 
@@ -50,7 +50,7 @@ def test_simulating_both_parts_gives_the_int8_models_logits(
     with torch.inference_mode(), use_engine(engine):
         expected, got = int8(val_inputs), simulated(val_inputs)
 
-    # The same values but for ties: of some thousand roundings a few fall to the other side, by one step each.
+    # The same values except for ties: of some thousand roundings, a few go the other way, by one step each.
     assert _noise(expected, got) < 0.02
     assert torch.equal(got.argmax(1), expected.argmax(1))
 

@@ -21,7 +21,7 @@ OBSERVERS: tuple[ObserverName, ...] = ("minmax", "moving_average", "histogram", 
 
 
 def _batches() -> list[torch.Tensor]:
-    """Ranges that grow and shrink."""
+    """Batches whose ranges grow and shrink."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(4, 6, 8, 8, generator=generator) * scale for scale in (1.0, 2.0, 0.5, 1.5)]
 
@@ -29,7 +29,7 @@ def _batches() -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
 @pytest.mark.parametrize("name", OBSERVERS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_every_observer_is_where_it_would_be_had_it_seen_the_same(name: ObserverName, layout: Any) -> None:
+def test_every_observer_ends_up_as_if_it_had_seen_the_same(name: ObserverName, layout: Any) -> None:
     statistics, handed, own = ActivationStatistics(), *(preparation.OBSERVERS[name]() for _ in range(2))
     for x in _batches():
         statistics(x.contiguous(memory_format=layout))
@@ -45,7 +45,7 @@ def test_a_large_activation_is_counted_in_part_and_its_histogram_has_the_same_sh
     x = torch.randn(4, 16, 64, 64, generator=torch.Generator().manual_seed(0)).contiguous(
         memory_format=torch.channels_last
     )
-    x[:, 3] += 4  # A channel of its own kind must be counted as often as the others.
+    x[:, 3] += 4  # An unusual channel must be counted as often as the others.
     whole, part = ActivationStatistics(), ActivationStatistics()
     whole(x)
     monkeypatch.setattr(observers, "_MAX_COUNTED", 2**15)
@@ -97,9 +97,7 @@ def test_chosen_ranges_and_the_weights_are_the_observed_models_own(
         torch.testing.assert_close(prepared(val_inputs), fused(val_inputs))
 
 
-def test_statistics_go_on_after_they_were_stored(
-    fused_model: nn.Module, tiny_header: Header, train_shard: Path
-) -> None:
+def test_statistics_continue_after_being_stored(fused_model: nn.Module, tiny_header: Header, train_shard: Path) -> None:
     observed = preparation.observe(fused_model, ())
     calibration.calibrate(observed, train_shard, batch_size=12)
     again, _ = stored.open_model(checkpoint.save(observed, replace(tiny_header, fused="eval", observed=())))

@@ -1,4 +1,4 @@
-"""Stored models: whatever their state, one door opens them, and they come back exactly."""
+"""Stored models: whatever their state, one function opens them, and they come back exactly."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ STATES = ["float", "fused", "fused for QAT", "observed", "calibrated", "trainabl
 
 @pytest.fixture
 def make(tiny_model: nn.Module, tiny_header: Header, train_shard: Path, engine: str) -> Callable[..., Made]:
-    """A model in a state, as the stages make it, and its header."""
+    """A model in some state, as the stages make it, and its header."""
 
     def make_model(state: str, qconfig: str = "fbgemm") -> Made:
         mode = "qat" if state in {"fused for QAT", "trainable", "int8 of QAT"} else "eval"
@@ -45,7 +45,7 @@ def make(tiny_model: nn.Module, tiny_header: Header, train_shard: Path, engine: 
     return make_model
 
 
-# Weights of a scale each, and a scale a channel; x86's and onednn's are stored as fbgemm's.
+# One scale per weight tensor, and one per channel; x86 and onednn weights are stored like fbgemm's.
 @pytest.mark.parametrize("qconfig", ["default", "fbgemm"])
 @pytest.mark.parametrize("state", STATES)
 def test_a_stored_model_comes_back_bit_for_bit(

@@ -1,4 +1,4 @@
-"""The recipe's file: where it is, what paths in it mean, and how its values are changed from the command line."""
+"""The recipe file: where it is, what its paths mean, and how the command line changes its values."""
 
 from pathlib import Path
 
@@ -140,6 +140,6 @@ def test_paths_in_overrides_are_relative_to_the_working_folder(
         ("qat.0.epochs=few", r"qat\.0\.epochs = 'few' is not allowed"),
     ],
 )
-def test_an_override_that_is_wrong_is_named(recipe_file: Path, override: str, message: str) -> None:
+def test_a_wrong_override_is_named(recipe_file: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_file, [override])

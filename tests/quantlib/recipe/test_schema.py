@@ -1,4 +1,4 @@
-"""The recipe: what it may say, and what is said of one that is wrong."""
+"""The recipe: what it may contain, and what is reported if it is wrong."""
 
 import copy
 import re
@@ -47,7 +47,7 @@ def test_what_a_recipe_leaves_out_is_the_designs_default() -> None:
     assert recipe.gate.max_top1_drop == 0.01
 
 
-# What is wrong is named, with what is allowed
+# Errors name what is wrong and what is allowed
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def _nested(depth: int) -> dict[str, Any]:
         ({"half \ud800": 1}, "line of 1000"),
         ({"a": "x" * 1001}, "line of 1000"),
         ({"a": [0] * 1001}, "at most 1000"),
-        ({"a": datetime(2026, 1, 1, tzinfo=UTC)}, "neither a text"),
+        ({"a": datetime(2026, 1, 1, tzinfo=UTC)}, "neither a string"),
     ],
 )
-def test_arguments_that_nobody_could_store_are_refused(arguments: dict[str, Any], fault: str) -> None:
+def test_arguments_that_cannot_be_stored_are_refused(arguments: dict[str, Any], fault: str) -> None:
     with pytest.raises(RecipeError, match=f"^model.arguments.*{fault}") as caught:
         parse_recipe(_with("model.arguments", arguments))
     assert len(str(caught.value)) < 400
@@ -169,7 +169,7 @@ def test_a_missing_key_is_named() -> None:
         parse_recipe(tables)
 
 
-def test_everything_that_is_wrong_is_said_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     tables = _with("qat.0.epochs", 0) | {"colour": "red"}
 
     with pytest.raises(RecipeError) as error:

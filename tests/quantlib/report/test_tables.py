@@ -1,4 +1,4 @@
-"""The report as others read it: Parquet tables, one folder a run."""
+"""The report as others read it: Parquet tables, one folder per run."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from quantlib.measure.predictions import Predictions
 from quantlib.report import tables
 from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, NoteRow, Report, StageRow
 
-# The contract: columns may be added, and none renamed.
+# The contract: columns may be added, but not renamed.
 COLUMNS = {
     "variants": "run_id, recipe, variant, method, qconfig, engine, top1, top5, num_images, top1_drop, size_bytes, "
     "latency_p50_ms, speedup, accepted, winner, artifact_sha256, artifact_path, torch_version, cpu_model, created_at",
@@ -33,7 +33,7 @@ COLUMNS = {
     "layers": "run_id, variant, layer, type, weight_min, weight_max, activation_min, activation_max, sqnr_db, "
     "saturation, top1_only, top1_all_but, divergence_only, num_images, measured_on",
 }
-# Beside it, for the page that people look at.
+# In addition, for the page that people look at.
 MORE_COLUMNS = {
     "classes": "run_id, class_index, name",
     "examples": "run_id, variant, image_index, label, float_top1, int8_top1, png",
@@ -41,7 +41,7 @@ MORE_COLUMNS = {
     "p_value, top1_selection, latency_p50_ms, speedup, gate, num_images_to_decide, reported",
     "notes": "run_id, kind, text",
 }
-# In the order in which they are written.
+# In the order they are written.
 NUM_ROWS = {
     "epochs": 1,
     "latency": 1,
@@ -118,7 +118,7 @@ def found() -> Report:
 
 @pytest.fixture
 def reports(tmp_path: Path, found: Report) -> Path:
-    """The folder of two runs' reports."""
+    """The folder with two runs' reports."""
     tables.write(tmp_path / "reports", found, PREDICTIONS, IMAGES)
     later = [replace(row, created_at=START + timedelta(days=1)) for row in found.variants]
     tables.write(tmp_path / "reports", replace(found, run_id="20250103-test", variants=tuple(later)), PREDICTIONS)
@@ -202,7 +202,7 @@ def test_a_run_that_is_written_again_is_replaced(reports: Path, found: Report) -
     assert len(rows) == 1 + 2
 
 
-def test_tables_without_rows_have_their_columns_all_the_same(tmp_path: Path, found: Report) -> None:
+def test_tables_without_rows_still_have_their_columns(tmp_path: Path, found: Report) -> None:
     tables.write(tmp_path, replace(found, epochs=()), PREDICTIONS)
 
     rows = _with_duckdb(tmp_path, "epochs")
@@ -223,7 +223,7 @@ def test_a_reader_sees_nothing_of_a_run_that_is_being_written(
     monkeypatch.setattr(pq, "write_table", write_and_read)
     tables.write(reports, replace(found, run_id="third"), PREDICTIONS)
 
-    # At the moment when the n-th file is complete, the tables before it are there, and its own is not.
+    # When the n-th file is complete, the tables before it exist, but its own does not.
     order = list(NUM_ROWS)
     assert counts == [
         {name: NUM_ROWS[name] * (3 if order.index(name) < step else 2) for name in order} for step in range(len(order))
@@ -288,7 +288,7 @@ def test_no_flipped_bit_changes_what_is_read_nor_escapes_as_another_error(report
         assert tables.read_table(reports, name, found.run_id) == right
 
 
-def test_damage_of_a_file_that_has_no_hash_is_no_other_error(reports: Path, found: Report) -> None:
+def test_damage_to_a_file_without_a_hash_raises_no_other_error(reports: Path, found: Report) -> None:
     (path,) = (reports / "variants").glob(f"run_id={found.run_id}/*.parquet")
     (path.parent / "_part-0.sha256").unlink()
     whole, random, refused, changed = path.read_bytes(), Random(0), 0, 0
@@ -300,13 +300,13 @@ def test_damage_of_a_file_that_has_no_hash_is_no_other_error(reports: Path, foun
             changed += tables.read_table(reports, "variants", found.run_id) != right
         except StoreError:
             refused += 1
-    assert refused > 100  # By the checksums of the pages.
-    assert changed < 10  # In headers, which those checksums do not cover; without any it is 19.
+    assert refused > 100  # Detected by the checksums of the pages.
+    assert changed < 10  # In headers, which those checksums do not cover; without checksums it is 19.
 
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere"), Path.touch])
-def test_what_is_no_report_is_told_and_the_other_runs_are_read(reports: Path, found: Report, make: Any) -> None:
+def test_what_is_not_a_report_is_reported_and_the_other_runs_are_read(reports: Path, found: Report, make: Any) -> None:
     (path,) = (reports / "variants").glob(f"run_id={found.run_id}/*.parquet")
     path.unlink()
     make(path)
@@ -318,7 +318,7 @@ def test_what_is_no_report_is_told_and_the_other_runs_are_read(reports: Path, fo
         tables.read_variants(reports)
 
 
-def test_a_report_of_an_earlier_version_lacks_columns_and_reads_all_the_same(reports: Path) -> None:
+def test_a_report_of_an_earlier_version_lacks_columns_but_is_still_readable(reports: Path) -> None:
     path = next((reports / "variants").glob("run_id=20250103-test/*.parquet"))
     (path.parent / "_part-0.sha256").unlink()
     pq.write_table(pq.ParquetFile(path).read().drop_columns(["loss"]), path)
@@ -340,7 +340,7 @@ def test_without_a_winner_the_best_is_the_quantized_model_that_chose_best(found:
     none = replace(
         found,
         variants=(
-            replace(found.variants[0], top1_selection=0.99),  # float is never it
+            replace(found.variants[0], top1_selection=0.99),  # float is never the best
             replace(found.variants[1], top1_selection=0.8, top1=0.1),
             replace(found.variants[2], top1_selection=0.7, winner=False),
         ),

@@ -25,7 +25,7 @@ CIRCUMSTANCES = RunInfo(
 
 
 def _predictions(num_correct: int, num_images: int = 100) -> Predictions:
-    """Six classes; those that are wrong have the label second."""
+    """Predictions over six classes; wrong ones rank the label second."""
     labels = np.arange(num_images) % 6
     likeliest = np.where(np.arange(num_images) < num_correct, labels, (labels + 1) % 6)
     rest = [np.where(likeliest == labels, (labels + n) % 6, (labels + n - 1) % 6) for n in (1, 2, 3, 4)]
@@ -65,7 +65,7 @@ def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes:
 
 @dataclass(frozen=True)
 class _Found:
-    """All that a verdict says."""
+    """Everything in a verdict."""
 
     variants: tuple[VariantRow, ...]
     files: tuple[FileRow, ...]
@@ -92,7 +92,7 @@ def _winner(*variants: Measured, gate: float = 0.01) -> str | None:
 
 
 def _noisy(milliseconds: float, seed: int) -> dict[tuple[str, int, int], list[float]]:
-    """Timings with much noise around a median."""
+    """Very noisy timings around a median."""
     return {("torchscript-x86", 1, 1): list(milliseconds * np.random.default_rng(seed).lognormal(0, 0.1, 50))}
 
 
@@ -125,7 +125,7 @@ def test_the_latency_is_the_median_of_a_batch_of_one_on_one_thread() -> None:
 
 
 def _with_onnx(name: str, *, pt: int, onnx: int, pt_ms: float, onnx_ms: float, engine: str | None = "x86") -> Measured:
-    """A variant as TorchScript and as ONNX in OpenVINO."""
+    """A variant in TorchScript, and as ONNX in OpenVINO."""
     own = "torchscript" if engine is None else f"torchscript-{engine}"
     return _measured(
         name,
@@ -157,7 +157,7 @@ def test_accuracy_size_latency_and_speedup_are_of_the_file_to_ship_in_its_runtim
 
 
 def test_the_gate_judges_the_file_that_is_shipped_and_not_another_of_the_same_variant() -> None:
-    # As TorchScript inside the gate, in the faster runtime outside: the slower file is the one to ship.
+    # Inside the gate in TorchScript, outside in the faster runtime: the slower file is the one to ship.
     found = _verdict(_measured("float", 90, 4.0), _with_onnx("a", pt=90, onnx=80, pt_ms=2.0, onnx_ms=1.0))
     row = found.variants[1]
 
@@ -198,7 +198,7 @@ def test_a_file_is_meant_for_the_first_of_the_runtimes_that_are_fastest_within_n
     assert choice.fastest_runtime({x86: machine, onednn: machine * 0.9}) == onednn
 
 
-def test_simulated_accuracies_are_there_where_they_were_asked_for() -> None:
+def test_simulated_accuracies_are_reported_where_they_were_requested() -> None:
     parts = {"both": _predictions(80), "weights": _predictions(85), "activations": _predictions(82)}
     rows = _rows(_measured("float", 90), _measured("a", 88, simulated=parts), _measured("b", 88))
 
@@ -296,7 +296,7 @@ def test_a_file_that_is_faster_in_nearly_every_round_wins_however_small_the_diff
 
 
 def test_within_the_noise_of_timing_the_more_accurate_wins_if_chance_does_not_explain_it() -> None:
-    # Not so in a comparison of medians: there a is 3% faster.
+    # Comparing medians would say otherwise: by those, a is 3% faster.
     a = _measured("a", 89, samples_ms=_noisy(1.0, 3))
     b = _measured("b", 99, samples_ms=_noisy(1.03, 4))
     c = _measured("c", 96, samples_ms=_noisy(1.03, 5), size_bytes=900)
@@ -348,7 +348,7 @@ def test_what_is_drawn_as_the_front_holds_the_winner_and_nothing_that_is_beaten_
     assert rows["winner"].winner
 
 
-def test_on_the_front_is_what_is_slower_but_surely_better_and_not_what_is_as_fast_but_surely_worse() -> None:
+def test_the_front_holds_what_is_slower_but_surely_better_and_not_what_is_as_fast_but_surely_worse() -> None:
     rows = _rows(
         _measured("float", 95, 8.0),
         _measured("best", 95, samples_ms=_noisy(1.0, 3)),
@@ -365,8 +365,8 @@ def test_on_the_front_is_what_is_slower_but_surely_better_and_not_what_is_as_fas
     assert [worse[name].pareto for name in ("fast", "surely better")] == [True, True]
 
 
-def test_accuracy_is_compared_on_the_images_that_choices_are_made_by() -> None:
-    # b is better on validation: to choose it for that would make its reported accuracy optimistic.
+def test_accuracy_is_compared_on_the_selection_images() -> None:
+    # b is better on validation, but choosing it for that would make its reported accuracy optimistic.
     variants = (
         _measured("a", 89, selection=_predictions(80)),
         _measured("b", 95, selection=_predictions(70)),

@@ -28,7 +28,7 @@ ONNX_RUNTIMES = [found.name for found in available.find_onnx_runtimes()]
 def exported(
     calibrated: Calibrated, fused_model: nn.Module, engine: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder of int8.pt, int8.onnx and float.pt."""
+    """A folder with int8.pt, int8.onnx and float.pt."""
     pytest.importorskip("onnx", reason="the extra of an ONNX runtime is not installed")
     folder = tmp_path_factory.mktemp("files")
     (folder / "int8.pt").write_bytes(scripting.script(conversion.convert(calibrated("accurate"), engine), engine))
@@ -53,7 +53,7 @@ def test_every_runtime_gives_the_logits_of_the_torchscript_file(
     for name in ONNX_RUNTIMES:
         model = classifiers.open_model(exported / "int8.onnx", name, num_threads=1)
         assert _error(model(x), expected) < 0.02, name
-        # Answers are the caller's: the next call leaves them as they are, and takes another number of images.
+        # Outputs belong to the caller: the next call leaves them as they are, and takes another number of images.
         first = model(x[:5])
         kept = first.clone()
         model(x[5:])
@@ -74,7 +74,7 @@ def test_the_onnx_file_has_the_same_bytes_each_time(exported: Path, engine: str)
 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
-def test_an_onnx_file_that_answers_otherwise_is_refused(
+def test_an_onnx_file_that_answers_differently_is_refused(
     exported: Path, calibrated: Calibrated, engine: str, runtime: str, val_shard: Path, tmp_path: Path
 ) -> None:
     other = copy.deepcopy(calibrated("accurate"))
@@ -174,7 +174,7 @@ print([name for name, module in sys.modules.items() if "telemetry" in name and h
 
 
 def _opened(exported: Path, home: Path, seconds: int) -> tuple[list[str], dict[str, str]]:
-    """A command that loads a file in every runtime, and waits; its environment, with an empty home."""
+    """A command that loads a file in every runtime, then waits; and its environment, with an empty home."""
     home.mkdir()
     own = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
     command = [sys.executable, "-c", _OPENED, str(seconds), str(exported / "int8.onnx"), *ONNX_RUNTIMES]
@@ -186,7 +186,7 @@ def test_no_runtime_loads_what_reports_to_its_maker_nor_writes_to_the_users_home
 ) -> None:
     command, environment = _opened(exported, tmp_path / "home", 0)
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    # OpenVINO has a stand-in of its own for where telemetry is not installed.
+    # OpenVINO brings its own stand-in for when telemetry is not installed.
     assert done.stdout.strip() in {"[]", "['openvino.tools.ovc.telemetry_stub']"}
     assert list((tmp_path / "home").rglob("*")) == []
 
@@ -194,7 +194,7 @@ def test_no_runtime_loads_what_reports_to_its_maker_nor_writes_to_the_users_home
 @pytest.mark.slow
 @pytest.mark.skipif(traces.MISSING is not None, reason=str(traces.MISSING))
 def test_no_runtime_reports_to_its_maker_later_either(exported: Path, tmp_path: Path) -> None:
-    # ONNX Runtime waits some seconds before it does.
+    # ONNX Runtime waits a few seconds before it reports.
     command, environment = _opened(exported, tmp_path / "home", 30)
     seen = traces.trace(command, tmp_path / "trace", env=environment)
     assert seen.returncode == 0, seen.said
