@@ -1,4 +1,4 @@
-# Two commands do everything on a machine that has Python 3.11-3.13 with pip, git and make:
+# Two commands do everything on a machine with Python 3.11-3.13, pip, git and make:
 #   make run     sets up, then quantizes the embedded default
 #   make test    sets up, then runs the tests
 PYTHON ?= python3
@@ -16,7 +16,7 @@ test: setup
 test-all: setup
 	$(BIN)/pytest
 
-# Taken anew by the browser tests (Debian: apt-get install chromium chromium-driver).
+# The browser tests take them again (Debian: apt-get install chromium chromium-driver).
 screenshots: setup
 	QUANTFLOW_SCREENSHOTS=docs $(BIN)/pytest tests/flows/hosting/test_dashboard_browser.py
 
@@ -32,8 +32,9 @@ format: setup
 
 setup: $(SETUP)
 
-# uv, because it takes builds of torch and torchvision that match. Bytecode is compiled here, once: torch and Prefect
-# import in half the time from then on. A migrated database for Prefect saves each new home 6 seconds. The mark is written last, so that a set-up that was interrupted is done again.
+# uv, because it picks matching builds of torch and torchvision. Bytecode is compiled once, here: after that, torch and
+# Prefect import in half the time. A migrated database for Prefect saves each new home 6 seconds. The marker is written
+# last, so that an interrupted set-up is done again.
 $(SETUP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"

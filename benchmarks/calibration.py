@@ -1,4 +1,4 @@
-"""Calibration: torch's min/max and histogram observers, and the pass that collects for all; MobileNetV2 at 224 px.
+"""Calibration: torch's min/max and histogram observers, and one pass that feeds all; MobileNetV2 at 224 px.
 
 python benchmarks/calibration.py
 """

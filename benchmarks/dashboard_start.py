@@ -1,7 +1,7 @@
-"""From `quantflow dashboard` to the first page: `python benchmarks/dashboard_start.py [OTHER_CHECKOUT]`.
+"""Time from `quantflow dashboard` to the first page: `python benchmarks/dashboard_start.py [OTHER_CHECKOUT]`.
 
-On a new home, and again on a home that it has run on. With another checkout, the two take turns, and the ratios of the
-pairs are printed. Every sample is written to dashboard_start.parquet in the working directory.
+On a new home, and on one it has already run on. With another checkout, the two take turns, and the ratios of the pairs
+are printed. Every sample is written to dashboard_start.parquet in the working directory.
 """
 
 import os
@@ -23,7 +23,7 @@ HOMES = ("new home", "known home")
 
 
 def first_page(checkout: Path, home: Path) -> float:
-    """Seconds from the command to the web interface's first page, as a browser gets it."""
+    """Seconds from the command to the web interface's first page, as a browser receives it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,7 +48,7 @@ def main() -> None:
     """Measure, print, write."""
     checkouts = [Path(__file__).parents[1], *map(Path, sys.argv[1:2])]
     rows = []
-    for number in range(-1, NUM_STARTS):  # The first start of an environment is not a start like the others.
+    for number in range(-1, NUM_STARTS):  # An environment's first start is not typical.
         for place, checkout in enumerate(checkouts):
             with tempfile.TemporaryDirectory() as home:
                 for kind in HOMES:

@@ -1,11 +1,11 @@
-"""quantflow beside the tutorial's script, from process start to the report, on an empty store.
+"""quantflow against the tutorial's script, from process start to the report, on an empty store.
 
     python benchmarks/end_to_end.py imagenet --tutorial tutorial.py --data imagenet-sample
     python benchmarks/end_to_end.py cifar10 --tutorial tutorial.py --data cifar10 --weights cifar10.pth
     python benchmarks/end_to_end.py many --tutorial tutorial.py --data imagenet-sample
 
 `imagenet`: 224 px, 8 calibration batches, 2 epochs of 5 batches. `cifar10`: 64 px and the tutorial's own settings.
-`many`: as `imagenet`, with 5,000 validation images (the files repeated) and 8 epochs of one batch, so that they are
+`many`: like `imagenet`, with 5,000 validation images (the files repeated) and 8 epochs of one batch, so they are
 evaluated 11 times. Both sides evaluate, calibrate and train on the same numbers of images.
 """
 
@@ -70,7 +70,7 @@ def tutorial(script: Path, data: Path, weights: Path, num_classes: int, settings
 
 
 def quantflow(data: Path, weights: Path, settings: dict, folder: Path) -> list[object]:
-    """The command of quantflow, on a new home; the gate is open, as random weights have no accuracy to lose."""
+    """Command that runs quantflow on a new home; the gate is open, because random weights have no accuracy to lose."""
     home = folder / "home"
     shutil.rmtree(home, ignore_errors=True)
     changes = {
@@ -81,8 +81,8 @@ def quantflow(data: Path, weights: Path, settings: dict, folder: Path) -> list[o
         "calibration.num_batches": settings["calibration"],
         "qat.0.epochs": settings["epochs"],
         "qat.0.batches_per_epoch": settings["batches"],
-        # As the tutorial, TorchScript alone. It times 5 batches of 50 images of two models; this times 10 single images
-        # of four models, of three on each engine.
+        # TorchScript alone, like the tutorial. That times 5 batches of 50 images for two models; this, 10 single images
+        # for four models, three of them on each engine.
         "benchmark.runtimes": '["torchscript"]',
         "benchmark.batch_sizes": [1],
         "benchmark.num_samples": 10,
@@ -93,7 +93,7 @@ def quantflow(data: Path, weights: Path, settings: dict, folder: Path) -> list[o
 
 
 def repeat_validation(data: Path, place: Path, num_images: int) -> Path:
-    """A dataset with links to the same training images, and to the validation images again and again."""
+    """A dataset that links to the same training images, and to the validation images over and over."""
     place.mkdir()
     (place / "train").symlink_to(data / "train")
     files = sorted((data / "val").glob("*/*"))
@@ -106,7 +106,7 @@ def repeat_validation(data: Path, place: Path, num_images: int) -> Path:
 
 
 def random_weights(place: Path, num_classes: int) -> Path:
-    """A state_dict as it is before any training."""
+    """An untrained state_dict."""
     torch.manual_seed(0)
     torch.save(mobilenet_v2.mobilenet_v2(num_classes).state_dict(), place)
     return place

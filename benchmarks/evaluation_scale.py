@@ -1,8 +1,8 @@
-"""Evaluation: time and peak memory of 50,000 images beside 5,000, decoding included, at 224 px.
+"""Evaluation: time and peak memory for 50,000 images against 5,000, decoding included, at 224 px.
 
     python benchmarks/evaluation_scale.py --data imagenet-sample
 
-Each is a process of its own that decodes the images into shards, then evaluates an int8 model on them, as the stages
+Each runs in its own process, which decodes the images into shards, then evaluates an int8 model on them, as the stages
 `decode` and `evaluate` do. Needs 8 GB of disk.
 """
 
@@ -30,11 +30,11 @@ from quantlib.models import mobilenet_v2
 from quantlib.quantize import conversion, preparation
 from quantlib.recipe.scheme import Scheme
 
-SHARD = 1783  # Images of 224 px in a shard of 256 MiB, as flows.graphs.branches has them.
+SHARD = 1783  # Images of 224 px in a shard of 256 MiB, as in flows.graphs.branches.
 
 
 def evaluate(root: Path, num_images: int) -> dict[str, float]:
-    """Seconds and peak resident memory in MB, of this process."""
+    """Seconds and peak resident memory in MB of this process."""
     machine.keep_freed_memory()
     start = time.perf_counter()
     split = datasets.open_split("imagefolder", str(root), "val")

@@ -1,6 +1,6 @@
-"""What a run costs that has nothing to do, beside an empty Prefect flow: `python benchmarks/idle_run.py`.
+"""Cost of a run with nothing to do, against an empty Prefect flow: `python benchmarks/idle_run.py`.
 
-Each is a process of its own, with Prefect's embedded server; the two take turns.
+Each runs in its own process, with Prefect's embedded server; the two take turns.
 """
 
 import sys

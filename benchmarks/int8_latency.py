@@ -1,10 +1,10 @@
-"""int8 MobileNetV2 at 224 px, in milliseconds an image: the tutorial's, quantflow's, ONNX Runtime's own, NNCF's own.
+"""int8 MobileNetV2 at 224 px, in milliseconds per image: the tutorial's, quantflow's, ONNX Runtime's own, NNCF's own.
 
     pip install nncf
     ORT_DISABLE_TELEMETRY=1 python benchmarks/int8_latency.py
 
-The same float model, quantized by each. Batch sizes 1 and 50, one and two threads; all in one process, in turn, each
-call timed after an untimed one. All of them profit from the allocator setting, the tutorial's too.
+The same float model, quantized by each. Batch sizes 1 and 50, one and two threads; all in one process, taking turns,
+each call timed after an untimed one. All benefit from the allocator setting, including the tutorial's.
 """
 
 import tempfile
@@ -46,12 +46,12 @@ class Images(CalibrationDataReader):
         self.batches = iter([{"images": one.numpy()} for one in x.split(1)])
 
     def get_next(self) -> dict | None:
-        """The next."""
+        """The next image, or None at the end."""
         return next(self.batches, None)
 
 
 class AsInTheTutorial:
-    """torch.jit.load and no more, on the fbgemm engine."""
+    """Just torch.jit.load, on the fbgemm engine."""
 
     layout = torch.contiguous_format
 
@@ -66,7 +66,7 @@ class AsInTheTutorial:
 
 
 class NNCF(classifiers.OpenVINOClassifier):
-    """A model that NNCF has quantized, in OpenVINO."""
+    """A model quantized by NNCF, in OpenVINO."""
 
 
 def make_files(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two or more sides of a question, measured in turn: so that a change of the machine's speed meets each alike."""
+"""Two or more sides of a question, measured in turn, so a change in the machine's speed affects each alike."""
 
 import os
 import statistics
@@ -26,7 +26,7 @@ def seconds(command: Sequence[object], environment: Mapping[str, str] = {}) -> f
 
 
 def in_turn(sides: Mapping[str, Callable[[], float]], num_rounds: int) -> Samples:
-    """What each side gives, round after round."""
+    """Samples of every side, measured in turn in each round."""
     samples: Samples = {name: [] for name in sides}
     for number in range(num_rounds):
         for name, measure in sides.items():
@@ -36,7 +36,7 @@ def in_turn(sides: Mapping[str, Callable[[], float]], num_rounds: int) -> Sample
 
 
 def ratio(samples: Samples, above: str, below: str) -> float:
-    """Median over the rounds of one side over another."""
+    """Median over the rounds of one side divided by the other."""
     return statistics.median(a / b for a, b in zip(samples[above], samples[below], strict=True))
 
 

@@ -1,8 +1,8 @@
-"""QAT: images a second, as the tutorial trains and as quantflow does, MobileNetV2 at 224 px in batches of 30.
+"""QAT: images per second, as the tutorial trains and as quantflow does, MobileNetV2 at 224 px in batches of 30.
 
     python benchmarks/qat_training.py
 
-Each side is a process of its own, as quantflow changes the memory allocator of its process.
+Each side runs in its own process, because quantflow changes its process's memory allocator.
 """
 
 import json
@@ -25,14 +25,14 @@ BATCH_SIZE = 30
 
 
 def as_in_the_tutorial() -> nn.Module:
-    """Modules and layout are torch's own."""
+    """The model as the tutorial trains it: torch's own modules and layout."""
     model = fusion.fuse_model(mobilenet_v2.mobilenet_v2(), "qat").train()
     model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
     return torch.ao.quantization.prepare_qat(model)
 
 
 def as_quantflow_does() -> nn.Module:
-    """What the stage `qat_epoch` trains."""
+    """The model that the stage `qat_epoch` trains."""
     machine.keep_freed_memory()
     scheme = Scheme(observer="histogram", weights="per_channel", activation_bits=7)
     model = preparation.prepare(fusion.fuse_model(mobilenet_v2.mobilenet_v2(), "qat"), scheme, "qat")
@@ -43,7 +43,7 @@ SIDES = {"tutorial": as_in_the_tutorial, "quantflow": as_quantflow_does}
 
 
 def images_a_second(side: str) -> float:
-    """In this process."""
+    """Training speed of one side, measured in this process."""
     torch.manual_seed(0)
     model = SIDES[side]()
     x, labels = torch.randn(BATCH_SIZE, 3, 224, 224), torch.randint(0, 1000, (BATCH_SIZE,))
@@ -61,7 +61,7 @@ def images_a_second(side: str) -> float:
 
 
 def in_a_process(side: str) -> float:
-    """In a process of its own."""
+    """Training speed of one side, measured in its own process."""
     command = [sys.executable, "-W", "ignore", __file__, side]
     return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 

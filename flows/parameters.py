@@ -1,4 +1,4 @@
-"""What a deployment's form asks for: a recipe by name or file, or filled in field by field, and changes to it."""
+"""Parameters in a deployment's form: a recipe by name, by file or field by field, and changes to it."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -13,10 +13,10 @@ from quantlib.recipe.schema import Recipe
 
 
 def find_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """The recipe of a file, or of a name that `quantflow recipes` lists.
+    """The recipe in a file, or with a name that `quantflow recipes` lists.
 
     Raises:
-        RecipeError: If there is none, or it is wrong.
+        RecipeError: If it does not exist or is wrong.
     """
     packaged = packaged_recipes()
     path = packaged.get(name, Path(name).expanduser())
@@ -39,7 +39,7 @@ def _load_where_named(value: Any) -> Any:
 
 
 RecipeParameter = Annotated[Recipe, BeforeValidator(_load_where_named, json_schema_input_type=PathName | Recipe)]
-"""A Recipe to the flow; to whoever starts it also the name or the file of one, read again at the start of each run."""
+"""The flow gets a Recipe; who starts it may give the name or file of one, which is read again for each run."""
 
 Changes = Annotated[tuple[PathName, ...], Field(max_length=MAX_ITEMS)]
-"""Changes to a recipe, each as "KEY=VALUE", like those of `--set`."""
+"""Changes to a recipe, each in the form "KEY=VALUE", like those of `--set`."""

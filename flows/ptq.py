@@ -1,4 +1,4 @@
-"""Post-training quantization alone, as a flow of its own."""
+"""Post-training quantization as a flow of its own."""
 
 from prefect import flow
 
@@ -11,12 +11,12 @@ from tasks.execution import home_folder
 
 @flow(name="ptq", flow_run_name="{recipe.name}", persist_result=False)
 def ptq(recipe: RecipeParameter, changes: Changes = ()) -> Report:
-    """Post-training quantization of a float model, in every way that the recipe names, compared with float.
+    """Post-training quantization of a float model, in every way that the recipe lists, compared with float.
 
     Args:
-        recipe: The name of a ready recipe, or the file of one; or the float model, the images, and the branches to
-            try, field by field; those of another method are left out.
-        changes: Values of the recipe to change, each as qat.0.epochs=2.
+        recipe: The name or file of an existing recipe; or, field by field, the float model, the images and the
+            branches to try. Branches of the other method are left out.
+        changes: Values of the recipe to change, each in the form qat.0.epochs=2.
 
     Raises:
         RecipeError: If the recipe has no [[ptq]] branch.

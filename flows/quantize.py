@@ -11,11 +11,11 @@ from tasks.execution import home_folder
 
 @flow(name="quantize", flow_run_name="{recipe.name}", persist_result=False)
 def quantize(recipe: RecipeParameter, changes: Changes = ()) -> Report:
-    """Quantize a float model in every way that the recipe names, and report which int8 model to ship.
+    """Quantize a float model in every way that the recipe lists, and report which int8 model to ship.
 
     Args:
-        recipe: The name of a ready recipe, or the file of one; or the float model, the images, and the branches to
-            try, field by field.
-        changes: Values of the recipe to change, each as qat.0.epochs=2.
+        recipe: The name or file of an existing recipe; or, field by field, the float model, the images and the
+            branches to try.
+        changes: Values of the recipe to change, each in the form qat.0.epochs=2.
     """
     return run_flow("quantize", override_recipe(recipe, changes), home_folder())

@@ -1,4 +1,4 @@
-"""quantflow from Python: what a program that uses an exported model needs."""
+"""quantflow from Python: what a program needs to use an exported model."""
 
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from quantlib.runtimes.classifiers import Classifier
 
 
 def load(path: str | Path, runtime: str | None = None, num_threads: int | None = None) -> Classifier:
-    """An exported model, ready to be called with normalized images, in the settings that are fastest on this machine.
+    """Load an exported model, ready to be called with normalized images, with the fastest settings for this machine.
 
-    The process's memory allocator is told to keep what is freed: float models run several times faster.
+    The process's memory allocator is set to keep freed memory, which makes float models several times faster.
 
     Args:
         path: NAME.pt or NAME.onnx of a run.
         runtime: As the report names it: torchscript, torchscript-ENGINE, onnxruntime or openvino; None: torchscript
-            for a .pt file, and what is installed for an .onnx file.
+            for a .pt file, and an installed one for an .onnx file.
         num_threads: None: as many as the runtime likes. With torchscript this is torch's own setting, for the process.
 
     Raises:
-        ModelError: If there is no such file, it is not the one that the SHA256SUMS beside it names, or it does not run
-            in that runtime.
+        ModelError: If there is no such file, it does not match the SHA256SUMS beside it, or it does not run in that
+            runtime.
         MachineError: If the runtime is not installed, or this machine lacks the engine.
     """
     path = Path(path)

@@ -1,6 +1,6 @@
-"""The errors that a user can cause, and so can fix.
+"""Errors that a user can cause and fix.
 
-Each message says what was got, what is allowed and what to do.
+Each message says what was given, what is allowed and what to do.
 
     QuantflowError
     ├── RecipeError      the recipe is wrong: a key, a value, a combination
@@ -38,40 +38,40 @@ class MachineError(QuantflowError):
 
 
 class StoreError(QuantflowError):
-    """An artifact is missing from the store, or is not what was written."""
+    """An artifact is missing from the store, or damaged."""
 
 
-# With less, a database with its log cannot be written to.
+# With less free space, a database and its log cannot be written.
 _ROOM_BYTES = 2 * 1024 * 1024
-# What the operating system refuses, and a user can fix.
-_ROOM = "Free some space, or choose another place with --home, then run again: finished stages are kept."
-_ACCESS = "You may not read or write here: change its permissions, or choose another place with --home: {place}."
+# Refusals by the operating system that a user can fix.
+_ROOM = "Free some space, or choose another folder with --home, then run again: finished stages are kept."
+_ACCESS = "No permission to read or write {place}: change its permissions, or choose another folder with --home."
 _REFUSALS = {
     errno.ENOSPC: f"The disk is full: nothing more can be written below {{place}}. {_ROOM}",
     errno.EDQUOT: f"The disk quota is used up: nothing more can be written below {{place}}. {_ROOM}",
-    errno.EROFS: "This place can only be read: choose another with --home: {place}.",
+    errno.EROFS: "This folder is read-only: choose another with --home: {place}.",
     errno.EACCES: _ACCESS,
     errno.EPERM: _ACCESS,
     errno.ENAMETOOLONG: "A name is too long for this file system: choose a shorter one. It was: {place}.",
-    errno.ENOTDIR: "A file is where a folder is needed: remove it, or choose another place with --home: {place}.",
-    errno.EISDIR: "A folder is where a file is needed: remove it, or choose another place with --home: {place}.",
-    errno.EMFILE: "Too many files are open: raise the limit (ulimit -n). It was to open: {place}.",
+    errno.ENOTDIR: "A file is where a folder is needed: remove it, or choose another folder with --home: {place}.",
+    errno.EISDIR: "A folder is where a file is needed: remove it, or choose another folder with --home: {place}.",
+    errno.EMFILE: "Too many files are open, so {place} could not be opened: raise the limit (ulimit -n).",
 }
 
 
 def explain_refusal(error: OSError, place: object) -> MachineError | None:
-    """What to do where the operating system refuses something; None where a user cannot fix it.
+    """An error that says what to do about a refusal by the operating system; None if a user cannot fix it.
 
     Args:
-        error: As it was raised.
-        place: The file or folder that it is about.
+        error: The refusal, as raised.
+        place: The file or folder it is about.
     """
     message = _REFUSALS.get(error.errno or 0)
     return MachineError(message.format(place=place)) if message else None
 
 
 def explain_full_disk(place: Path) -> MachineError | None:
-    """The error of a full disk, where something failed without saying why; None while there is room.
+    """A full-disk error for a failure that did not say why; None while there is room.
 
     Args:
         place: A folder on the disk that may be full.
@@ -84,6 +84,6 @@ def explain_full_disk(place: Path) -> MachineError | None:
 
 
 def suggest(got: str, allowed: Iterable[str]) -> str:
-    """The end of a sentence, with the nearest of `allowed` where one is near."""
+    """The end of a sentence, with the closest of `allowed` if one is close."""
     nearest = difflib.get_close_matches(got, list(allowed), n=1)
     return f" (did you mean {nearest[0]!r}?)." if nearest else "."

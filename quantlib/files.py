@@ -22,7 +22,7 @@ from quantlib.errors import MachineError, explain_refusal
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, and never a part.
+    """Write a file so that readers see the old content or the new, never a part, even after a crash.
 
     Raises:
         MachineError: If the disk is full, or a folder is in its place.
@@ -34,34 +34,34 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a file; of nothing else, as a named pipe would have nothing and a device no end.
+    """The content of a regular file; anything else is refused: a named pipe may hold nothing, and a device has no end.
 
     Raises:
-        OSError: If it cannot be read, or is no file.
+        OSError: If it cannot be read, or is not a regular file.
     """
     with _open_file(path) as file:
         return file.read()
 
 
 def seal(fields: Mapping[str, Any]) -> bytes:
-    """A JSON object with a hash of itself inside, which shows damage that still parses."""
+    """A JSON object with a hash of itself inside, which reveals damage that still parses."""
     return json.dumps({**fields, "sha256": _hash_fields(fields)}, indent=1, sort_keys=True).encode()
 
 
 def unseal(content: bytes, *, unsealed_too: bool = True) -> dict[str, Any]:
-    """What `seal` was given.
+    """The fields that `seal` was given.
 
     Args:
-        content: As it was read.
-        unsealed_too: Take an object without a hash as it is, as earlier releases wrote them.
+        content: The bytes that were read.
+        unsealed_too: Accept an object without a hash, as earlier releases wrote it.
 
     Raises:
-        ValueError: If it is no JSON object, or not what was sealed.
+        ValueError: If it is not a JSON object, or not what was sealed.
     """
-    # Unlike json's, this parser takes neither depth without end nor half a character.
+    # Unlike json's, this parser refuses unlimited depth and half characters.
     fields = from_json(content)
     if not isinstance(fields, dict):
-        raise ValueError(f"a JSON object was written, and this is a {type(fields).__name__}")  # noqa: TRY004
+        raise ValueError(f"it is a {type(fields).__name__}, not the JSON object that was written")  # noqa: TRY004
     sha256 = fields.pop("sha256", None)
     if sha256 != _hash_fields(fields) and not (sha256 is None and unsealed_too):
         raise ValueError("it is not what was written")
@@ -69,17 +69,17 @@ def unseal(content: bytes, *, unsealed_too: bool = True) -> dict[str, Any]:
 
 
 def lockable(path: Path) -> Path:
-    """A path that can be opened to be locked: of a file, or of nothing yet.
+    """A path that can be opened as a lock: of a regular file, or of nothing yet.
 
     Raises:
-        MachineError: If something else is there, as a link to another file.
+        MachineError: If something else is there, such as a link to another file.
     """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return path
     if not stat.S_ISREG(mode):
-        raise MachineError(f"{path} is {_kind(mode)}, where a file to lock belongs. Remove it, then run again.")
+        raise MachineError(f"{path} is {_kind(mode)}, where a regular file belongs. Remove it, then run again.")
     return path
 
 
@@ -88,7 +88,7 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
     """Say what to do when the disk that holds `folder` is full.
 
     Raises:
-        MachineError: In place of the error of the operating system.
+        MachineError: In place of the operating system's error.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _new_file(folder: Path) -> Iterator[IO[bytes]]:
-    """A temporary file in `folder` that is gone afterwards, unless it was published."""
+    """A temporary file in `folder` that is deleted afterwards, unless it was published."""
     with explaining_full_disk(folder), temporary.new_file(folder) as file:
         yield file
 
@@ -123,7 +123,7 @@ def _publish(file: IO[bytes], place: Path, *, read_only: bool = False) -> None:
 
 
 def _open_file(path: Path) -> BufferedReader:
-    # A named pipe is opened at once, too, where it would wait for a writer.
+    # O_NONBLOCK, as opening a named pipe would otherwise wait for a writer.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(file).st_mode
     if not stat.S_ISREG(mode):
@@ -142,6 +142,6 @@ def _hash_fields(fields: Mapping[str, Any]) -> str:
 
 
 def _kind(mode: int) -> str:
-    """What is not a file, for messages."""
+    """What something that is not a regular file is called in messages."""
     kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
     return kinds.get(stat.S_IFMT(mode), "a device or a socket")

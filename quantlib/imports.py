@@ -16,7 +16,7 @@ def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[.
     """The function that "package.module:function" names.
 
     Raises:
-        RecipeError: If `name` is neither that nor known; `key` is the recipe's key that holds it.
+        RecipeError: If there is no such function; `key` is the recipe's key that holds `name`.
     """
     module_name, colon, function_name = name.partition(":")
     if not colon:
@@ -25,7 +25,7 @@ def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[.
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise RecipeError(
-            f"{key} = {name!r} cannot be imported: {error}. Modules are looked for where Python looks, "
+            f"{key} = {name!r} cannot be imported: {error}. Modules are looked up on Python's path, "
             "and in the folder that quantflow is started in."
         ) from None
     except Exception as error:
@@ -36,10 +36,10 @@ def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[.
 
 
 def call_function(function: Callable[..., T], name: str, *arguments: Any, **named: Any) -> T:
-    """What a function gives that a recipe names.
+    """Call a function that a recipe names.
 
     Raises:
-        ModelError: If it raises; with the place in its own file.
+        ModelError: If it raises; the message names the place in its own file.
     """
     try:
         return function(*arguments, **named)
@@ -50,7 +50,7 @@ def call_function(function: Callable[..., T], name: str, *arguments: Any, **name
 
 
 def _raised(error: Exception) -> str:
-    """What was raised and where, as "raised ValueError: no such depth (my/net.py, line 12)"."""
+    """What was raised and where, such as "raised ValueError: no such depth (my/net.py, line 12)"."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):

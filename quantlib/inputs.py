@@ -1,6 +1,6 @@
-"""What a run reads from outside, found, checked and identified by content before any stage starts.
+"""A run's inputs from outside: found, checked and identified by content before any stage starts.
 
-A dataset's files are hashed once: their names, sizes and times say afterwards that nothing has changed.
+A dataset's files are hashed once; afterwards their names, sizes and times show that nothing has changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quantlib.recipe.sections import DataRecipe, is_import_path, is_weights_file
 from quantlib.store import codehash
 
 ARCHITECTURES = ("mobilenet_v2",)
-"""Registered names; quantlib.models builds them, which needs torch."""
+"""Registered names; quantlib.models builds the models, which needs torch."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Inputs:
     validation: Subset
     """Images that accuracy is reported on."""
     held_out: Subset
-    """Training images kept for choosing; empty where the recipe chooses on validation."""
+    """Training images held out for selection; empty if the recipe selects on validation."""
     training: Subset
     """All other training images, shuffled once; calibration takes the first of them."""
 
     @property
     def remarks(self) -> list[str]:
-        """What is to be known of the dataset, a sentence each."""
+        """Notes on the dataset, one sentence each."""
         return [
-            f"{split.num_skipped:,} files in the {split.name} split's folders are no images, or of a kind that is not "
-            "read: they were passed over."
+            f"{split.num_skipped:,} files in the {split.name} split's folders are not images, or of a kind that is "
+            "not read: they were skipped."
             for split in (self.train, self.val)
             if split.num_skipped > 0
         ]
@@ -58,14 +58,14 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
 
     Args:
         recipe: Paths in it are absolute.
-        cache: Folder that remembers what was hashed.
+        cache: Folder that remembers the hashes.
         progress: Called with (files hashed, files in the split) while a split is hashed.
 
     Raises:
         RecipeError: If the recipe asks for more images than there are, or for an unknown format.
         DataError: If the dataset is missing, empty or inconsistent.
         ModelError: If the weights file is missing, `num_classes` is not the data's, or the model lacks a layer that
-            is to stay float.
+            should stay float.
     """
     model = _find_model(recipe)
     train, val = (_find_split(recipe.data, name, cache, progress) for name in ("train", "val"))
@@ -101,13 +101,13 @@ def _validation(val: SplitInput, recipe: Recipe) -> Subset:
     wanted = recipe.evaluation.max_images
     if wanted is None or wanted >= val.num_images:
         return Subset(val, None, 0, val.num_images)
-    # The first of a folder would be of its first classes.
+    # The first images of a folder would all be of its first classes.
     return Subset(val, recipe.seed, 0, wanted)
 
 
 @functools.lru_cache(maxsize=1)
 def _check_float_layers(model: ModelInput, num_classes: int, float_layers: tuple[str, ...]) -> None:
-    """Find them in the model, which is built for that: else a misspelt one would be found after minutes."""
+    """Build the model and find them in it: otherwise a misspelt one would only be noticed after minutes."""
     from quantlib.graph import fusion
     from quantlib.models import registry
     from quantlib.quantize import preparation  # They import torch.
@@ -125,7 +125,7 @@ def _num_held_out(recipe: Recipe, num_train: int) -> int:
 def _check_train_size(recipe: Recipe, num_train: int, num_held_out: int) -> None:
     if num_train < 2 and num_held_out > 0:
         raise RecipeError(
-            f"The training split has {num_train} image, and two at least are needed, one of them held out. Add some, "
+            f"The training split has {num_train} image, and at least two are needed, one of them held out. Add some, "
             'or set evaluation.select_on = "validation".'
         )
     if 2 * num_held_out > num_train:
@@ -149,7 +149,7 @@ def _check_train_size(recipe: Recipe, num_train: int, num_held_out: int) -> None
         needed = branch.batch_size * (branch.batches_per_epoch or 1)
         if needed > available:
             raise RecipeError(
-                f"qat.{number} asks for {needed} images an epoch, and the training split has {available} that are "
+                f"qat.{number} asks for {needed} images per epoch, and the training split has {available} that are "
                 f"not held out. Lower qat.{number}.batches_per_epoch or batch_size, or evaluation.num_held_out."
             )
 
@@ -181,19 +181,19 @@ def _find_model(recipe: Recipe) -> ModelInput:
 
 
 def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Progress) -> SplitInput:
-    """Identify a split; it is opened and hashed only where its files have changed since it was last."""
+    """Identify a split; it is opened and hashed only if its files have changed since the last time."""
     code = _user_code(recipe.format, "data.format")
     _, state = _look(recipe, name, code)
     try:
         found = unseal(read_file(cache / f"{state}.json"), unsealed_too=False)
         return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
     except (OSError, ValueError, TypeError, KeyError):
-        pass  # Not seen before, or the note of it is damaged: look at the files themselves.
+        pass  # Not seen before, or its note is damaged: read the files themselves.
 
     from quantlib.data import datasets
 
     split = datasets.open_split(recipe.format, recipe.root, name)
-    # Again: opening may make the files, as torchvision unpacks ImageNet's archives then.
+    # Look again: opening may create the files, as when torchvision unpacks ImageNet's archives.
     paths, state = _look(recipe, name, code)
     content = hashlib.sha256(repr((recipe.format, code, "" if paths else state)).encode())
     root = Path(recipe.root or "")
@@ -211,7 +211,7 @@ def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Prog
 
 
 def _look(recipe: DataRecipe, name: SplitName, code: str) -> tuple[list[str], str]:
-    """A split's files, and a hash of what tells without reading them whether they have changed."""
+    """A split's files, and a hash that shows whether they have changed, without reading them."""
     files = sorted(_files(recipe, name))
     state = hashlib.sha256(repr((recipe.format, name, code, _library(recipe.format))).encode())
     for path, status in files:
@@ -220,7 +220,7 @@ def _look(recipe: DataRecipe, name: SplitName, code: str) -> tuple[list[str], st
 
 
 def _files(recipe: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_result]]:
-    """The files that a split is made of; none for data that a library carries."""
+    """The files that a split is made of; none for data that ships with a library."""
     if recipe.root is None or recipe.format == "digits":
         return
     folder = Path(recipe.root)
@@ -228,7 +228,7 @@ def _files(recipe: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_r
         folder = folder / name
     elif recipe.format == "cifar10":
         folder = folder / "cifar-10-batches-py"
-    if folder.is_dir():  # Else `open_split` says what is missing.
+    if folder.is_dir():  # Otherwise `open_split` says what is missing.
         yield from _walk(str(folder))
 
 
@@ -240,7 +240,7 @@ def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
             else:
                 try:
                     yield entry.path, entry.stat()
-                except OSError as error:  # A link that leads nowhere, say.
+                except OSError as error:  # A broken link, for example.
                     raise _unreadable(entry.path, error) from None
 
 
@@ -257,7 +257,7 @@ def _user_code(name: str, key: str) -> str:
         return hashlib.sha256(repr(sorted(codehash.module_hashes(module).items())).encode()).hexdigest()
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"{key} = {name!r} cannot be imported: {error}. Modules are looked for where Python looks, "
+            f"{key} = {name!r} cannot be imported: {error}. Modules are looked up on Python's path, "
             "and in the folder that quantflow is started in."
         ) from None
 

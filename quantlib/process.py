@@ -1,4 +1,4 @@
-"""The settings of a process that computes."""
+"""Settings of a process that computes."""
 
 import gc
 import warnings
@@ -19,14 +19,14 @@ EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # torch's own qconfigs ask for reduce_range in the way that its own observers advise against.
     ("Please use quant_min and quant_max to specify the range", UserWarning),
 )
-"""What torch is known to warn of here: start of the message, and category. pyproject.toml lists the same."""
+"""Warnings that torch is known to give here: start of the message, and category. pyproject.toml lists the same."""
 
 
 def prepare_process() -> None:
-    """Make the process fit to compute."""
+    """Set the process up to compute."""
     machine.keep_freed_memory()
     for message, category in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    # A model is built of many thousand objects that live for a stage: looking for garbage each time a few hundred are
-    # new took a fifth of converting and scripting.
+    # A model consists of many thousands of objects that live for a stage: collecting garbage after every few hundred
+    # new ones took a fifth of the time of converting and scripting.
     gc.set_threshold(20_000)

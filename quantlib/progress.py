@@ -1,10 +1,10 @@
-"""How long work says how far it is."""
+"""How long-running work reports its progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called with (done, total), in units that the caller is told."""
+"""Called with (done, total), in units that the function taking it documents."""
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody is told of."""
+    """Report nothing."""

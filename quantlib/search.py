@@ -1,9 +1,9 @@
-"""The search for the fastest variant inside a budget: what was tried so far decides what is tried next.
+"""The search for the fastest variant inside a budget: the trials so far decide what is tried next.
 
-Settings that cost no speed come first, all of them: a few hundred images cannot tell which of two good ones is
-better, and each takes seconds, as calibration is shared. Where none is inside the budget, layers stay float, the
-costliest first, which costs speed; then training, which costs time and may be inside with every layer int8. A trial
-alone ends the search only where its whole interval is inside.
+All settings that cost no speed come first: a few hundred images cannot tell which of two good ones is better, and
+each takes only seconds, as calibration is shared. If none is inside the budget, the costliest layers stay float, which
+costs speed. Training comes last: it costs time, but may be inside with every layer int8. A single trial ends the
+search only if its whole interval is inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
 from quantlib.recipe.sections import SearchRecipe
 
-# Added to one another in this order, from the tutorial's cheapest setting: what a variant is, and what is new in it.
+# Added to each other in this order, from the tutorial's cheapest setting on: the variant's name, and what it adds.
 _FREE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("minmax", {"qconfig": "default", "activation_bits": "auto"}),
     ("equalized", {"equalize": True}),
@@ -22,11 +22,11 @@ _FREE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mse", {"observer": "mse"}),
     ("percentile", {"observer": "percentile"}),
 )
-# Of the costliest layers, how many stay float.
+# How many of the costliest layers stay float.
 _KEPT_IN_FLOAT = (1, 2, 4, 8)
-# As the tutorial trains: 8 epochs of 20 batches of 30 images.
+# As in the tutorial: 8 epochs of 20 batches of 30 images.
 _EPOCHS, _BATCHES, _BATCH_SIZE = 8, 20, 30
-# A drop of exactly the budget is not to be lost to float64's rounding; one image is far more than this.
+# A drop of exactly the budget must not fail through float64's rounding; one image is far more than this.
 _TOLERANCE = 1e-9
 
 
@@ -52,17 +52,17 @@ def next_trial(
     rank_layers: Callable[[str], Sequence[str]],
     num_training_images: int,
 ) -> BranchRecipe | None:
-    """What to try next.
+    """The variant to try next.
 
     Args:
         search: The budget, and how many trials it may take.
-        trials: So far, in order.
-        rank_layers: The layers of the trial of a name that can be kept in float, the costliest first; called only
-            where no setting that is free is inside the budget.
-        num_training_images: That training may use.
+        trials: The trials so far, in order.
+        rank_layers: Given a trial's name, its layers that can be kept in float, the costliest first; called only if no
+            setting that costs no speed is inside the budget.
+        num_training_images: How many images training may use.
 
     Returns:
-        None where the search is over.
+        None when the search is over.
     """
     if len(trials) >= search.max_trials or any(_surely_inside(trial, search) for trial in trials):
         return None
@@ -87,7 +87,7 @@ def next_trial(
 
 
 def best_trial(search: SearchRecipe, trials: Sequence[Trial]) -> Trial:
-    """The fastest inside the budget, of equals the most accurate; where none is inside, the most accurate."""
+    """The fastest trial inside the budget, the most accurate among equals; if none is inside, the most accurate."""
     inside = [trial for trial in trials if is_inside(trial, search)]
     return min(inside or trials, key=lambda trial: (trial.num_float_layers if inside else 0, trial.drop))
 
@@ -98,7 +98,7 @@ def is_inside(trial: Trial, search: SearchRecipe) -> bool:
 
 
 def trial_name(number: int, what: str) -> str:
-    """A trial's variant, as search-2-equalized; `number` counts from 1."""
+    """Name of a trial's variant, such as search-2-equalized; `number` counts from 1."""
     return f"search-{number}-{what}"
 
 

@@ -1,9 +1,9 @@
 """Temporary files and folders, and the removal of those whose process was killed.
 
-Each is locked by its process (flock(2)) for as long as it is used. The kernel frees the lock with the process, whoever
-and wherever that was: a process id would be used again, and means nothing in another container.
+Each is locked by its process (flock(2)) for as long as it is used. The kernel releases the lock when the process ends,
+wherever it ran: a process id would be reused, and means nothing in another container.
 
-.writing-…             a file that is moved to its place when it is whole
+.writing-…             a file that is moved into place when it is complete
 quantflow-…/.owner     in a temporary folder: the file that is locked
 """
 
@@ -24,7 +24,7 @@ _OWN = ("models", "prefect", "reports", "runs", "splits", "store")
 
 @contextmanager
 def new_file(folder: Path) -> Iterator[IO[bytes]]:
-    """A file in `folder`, which is made where it is missing; gone after the block, unless it was renamed.
+    """A file in `folder`, which is created if missing; deleted after the block, unless it was renamed.
 
     Its mode is what the umask leaves of rw-rw-rw-.
     """
@@ -43,7 +43,7 @@ def new_file(folder: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def new_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A folder in `parent`, else in TMPDIR, for this user alone; gone after the block with all that is in it."""
+    """A folder in `parent`, or else in TMPDIR, for this user alone; deleted after the block with everything in it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=parent))
         with (folder / _OWNER).open("xb") as file:
@@ -58,7 +58,7 @@ def new_folder(parent: Path | None = None) -> Iterator[Path]:
 
 def remove_abandoned(home: Path) -> None:
     """Remove what killed processes of this user left below `home`, and in TMPDIR."""
-    # Only what is quantflow's own: the home may be a folder that holds a dataset, too.
+    # Only quantflow's own folders: the home may hold a dataset, too.
     for own in _OWN:
         for place, _, names in os.walk(home / own):
             for path in (Path(place, name) for name in names if name.startswith(_FILE)):
@@ -69,7 +69,7 @@ def remove_abandoned(home: Path) -> None:
 
 
 def _lock(file: IO[bytes], path: Path) -> bool:
-    """Whether `file` is now locked, and still is what `path` names: else it was removed before it was locked."""
+    """Lock `file`; False if it is no longer what `path` names, as it was removed before it was locked."""
     fcntl.flock(file, fcntl.LOCK_EX)
     return _is_at(file.fileno(), path)
 

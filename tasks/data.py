@@ -8,7 +8,7 @@ from tasks.stage import Job, stage
 
 @stage("decode-{branch}")
 def decode(job: Job, images: Subset, transform: Transform, seed: int, *, branch: str) -> Ref:
-    """Decode images once, for every branch."""
+    """Decode images once for all branches."""
     from quantlib.data import loading, shards
 
     split, indices = loading.select(images)

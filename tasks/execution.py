@@ -1,6 +1,6 @@
-"""A run that computes: each stage is a Prefect task that reuses what is in the store, or has it computed.
+"""A run that computes: each stage is a Prefect task that reuses its outputs from the store or has them computed.
 
-A stage that is reused returns Prefect's own `Cached` state.
+A reused stage returns Prefect's own `Cached` state.
 """
 
 import functools
@@ -55,9 +55,9 @@ class Maker:
     """The task that made an artifact."""
 
     ref: Ref
-    """Kept, so that no other object gets its identity."""
+    """Kept alive, so that no other object gets the same id()."""
     state: State[Any]
-    """State of the task run, which it names."""
+    """State of the task run; it holds the task run's id."""
 
 
 @dataclass
@@ -72,11 +72,11 @@ class LiveRun:
     stages: list[StageRow] = field(default_factory=list)
     """The stages met so far, in order."""
     makers: dict[int, Maker] = field(default_factory=dict)
-    """The maker of every artifact of this run, by the identity of its Ref: two of equal content are two."""
+    """The maker of every artifact of this run, by id() of its Ref: two with equal content are two."""
 
     @property
     def run_id(self) -> str:
-        """The run's name."""
+        """The name of the run."""
         return self.journal.run_id
 
     @property
@@ -86,7 +86,7 @@ class LiveRun:
 
     @property
     def models(self) -> Path:
-        """The folder of the run's files."""
+        """The folder for the run's files."""
         return self.home / "models" / self.run_id
 
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -100,24 +100,24 @@ class LiveRun:
         return self.store
 
     def copy_out(self, ref: Ref, name: str) -> None:
-        """Give an artifact a file of its own among the run's models, which outlives it in the store."""
+        """Copy an artifact to a file among the run's models; the copy outlives the artifact in the store."""
         self.store.copy_out(ref, self.models / name)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """The stage of this label has done so much."""
+        """Report how far the stage with this label is."""
         self.listener.stage_progressed(label, done, total)
 
     def call_task(self, name: str, label: str, work: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
-        """Call a function as a Prefect task, with an edge from each task whose artifacts it is given, once.
+        """Call a function as a Prefect task, with one edge from each task whose artifacts it uses.
 
-        Prefect would look for results of tasks in the arguments, and takes one object for another: of an artifact's
-        name every string that two share. So the task has no arguments, and is told which tasks it waits for.
+        Prefect would look for task results in the arguments, and mistakes one object for another, such as a string
+        that two artifacts' names share. So the task has no arguments, and is given the tasks to wait for.
 
         Args:
-            name: Of the task.
-            label: Of the task run.
-            work: The function, with its arguments.
-            arguments: What it is given, for the artifacts in it.
+            name: Name of the task.
+            label: Label of the task run.
+            work: The function, with its arguments bound.
+            arguments: Its arguments, searched for artifacts.
         """
         found = [self.makers[id(ref)] for ref in find_inside(arguments, Ref) if id(ref) in self.makers]
         states = {maker.state.state_details.task_run_id: maker.state for maker in found}
@@ -129,9 +129,9 @@ class LiveRun:
         task = Task(task_function, name=name, task_run_name=label, persist_result=False, cache_policy=NO_CACHE)
         state: State[Any] = task(wait_for=list(states.values()), return_state=True)
         outputs: Any = state.result()
-        # Nor is it to look inside the state: True is the one result that Prefect takes for no other.
+        # Prefect must not look inside the state either: True is the only result that it mistakes for no other.
         ended = state.model_copy(update={"data": True})
-        # Objects of their own: the same content may come from two tasks, and an output may be one of the inputs.
+        # Distinct objects: two tasks may produce the same content, and an output may be one of the inputs.
         if isinstance(outputs, Ref):
             outputs = replace(outputs)
             self.makers[id(outputs)] = Maker(outputs, ended)
@@ -141,17 +141,17 @@ class LiveRun:
         return outputs
 
     def reuse_or_compute(self, stage: Stage[..., Any], arguments: Mapping[str, Any]) -> Any:
-        """The stage's work, inside its task: the outputs' Refs, or Prefect's state where they are reused."""
+        """The stage's work, inside its task: the Refs of its outputs, or a Prefect state if they are reused."""
         label, ingredients = stage.label_for(arguments), stage.ingredients(arguments)
         key = key_of(ingredients)
         started, clock = datetime.now(UTC), time.perf_counter()
-        # Whoever comes second waits, then finds the record. The kernel frees the lock of a process that died.
+        # A second run waits, then finds the record. The kernel releases the lock of a process that died.
         self.journal.stage_started(label, key)
         with FileLock(self.store.lock_file(key)):
             record = self.store.find_record(key)
             if record is None:
                 self.listener.stage_started(label)
-                # The wait for the lock is no part of it.
+                # The wait for the lock does not count.
                 started, clock = datetime.now(UTC), time.perf_counter()
                 job = Job(self.store, functools.partial(self.progress, label))
                 outputs = self.executor.compute(stage, arguments, job)
@@ -169,7 +169,7 @@ class LiveRun:
 
 
 def home_folder() -> Path:
-    """The folder that everything lies under: `$QUANTFLOW_HOME`, else `.quantflow` here."""
+    """The folder that holds everything: `$QUANTFLOW_HOME`, else `.quantflow` in the current folder."""
     return Path(os.environ.get("QUANTFLOW_HOME", ".quantflow")).expanduser().resolve()
 
 
@@ -182,17 +182,17 @@ def start_run(
     listener: Listener | None = None,
     run_id: str | None = None,
 ) -> Iterator[LiveRun]:
-    """Begin a run, or resume one.
+    """Start a run or resume one.
 
-    What runs that were killed left half-made is removed first.
+    First removes the unfinished files that killed runs left.
 
     Args:
         flow: quantize, ptq or qat.
-        recipe: What is run.
-        flow_run_id: Prefect's, where there is one: a flow run that Prefect retries resumes its run.
+        recipe: The recipe to run.
+        flow_run_id: Prefect's id, if there is one: a flow run that Prefect retries resumes its run.
         home: The home folder.
-        listener: Is told of each stage; None: nobody is.
-        run_id: The run to resume; None: the one of the flow run, or a new one.
+        listener: Notified of each stage, if given.
+        run_id: The run to resume; None: the run of the flow run, or a new one.
     """
     temporary.remove_abandoned(home)
     store = Store(home / "store")
@@ -209,7 +209,7 @@ def _run_id(home: Path, recipe: Recipe, flow_run_id: str | None) -> str:
 
 @functools.cache
 def _prepare_process() -> None:
-    """Not done by a process that only reuses."""
+    """Set up this process for computing; one that only reuses does not need it."""
     from quantlib.process import prepare_process
 
     prepare_process()

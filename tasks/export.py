@@ -22,7 +22,7 @@ def script_and_save(job: Job, model: Ref, *, branch: str) -> Ref:
 def save_onnx(
     job: Job, artifact: Ref, images: Ref, engine: str | None, runtime: Runtime, crop: int, *, branch: str
 ) -> Ref:
-    """The ONNX file of a TorchScript file, once it answers as that does; or why there is none.
+    """The ONNX version of a TorchScript file, checked to give the same answers; or why there is none.
 
     A model that ONNX cannot express, or that answers differently in an ONNX runtime, still has its TorchScript file.
     """
@@ -39,5 +39,5 @@ def save_onnx(
 
 
 def is_refusal(file: Ref) -> bool:
-    """Whether `save_onnx` found that there is no ONNX file; not known of a stage that is only planned."""
+    """Whether `save_onnx` found that there is no ONNX file; False if the stage is only planned."""
     return isinstance(file, Ref) and file.kind == _REFUSAL

@@ -1,23 +1,23 @@
-"""Whoever is told what a run does."""
+"""Listeners to the progress of a run."""
 
 from typing import Protocol
 
 
 class Listener(Protocol):
-    """Is told what a run does, as it does it."""
+    """Notified of each step of a run."""
 
     def stage_started(self, label: str) -> None:
-        """A stage is being computed."""
+        """A stage has started to compute."""
 
     def stage_progressed(self, label: str, done: int, total: int) -> None:
-        """The stage in progress has done so much."""
+        """A stage has done `done` of `total` steps."""
 
     def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
         """A stage was computed, or its result reused."""
 
 
 class NullListener:
-    """Tells nobody."""
+    """Does nothing."""
 
     def stage_started(self, label: str) -> None:
         """Nothing."""

@@ -10,7 +10,7 @@ from tasks.stage import Job, stage
 
 @stage("evaluate_baseline-{branch}")
 def evaluate_baseline(job: Job, artifact: Ref, images: Ref, batch_size: int, *, branch: str) -> Ref:
-    """The float model's predictions, that every variant is compared with."""
+    """The float model's predictions, which every variant is compared with."""
     from quantlib.measure import evaluation, predictions
 
     file, shard = job.store.path(artifact), job.store.path(images)
@@ -20,7 +20,7 @@ def evaluate_baseline(job: Job, artifact: Ref, images: Ref, batch_size: int, *, 
 
 @stage("evaluate-{branch}")
 def evaluate(job: Job, artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, *, branch: str) -> Ref:
-    """An int8 model's predictions, from the file that is shipped."""
+    """An int8 model's predictions, from the file to ship."""
     from quantlib.measure import evaluation, predictions
 
     file, shard = job.store.path(artifact), job.store.path(images)
@@ -51,7 +51,7 @@ def simulate(
 
 @stage("measure_layers-{branch}")
 def measure_layers(job: Job, fused: Ref, prepared: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
-    """What each layer of a calibrated model, or of an epoch's state, costs on some images of a shard."""
+    """What each layer of a calibrated model or an epoch's state costs, on some images of a shard."""
     from quantlib.measure import sensitivity
     from quantlib.quantize import stored
 
@@ -68,12 +68,12 @@ def benchmark(
     job: Job,
     targets: tuple[BenchmarkTarget, ...],
     images: Ref,
-    cpu: str,  # In the key: another CPU is another measurement.
+    cpu: str,  # Part of the key: another CPU is another measurement.
     batch_sizes: tuple[int, ...],
     num_threads: tuple[int, ...],
     num_samples: int,
 ) -> Ref:
-    """Time the files of all variants in every runtime, in turn."""
+    """Time the files of all variants in every runtime, in turns."""
     from quantlib.data import shards
     from quantlib.measure import benchmark as timer
     from quantlib.runtimes import classifiers
@@ -99,9 +99,9 @@ def pick_examples(
     variants: tuple[tuple[str, tuple[Ref, ...]], ...],
     num_examples: int,
 ) -> Ref:
-    """Images that variants answer differently from float, as small pictures.
+    """Small pictures of images that variants answer differently from float.
 
-    A variant is its name and its answers.
+    A variant is given as its name and its answers.
     """
     from quantlib.data import shards
     from quantlib.measure import examples, predictions

@@ -13,7 +13,7 @@ from tasks.stage import Job, stage
 
 @dataclass(frozen=True)
 class Training:
-    """What a model without weights is trained on."""
+    """What a model without weights is trained on, and how."""
 
     images: Subset
     transform: Transform
@@ -22,7 +22,7 @@ class Training:
 
 @stage("load_float")
 def load_float(job: Job, model: ModelInput, num_classes: int, crop: int, seed: int, training: Training | None) -> Ref:
-    """Build the float model, and fill it with its weights; or train it, where `training` is given."""
+    """Build the float model and load its weights, or train it if `training` is given."""
     from quantlib.data import loading
     from quantlib.models import checkpoint, registry
     from quantlib.models import training as trainer
@@ -37,7 +37,7 @@ def load_float(job: Job, model: ModelInput, num_classes: int, crop: int, seed: i
 
 @stage("equalize")
 def equalize(job: Job, model: Ref, crop: int) -> Ref:
-    """Make channel ranges equal across layers; the float model computes the same."""
+    """Equalize channel ranges across layers; the float model's outputs stay the same."""
     from quantlib.models import checkpoint
     from quantlib.quantize import equalization, stored
 

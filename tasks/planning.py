@@ -1,4 +1,4 @@
-"""What a run would do, found out by walking its flow with a planner in the place of its stages."""
+"""What a run would do: walks its flow with a planner in place of its stages."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ R = TypeVar("R", bound=Ref | tuple[Ref, ...])
 
 @dataclass(frozen=True)
 class Pending:
-    """Stands for an artifact that is not made yet."""
+    """Stands in for an artifact that does not exist yet."""
 
     label: str
     """Label of the stage that would produce it."""
@@ -29,16 +29,16 @@ class PlannedStage:
     label: str
     reused: bool
     reason: str
-    """Why it would run; empty where it would be reused."""
+    """Why it would run; empty if it would be reused."""
 
 
 class Plan:
     """Stands in for the stages of a flow: finds what can be reused, and why the rest cannot.
 
     Args:
-        store: Looked into, not changed.
-        last_run: The keys of the last run of the same recipe by label, which reasons compare with.
-        finished: Those of them that it was done with.
+        store: Only read.
+        last_run: Keys of the last run of the same recipe, by label; reasons compare with them.
+        finished: Those of the keys whose stage that run finished.
     """
 
     def __init__(self, store: Store, last_run: Mapping[str, str], finished: Collection[str]) -> None:
@@ -49,21 +49,21 @@ class Plan:
         self.keys: list[str] = []
 
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The stage's outputs where they can be reused, else stand-ins for them."""
+        """The stage's outputs if they can be reused, else stand-ins for them."""
         return cast("R", self._visit(stage, stage.bind(*args, **kwargs)))
 
     def known(self, refs: object) -> Store:
         """The store.
 
         Raises:
-            NotYetKnownError: If one of the artifacts in a value is still to be made.
+            NotYetKnownError: If `refs` holds an artifact that does not exist yet.
         """
         if next(find_inside(refs, Pending), None) is not None:
             raise NotYetKnownError
         return self.store
 
     def copy_out(self, ref: Ref, name: str) -> None:
-        """Nothing: a plan writes no files."""
+        """Do nothing: a plan writes no files."""
 
     def _visit(self, stage: Stage[Any, Any], arguments: Mapping[str, Any]) -> Any:
         label = stage.label_for(arguments)
@@ -94,7 +94,7 @@ class Plan:
 
 
 def explain_change(before: Record, ingredients: Mapping[str, str]) -> str:
-    """What differs between a record's ingredients and others, as "qconfig: default -> fbgemm"."""
+    """Differences between a record's ingredients and new ones, in the form "qconfig: default -> fbgemm"."""
     changes = [
         _describe(name, before.ingredients.get(name), ingredients.get(name))
         for name in sorted(before.ingredients.keys() | ingredients.keys())

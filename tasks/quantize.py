@@ -16,9 +16,9 @@ from tasks.stage import Job, stage
 def calibrate(
     job: Job, before: Ref, images: Ref, float_layers: tuple[str, ...], batch_size: int, *, branch: str
 ) -> Ref:
-    """Show a shard of calibration images to a fused model, or to that of the shard before.
+    """Show a shard of calibration images to a fused model, or to the model that the previous shard left.
 
-    What it collects serves every scheme: branches that differ in observer, weights or bits alone share it.
+    What it collects serves every scheme: branches that differ only in observer, weights or bits share it.
     """
     from quantlib.models import checkpoint
     from quantlib.quantize import calibration, preparation, stored
@@ -33,7 +33,7 @@ def calibrate(
 
 @stage("choose_ranges-{branch}")
 def choose_ranges(job: Job, observed: Ref, scheme: Scheme, *, branch: str) -> Ref:
-    """Give each activation the range that the scheme's observer finds in what calibration has collected."""
+    """Give each activation the range that the scheme's observer finds in what calibration collected."""
     from quantlib.quantize import calibration, stored
 
     store = job.store
@@ -46,7 +46,7 @@ def choose_ranges(job: Job, observed: Ref, scheme: Scheme, *, branch: str) -> Re
 
 @stage("correct_bias-{branch}")
 def correct_bias(job: Job, prepared: Ref, images: tuple[Ref, ...], *, branch: str) -> Ref:
-    """Give each layer of a calibrated model the mean output that it has in float."""
+    """Correct the biases of a calibrated model so that each layer has the same mean output as in float."""
     from quantlib.quantize import bias_correction, stored
 
     store = job.store
@@ -57,7 +57,7 @@ def correct_bias(job: Job, prepared: Ref, images: tuple[Ref, ...], *, branch: st
 
 @stage("convert-{branch}")
 def convert(job: Job, prepared: Ref, engine: str, crop: int, *, branch: str) -> Ref:
-    """Make a calibrated model, or an epoch's state, int8."""
+    """Convert a calibrated model, or an epoch's state, to int8."""
     from quantlib.quantize import conversion, stored
 
     store = job.store
@@ -70,7 +70,7 @@ def convert(job: Job, prepared: Ref, engine: str, crop: int, *, branch: str) -> 
 
 @stage("start_qat-{branch}")
 def start_qat(job: Job, trainable: Ref, calibrated: Ref, *, branch: str) -> Ref:
-    """Give a model fused for QAT the biases and ranges of a calibrated one."""
+    """Give a model fused for QAT the biases and ranges of a calibrated model."""
     from quantlib.models import checkpoint
     from quantlib.quantize import qat, stored
 
@@ -95,7 +95,7 @@ def qat_epoch(
     *,
     branch: str,
 ) -> tuple[Ref, Ref]:
-    """Train one epoch from the start, or from the epoch before; the new state, and its metrics."""
+    """Train one epoch from the start or from the previous epoch; return the new state and its metrics."""
     from quantlib.data import loading
     from quantlib.quantize import preparation, qat, stored
 
@@ -112,10 +112,10 @@ def qat_epoch(
 def has_stalled(run: Run, evaluations: Sequence[tuple[Ref, ...]], patience: int) -> bool:
     """Whether none of the last `patience` candidates was better than all before them.
 
-    No stage: it reads what stages found.
+    Not a stage: it reads the results of stages.
 
     Raises:
-        NotYetKnownError: Where the run is only planned, and one of them was not evaluated before.
+        NotYetKnownError: In a plan, if one of them has not been evaluated yet.
     """
     from quantlib.measure import predictions
 
@@ -133,11 +133,12 @@ def choose_epoch(
     *,
     branch: str,
 ) -> tuple[Ref, Ref, Ref]:
-    """The candidate that is most accurate on the selection images; of equals, the first.
+    """The candidate that is most accurate on the selection images; among equals, the first.
 
-    Its artifact, its state, and its place among the candidates.
+    The candidates are the start of QAT, if that is a calibrated model, and its epochs.
 
-    The candidates are what QAT started from, where that is a calibrated model, and its epochs.
+    Returns:
+        Its artifact, its state, and its place among the candidates.
     """
     from quantlib.measure import predictions
 

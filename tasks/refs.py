@@ -1,4 +1,4 @@
-"""References between stages: which artifacts a variant is made of."""
+"""References between stages: the artifacts that make up a variant."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ class BenchmarkTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateRefs:
-    """The artifacts of an int8 model that QAT may end with."""
+    """The artifacts of an int8 model that QAT may choose."""
 
     artifact: Ref
     validation: tuple[Ref, ...]
@@ -29,14 +29,14 @@ class CandidateRefs:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRefs(CandidateRefs):
-    """The artifacts of an epoch."""
+    """The artifacts of one epoch of QAT."""
 
     metrics: Ref
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRefs:
-    """A file in the runtime that it is fastest in, with its answers there."""
+    """A file in its fastest runtime, with its answers there."""
 
     file: Ref
     runtime: Runtime
@@ -51,31 +51,31 @@ class VariantRefs:
     variant: Variant
     artifact: Ref
     validation: tuple[Ref, ...]
-    """Answers of `artifact` on its own engine; of QAT in a plan that cannot know which epoch is chosen, none."""
+    """Answers of `artifact` on its own engine; empty for QAT in a plan that cannot know the chosen epoch."""
     selection: tuple[Ref, ...]
     onnx: Ref | None = None
-    """The ONNX file, or why there is none; None where no runtime for it is installed."""
+    """The ONNX file, or why there is none; None if no runtime for it is installed."""
     files: tuple[FileRefs, ...] = ()
-    """What may be shipped of it, once that is known; empty where no file of it is for a runtime that is allowed."""
+    """The files that may be shipped, once that is known; empty if no file runs in an allowed runtime."""
     simulated: dict[str, tuple[Ref, ...]] = field(default_factory=dict)
     layers: tuple[Ref, ...] = ()
     start: CandidateRefs | None = None
     """The calibrated model that QAT started from, if it did."""
     epochs: tuple[EpochRefs, ...] = ()
     best_epoch: int | None = None
-    """The place among `epochs` of the one that this is; None: the start, or not QAT."""
+    """Index of the chosen epoch in `epochs`; None: the start, or not QAT."""
     prepared: Ref | None = None
-    """What was converted: a calibrated model, or an epoch's state; None: float."""
+    """The model that was converted: a calibrated model, or an epoch's state; None: float."""
 
     @property
     def onnx_file(self) -> Ref | None:
-        """The ONNX file, where there is one; of a run that is only planned, where there may be."""
+        """The ONNX file, if there is one; in a plan, if there may be one."""
         return None if self.onnx is None or is_refusal(self.onnx) else self.onnx
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What a run has found."""
+    """Everything that a run has measured."""
 
     variants: tuple[VariantRefs, ...]
     targets: tuple[BenchmarkTarget, ...]
@@ -84,8 +84,8 @@ class Measurements:
     validation: Subset
     """What every variant was evaluated on."""
     pictures: Ref | None
-    """Example images, where any are asked for."""
+    """Example images, if the recipe asks for any."""
     notes: tuple[NoteRow, ...]
-    """What is to be said of the run."""
+    """Remarks on the run, for the report."""
     search_best: str | None = None
     """The variant that the search ended with."""

@@ -1,4 +1,4 @@
-"""The task that reports. It is not a stage: its tables and files are made again for every run, cached or not."""
+"""The task that writes the report. It is not a stage: every run writes its tables and files again, cached or not."""
 
 import importlib.metadata
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from tasks.run import Run
 
 
 def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measurements: Measurements) -> Report:
-    """Gather what was measured, give the verdict, write the tables, and lay out the files of the variants."""
+    """Collect the measurements, give the verdict, write the tables, and copy out the files of the variants."""
     folder = run.models
     digests: dict[str, str] = {}
     for refs in measurements.variants:
@@ -75,7 +75,7 @@ def find_reported(
     """The file of each variant that the report will be about.
 
     Raises:
-        NotYetKnownError: Where the run is only planned, and something was not measured before.
+        NotYetKnownError: In a plan, if something has not been measured yet.
     """
     store = run.known((variants, timings))
     samples = read_samples(store, targets, timings)
@@ -88,7 +88,7 @@ def find_reported(
 
 
 def _files(refs: VariantRefs) -> tuple[FileRefs, ...]:
-    """What the variant is judged by."""
+    """The files that the variant is judged by."""
     if refs.files:
         return refs.files
     runtime = available.torch_runtime(refs.variant.engine)
@@ -142,12 +142,12 @@ def _measured(
 def read_samples(
     store: Store, targets: tuple[BenchmarkTarget, ...], timings: Ref
 ) -> dict[Ref, dict[tuple[str, int, int], list[float]]]:
-    """What `benchmark` found: milliseconds by file, then by (runtime, batch size, threads).
+    """Results of `benchmark`: milliseconds by file, then by (runtime, batch size, threads).
 
     Args:
-        store: Holds it.
+        store: The store that holds them.
         targets: What was timed.
-        timings: As `benchmark` gives them.
+        timings: The output of `benchmark`.
     """
     samples: dict[Ref, dict[tuple[str, int, int], list[float]]] = {}
     for timing in store.read_json(timings):

@@ -1,4 +1,4 @@
-"""What a flow is given: something that runs stages, or that finds out what running them would do."""
+"""What a flow works with: something that runs stages, or finds out what running them would do."""
 
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ R = TypeVar("R", bound=Ref | tuple[Ref, ...])
 
 
 class NotYetKnownError(Exception):
-    """A run that is only planned cannot say what a stage would find."""
+    """A plan cannot know the result of a stage that has not run."""
 
 
 class Run(Protocol):
@@ -19,21 +19,21 @@ class Run(Protocol):
 
     @property
     def store(self) -> Store:
-        """Holds the artifacts and records of stages."""
+        """The store of artifacts and records."""
 
     @property
     def keys(self) -> list[str]:
-        """The keys of the stages met so far whose outputs are there, in order."""
+        """The keys of the stages met so far whose outputs exist, in order."""
 
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The stage's outputs for these arguments; in a plan, stand-ins where they are not made yet."""
+        """The stage's outputs for these arguments; in a plan, stand-ins for those that do not exist yet."""
 
     def known(self, refs: object) -> Store:
-        """The store, where it holds all artifacts of a value: what comes next can depend on what they say.
+        """The store, if it holds all artifacts in `refs`: the next steps can then depend on their content.
 
         Raises:
-            NotYetKnownError: Where the run is only planned, and one of them is still to be made.
+            NotYetKnownError: In a plan, if one of them does not exist yet.
         """
 
     def copy_out(self, ref: Ref, name: str) -> None:
-        """Give an artifact a file of its own among the run's models; a plan writes nothing."""
+        """Copy an artifact to a file among the run's models; a plan writes nothing."""

@@ -1,4 +1,4 @@
-"""What a search is told of its trials. Not stages: they read what stages have found."""
+"""What a search learns about its trials. Not stages: these functions read the results of stages."""
 
 from collections.abc import Iterable
 
@@ -14,10 +14,10 @@ from tasks.run import Run
 
 
 def judge(run: Run, branch: BranchRecipe, baseline: VariantRefs, variant: VariantRefs) -> Trial:
-    """How a trial did on the selection images.
+    """The result of a trial on the selection images.
 
     Raises:
-        NotYetKnownError: Where the run is only planned, and the trial was not made before.
+        NotYetKnownError: In a plan, if the trial has not run yet.
     """
     store = run.known((baseline.selection, variant.artifact, variant.selection))
     before = read_predictions(store, baseline.selection).top1_correct
@@ -27,10 +27,10 @@ def judge(run: Run, branch: BranchRecipe, baseline: VariantRefs, variant: Varian
 
 
 def rank_layers(run: Run, parts: tuple[Ref, ...]) -> list[str]:
-    """The layers that have weights, the costliest first, from what `measure_layers` has found.
+    """The layers that have weights, costliest first, from the results of `measure_layers`.
 
     Raises:
-        NotYetKnownError: Where the run is only planned, and they were not measured before.
+        NotYetKnownError: In a plan, if they have not been measured yet.
     """
     store = run.known(parts)
     rows = diagnosis.layer_rows("", "", [store.read_json(part) for part in parts])
@@ -38,6 +38,6 @@ def rank_layers(run: Run, parts: tuple[Ref, ...]) -> list[str]:
 
 
 def seconds_of(store: Store, keys: Iterable[str]) -> float:
-    """How long stages took when they were computed, in this run or in an earlier one."""
+    """How long stages took when they were computed, in this run or an earlier one."""
     records = map(store.read_record, keys)
     return sum(record.seconds for record in records if record is not None)

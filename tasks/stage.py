@@ -1,7 +1,7 @@
-"""Stages: functions whose outputs are kept in the store under a key of everything that decides them.
+"""Stages: functions whose outputs are stored under a key made from everything that decides them.
 
 Prefect's own result cache is not used: its records are pickled or unverified, are not written atomically, and do
-not say what their key was made of.
+not say what their key was made from.
 """
 
 import ast
@@ -28,7 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R", bound=Ref | tuple[Ref, ...])
 
-# They name a task run, or say how to compute and not what.
+# Arguments that name a task run, or say how to compute rather than what.
 _NOT_IN_KEY = {"branch"}
 _LIBRARIES = ("torch", "torchvision", "pillow")
 _PARSING = threading.Lock()
@@ -36,20 +36,20 @@ _PARSING = threading.Lock()
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's work is given besides its inputs."""
+    """What a stage's work gets besides its inputs."""
 
     store: Store
     """Holds the inputs, and takes the outputs."""
     progress: Progress
-    """Called with (steps done, steps in all)."""
+    """Called with (steps done, total steps)."""
 
 
 class Stage(Generic[P, R]):
-    """A function of artifacts and settings, with its label.
+    """A function of artifacts and settings, with a label.
 
-    The code behind a key is what the stage's function imports from quantlib in its own body, and what those
-    modules import. So a stage imports what computes, there; and what is imported at the top of its file must not
-    compute.
+    The code in a key is every module that the stage's function imports from quantlib in its own body, and what those
+    modules import. So a stage imports the code that computes in its body; modules imported at the top of its file
+    must not compute.
     """
 
     def __init__(self, work: Callable[Concatenate[Job, P], R], label: str) -> None:
@@ -65,7 +65,7 @@ class Stage(Generic[P, R]):
         return dict(self._signature.bind(*args, **kwargs).arguments)
 
     def label_for(self, arguments: Mapping[str, Any]) -> str:
-        """The task run's name, as `calibrate-per_channel`."""
+        """The task run's name, such as `calibrate-per_channel`."""
         return self.label.format(**arguments)
 
     def ingredients(self, arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -84,11 +84,11 @@ class Stage(Generic[P, R]):
         return cast("R", outputs)
 
     def _code(self) -> dict[str, str]:
-        # Python 3.11 miscounts where two threads parse at once, and fails (python/cpython issue 106905).
+        # Python 3.11 miscounts when two threads parse at once, and fails (python/cpython issue 106905).
         with _PARSING:
             try:
                 return self._hash_code()
-            except SystemError:  # A library has parsed meanwhile, which this lock does not keep from it.
+            except SystemError:  # A library parsed meanwhile; this lock does not stop it.
                 return self._hash_code()
 
     @functools.cache  # noqa: B019 (stages live as long as the process)
@@ -109,21 +109,21 @@ class Stage(Generic[P, R]):
 
 
 def stage(label: str) -> Callable[[Callable[Concatenate[Job, P], R]], Stage[P, R]]:
-    """Make a function a stage.
+    """Turn a function into a stage.
 
     Args:
-        label: Names its task runs; may hold the function's arguments, as "calibrate-{branch}".
+        label: Names its task runs; may contain the function's arguments, as in "calibrate-{branch}".
     """
     return lambda work: Stage(work, label)
 
 
 def key_of(ingredients: Mapping[str, str]) -> str:
-    """The key that a stage's outputs are kept under, in hex."""
+    """The key that a stage's outputs are stored under, in hex."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 def find_inside(value: Any, kind: type[T]) -> Iterator[T]:
-    """Every object of a type inside a value: in mappings, sequences and dataclasses."""
+    """Every object of a type inside a value: in its mappings, sequences and dataclasses."""
     if isinstance(value, kind):
         yield value
     elif isinstance(value, Mapping):
@@ -136,7 +136,7 @@ def find_inside(value: Any, kind: type[T]) -> Iterator[T]:
 
 
 def _flatten(name: str, value: Any) -> dict[str, str]:
-    """A value by dotted names, down to what JSON can write."""
+    """A value flattened to dotted names, down to what JSON can write."""
     if isinstance(value, Ref):
         return {name: value.sha256}
     if isinstance(value, BaseModel):

@@ -1,6 +1,6 @@
-"""What the dashboard is told of a run beside the states of its tasks: how far long stages are, and the result.
+"""What the dashboard shows of a run besides its tasks' states: the progress of long stages, and the result.
 
-Artifacts are made by whoever runs, never kept with a stage's outputs: so a run whose stages are all reused has them.
+The run itself creates these Prefect artifacts, not its stages: so a run whose stages are all reused has them, too.
 """
 
 import logging
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from tasks.listener import Listener
 
 _EVERY_SECONDS = 5.0
-# Prefect asks a server that is gone again and again, for seconds: the stage that waits for it should compute.
+# Prefect retries a server that is gone for seconds, while the waiting stage should be computing.
 _AFTER_FAILURE_SECONDS = 120.0
 _LOGGER = logging.getLogger("prefect.quantflow")
 
 
 class _ErrorsInALine(logging.Filter):
-    """Logs an error that a user can fix as its message alone, without a traceback."""
+    """Logs an error that the user can fix as its message only, without a traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -41,11 +41,11 @@ for _name in ("prefect.flow_runs", "prefect.task_runs"):
 
 
 class ProgressArtifacts:
-    """Passes on what a run does, and keeps a progress artifact for each stage that takes long.
+    """Forwards a run's progress to a listener, and keeps a progress artifact for each long stage.
 
     Args:
-        listener: Whom it is passed on to.
-        clock: Seconds that only go forward.
+        listener: Listener to forward to.
+        clock: Monotonic clock, in seconds.
     """
 
     def __init__(self, listener: "Listener", clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,20 +56,20 @@ class ProgressArtifacts:
         self._silent_until = 0.0
 
     def stage_started(self, label: str) -> None:
-        """Begin to count: a stage that is done soon needs no artifact."""
+        """Start the clock: a stage that finishes soon needs no artifact."""
         self._told[label] = self._clock()
         self._listener.stage_started(label)
 
     def stage_progressed(self, label: str, done: int, total: int) -> None:
-        """Tell the dashboard, every few seconds."""
+        """Report to the dashboard every few seconds."""
         self._listener.stage_progressed(label, done, total)
-        # What is no stage, as the hashing of the images before the first, is told from its beginning.
+        # Work outside a stage, such as hashing the images before the first one, is reported from its beginning.
         if self._clock() - self._told.get(label, 0.0) >= _EVERY_SECONDS:
             self._tell(label, 100.0 * done / total)
             self._told[label] = self._clock()
 
     def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
-        """Fill the bar, where there is one."""
+        """Fill the bar, if there is one."""
         if label in self._artifacts:
             self._tell(label, 100.0)
             del self._artifacts[label]
@@ -93,7 +93,7 @@ class ProgressArtifacts:
 
 
 def publish(report: Report, reports: "Path") -> None:
-    """Put a run's result on the dashboard: one artifact, whose versions are the recipe's runs."""
+    """Put a run's result on the dashboard: one artifact per recipe, with one version per run."""
     from prefect.artifacts import create_markdown_artifact
 
     recipe = report.variants[0].recipe
@@ -110,9 +110,9 @@ def artifact_key(recipe: str) -> str:
 
 @contextmanager
 def _nothing_depends_on_it(failed: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """A server that is gone or refuses costs the dashboard its artifact, and the run nothing."""
+    """If the server is gone or refuses, the dashboard lacks an artifact, and the run loses nothing."""
     try:
         yield
     except Exception:
         failed()
-        _LOGGER.warning("The dashboard was not told of the run's progress.", exc_info=True)
+        _LOGGER.warning("The run's progress could not be reported to the dashboard.", exc_info=True)

@@ -1,12 +1,12 @@
-"""Attack quantflow as it is installed, over its command line, and count what it does not stand.
+"""Attack the installed quantflow through its command line, and count what it does not survive.
 
     python tests/attack.py --kills 300 --damages 2000
 
-Runs are killed, stopped and interrupted at random times in every way, and gone on with; the store is freed under a run;
-dashboards come, go, and fight for a home; a disk fills up; a week of schedule passes with power cuts; every kind of
-file is damaged in every way and read by every command (damages.py). What a run computes must stay the same to the bit,
-no stage may be computed twice, nothing may hang, and no traceback may be shown. Ends with a table, and exit status 1 if
-anything was found. `faults/test_attack.py` does the same with small numbers.
+Runs are killed, stopped and interrupted at random times in every way, then resumed; the store is freed during a run;
+dashboards come, go, and compete for a home; a disk fills up; a week of the schedule passes with power cuts; every kind
+of file is damaged in every way and read by every command (damages.py). What a run computes must stay the same to the
+bit, no stage may be computed twice, nothing may hang, and no traceback may be shown. Ends with a table, and with exit
+status 1 if anything was found. `faults/test_attack.py` does the same with small numbers.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from quantlib.store.retention import find_damage
 
 _HANG_SECONDS = 300
 _RUN_SECONDS = 14.0
-# What a run ends with, whatever was done to it: completed, without a winner, an error with a message, interrupted.
+# How a run may exit, whatever was done to it: completed, without a winner, an error with a message, interrupted.
 _ORDERLY = {0, 1, 2, 3, 130}
 
 
 @dataclass
 class Findings:
-    """What one kind of attack has found."""
+    """What one kind of attack found."""
 
     attack: str
     attempts: int = 0
@@ -51,7 +51,7 @@ class Findings:
     examples: list[str] = field(default_factory=list)
 
     def add(self, what: str, example: str) -> None:
-        """Note one thing that must not be."""
+        """Note one thing that must not happen."""
         self.found[what] += 1
         self.examples.append(f"{self.attack}, {what}: {example}")
 
@@ -61,7 +61,7 @@ Figures = dict[tuple[str, str], tuple[float, int]]
 
 @dataclass(frozen=True)
 class Expected:
-    """What an undisturbed run computes."""
+    """The results of an undisturbed run."""
 
     outputs: dict[str, tuple[Ref, ...]]
     figures: Figures
@@ -69,13 +69,13 @@ class Expected:
 
 
 def figures_of(home: Path) -> Figures:
-    """Of every run of a home; which runtime is the fastest is chance, what a file answers in it is not."""
+    """Figures of every run of a home; which runtime is fastest is chance, but what a file answers in it is not."""
     rows = [row for _, row in tables.read_variants(home / "reports", lambda _: None)]
     return {(row.variant, row.runtime): (row.top1, row.size_bytes) for row in rows}
 
 
 def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """A `quantflow` command in a session of its own; what it prints goes to a file, which `said` reads."""
+    """Start a `quantflow` command in its own session; its output goes to a file that `said` reads."""
     with (folder / "said").open("w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "flows.cli.commands", *arguments, "--home", "home"],
@@ -90,12 +90,12 @@ def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def said(folder: Path) -> str:
-    """What the last command of a folder has printed."""
+    """Output of the last command in a folder."""
     return (folder / "said").read_text(errors="replace")
 
 
 def finish(process: "subprocess.Popen[str]", folder: Path, findings: Findings, what: str) -> int | None:
-    """Wait for a command to end, and look at what it printed; its exit status, None where it hung."""
+    """Wait for a command to end, and check its output. Its exit status, or None if it hung."""
     try:
         status = process.wait(_HANG_SECONDS)
     except subprocess.TimeoutExpired:
@@ -108,14 +108,14 @@ def finish(process: "subprocess.Popen[str]", folder: Path, findings: Findings, w
 
 
 def compare(home: Path, expected: Expected, findings: Findings, what: str, *, repaired: bool = False) -> None:
-    """Note every figure, artifact and stage that is not as in an undisturbed run.
+    """Note every figure, artifact and stage that differs from an undisturbed run.
 
     Args:
-        home: Of the runs.
-        expected: What an undisturbed run computes.
-        findings: Takes what is not so.
-        what: Was done to them.
-        repaired: Whether what a stage had made was damaged after it, so that the stage was computed again.
+        home: Home of the runs.
+        expected: The results of an undisturbed run.
+        findings: Collects the differences.
+        what: What was done to the runs.
+        repaired: Whether a stage's output was damaged afterwards, so that the stage was computed again.
     """
     compare_outputs(home, expected, findings, what)
     for file, figures in figures_of(home).items():
@@ -127,7 +127,7 @@ def compare(home: Path, expected: Expected, findings: Findings, what: str, *, re
 
 
 def compare_outputs(home: Path, expected: Expected, findings: Findings, what: str) -> None:
-    """Note every artifact that an undisturbed run has made of other bytes."""
+    """Note every artifact whose bytes differ from an undisturbed run's."""
     outputs = harness.outputs_of(home)
     for key in outputs.keys() & expected.outputs.keys():
         if outputs[key] != expected.outputs[key]:
@@ -143,7 +143,7 @@ def compare_stages(home: Path, findings: Findings, what: str, most: int = 1) -> 
 
 
 def new_folder(place: Path, name: str) -> Path:
-    """A folder with the recipe in it."""
+    """A new folder with the recipe in it."""
     folder = place / name
     folder.mkdir()
     (folder / "tiny.toml").write_text(TINY.replace("epochs = 1\nbatches", "epochs = 3\nbatches"))
@@ -151,7 +151,7 @@ def new_folder(place: Path, name: str) -> Path:
 
 
 def undisturbed(place: Path, name: str = "undisturbed") -> Expected:
-    """What a run computes that nothing happens to; it stays in a folder of that name."""
+    """The results of an undisturbed run, which stays in a folder of that name."""
     folder = new_folder(place, name)
     assert command(folder, "run", "tiny.toml").wait(_HANG_SECONDS) in {0, 3}, said(folder)
     return Expected(harness.outputs_of(folder / "home"), figures_of(folder / "home"))
@@ -179,7 +179,7 @@ def _stop_and_continue(process: "subprocess.Popen[str]", dice: random.Random) ->
 
 
 FAULTS: dict[str, tuple[Callable[["subprocess.Popen[str]", random.Random], None], bool]] = {
-    # What is done; whether the run is to go on as if nothing had been.
+    # What is done; whether the run should continue as if nothing had happened.
     "the flow": (lambda process, _: process.kill(), False),
     "all processes": (lambda process, _: _kill_all(process), False),
     "the server": (lambda process, _: _send(find_processes(process.pid, "flows.hosting.server"), signal.SIGKILL), True),
@@ -190,7 +190,7 @@ FAULTS: dict[str, tuple[Callable[["subprocess.Popen[str]", random.Random], None]
 
 
 def kill(folder: Path, number: int, seed: int, expected: Expected, findings: dict[str, Findings]) -> None:
-    """Kill runs of a home, one after the other, each going on from what the last one left, until one is completed."""
+    """Kill runs of a home, one after the other; each continues from what the last one left, until one completes."""
     dice = random.Random(seed)
     home = folder / "home"
     for _ in range(number):
@@ -228,7 +228,7 @@ def kill(folder: Path, number: int, seed: int, expected: Expected, findings: dic
 
 
 def kills(place: Path, number: int, seed: int, expected: Expected, jobs: int) -> list[Findings]:
-    """`number` kills in all, in homes side by side."""
+    """`number` kills in total, spread over homes side by side."""
     findings = [{name: Findings(f"kill: {name}") for name in FAULTS} for _ in range(jobs)]
     folders = [new_folder(place, f"kills-{job}") for job in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
@@ -247,11 +247,11 @@ def kills(place: Path, number: int, seed: int, expected: Expected, jobs: int) ->
     return merged
 
 
-# A store that is freed under its runs.
+# A store that is freed during its runs.
 
 
 def free_while_computing(place: Path, number: int, seed: int, expected: Expected) -> Findings:
-    """`cache free` of everything, at random times of a run."""
+    """Run `cache free` on everything, at random times during a run."""
     findings, dice = Findings("cache free while a run computes"), random.Random(seed)
     for attempt in range(number):
         folder = new_folder(place, f"free-{attempt}")
@@ -274,7 +274,7 @@ def free_while_computing(place: Path, number: int, seed: int, expected: Expected
 
 
 def dashboards(place: Path, number: int, seed: int, expected: Expected) -> Findings:
-    """Two dashboards on a home, and one that is started, stopped and killed while runs go on beside it."""
+    """Two dashboards on one home, and a dashboard that is started, stopped and killed while other runs continue."""
     findings, dice = Findings("dashboards that come, go and meet"), random.Random(seed)
     folder = new_folder(place, "dashboards")
     second, beside = folder / "second", new_folder(folder, "beside")
@@ -353,9 +353,9 @@ def full_disk(place: Path) -> Findings:
 
 
 def week(place: Path, nights: int, seed: int) -> Findings:
-    """The shipped schedule, a night in a minute, with power cuts: each night's runs come to their end.
+    """The shipped schedule at one night per minute, with power cuts: each night's runs finish.
 
-    Prefect's time-outs are of this world's seconds, so a faster clock (libfaketime) only makes them all run out.
+    Prefect's timeouts are in real seconds, so a faster clock (libfaketime) would only make them all expire.
     """
     findings, dice = Findings("a week of the schedule, with power cuts"), random.Random(seed)
     folder = place / "week"
@@ -412,7 +412,7 @@ def main() -> int:
 
     from damages import damage_files
 
-    # In the background of a script it is ignored, by all that is started there, too.
+    # In the background of a script, SIGINT is ignored, also by every process started there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     place = Path(tempfile.mkdtemp(prefix="attack-"))
     print(f"Everything is below {place}", flush=True)
@@ -434,7 +434,7 @@ def main() -> int:
 
 
 def tell(findings: list[Findings]) -> int:
-    """Print the table; 1 if it has anything in it."""
+    """Print the table; 1 if anything was found."""
     kinds = ("different", "twice", "hang", "traceback", "status", "damage", "left", "silent")
     print(f"{'attack':<60} {'attempts':>8}", *(f"{kind:>9}" for kind in kinds))
     for one in findings:

@@ -40,7 +40,7 @@ class Browser:
         self._call("url", {"url": url})
 
     def size(self, width: int, height: int) -> None:
-        """Of the page; a window cannot be as narrow as a phone."""
+        """Set the size of the page; a window cannot be as narrow as a phone."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._devtools("Emulation.setDeviceMetricsOverride", metrics)
 
@@ -55,11 +55,11 @@ class Browser:
         return self._call("execute/sync", {"script": source, "args": []})
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """Wait until the page shows a text; the page's whole text."""
+        """Wait until the page shows a text; returns the page's whole text."""
         return self.wait_until(lambda shown: text in shown, seconds, f"{text!r} is not on the page")
 
     def wait_until(self, shows: Callable[[str], bool], seconds: float = 60, complaint: str = "not yet") -> str:
-        """Wait until the page's text is as it should be; that text."""
+        """Wait until the page's text satisfies `shows`; returns that text."""
         deadline = time.monotonic() + seconds
         while not shows(shown := self.text()):
             assert time.monotonic() < deadline, f"{complaint}; the page reads:\n{shown[:3000]}"
@@ -88,7 +88,7 @@ class Browser:
         file.write_bytes(base64.b64decode(self._call("screenshot")))
 
     def errors(self) -> list[str]:
-        """What went wrong since the last call, as the console has it."""
+        """Errors on the console since the last call."""
         log = self._call("se/log", {"type": "browser"})
         return [line["message"] for line in log if line["level"] == "SEVERE"]
 
@@ -104,7 +104,7 @@ def browse(*own_hosts: str) -> Iterator[Browser]:
     """A browser inside the block.
 
     Args:
-        own_hosts: Names that lead to 127.0.0.1. Whatever asks for another host fails, and is seen as an error on the
+        own_hosts: Names that resolve to 127.0.0.1. A request to any other host fails, and shows up as an error on the
             console.
     """
     rules = [*(f"MAP {host} 127.0.0.1" for host in own_hosts), "MAP * ~NOTFOUND", "EXCLUDE 127.0.0.1"]

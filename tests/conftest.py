@@ -4,9 +4,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import harness
 import numpy as np
@@ -17,7 +15,6 @@ from schemes import scheme
 from torch import nn
 
 from quantlib.data import datasets, loading, shards
-from quantlib.data.images import Split
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.graph import fusion
 from quantlib.measure import significance
@@ -28,7 +25,7 @@ from quantlib.recipe.sections import TrainingRecipe
 from quantlib.runtimes.available import resolve_engine
 from quantlib.store.local import Store
 
-# A server that Prefect starts by itself for a test asks nothing of the network; those of quantflow are not told here.
+# A server that Prefect itself starts for a test sends nothing out; quantflow's own set this themselves.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 
 CLASSES = ("blue", "green", "red")
@@ -42,29 +39,29 @@ TINY_ARGUMENTS = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _one_thread():
     """A tiny net gains nothing from more threads, and on a busy machine they wait for each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
-def ctrl_c_works() -> Iterator[None]:
-    """SIGINT does here, and in what is started here, what it does in a terminal: a script's background ignores it."""
+def ctrl_c_works():
+    """Make SIGINT work as in a terminal, also in child processes: in a script's background it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Prefect server for every run of the tests that need one."""
+def prefect_server(tmp_path_factory):
+    """One Prefect server for all tests that need one."""
     with harness.serve_prefect(tmp_path_factory.mktemp("prefect")):
         yield
 
 
 @pytest.fixture(scope="session")
-def undisturbed(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, harness.Outcome]:
-    """A run that nothing happened to: its home, and what it left. Copy the home before changing it."""
+def undisturbed(prefect_server, tmp_path_factory):
+    """An undisturbed run: its home and its outcome. Copy the home before changing it."""
     home = tmp_path_factory.mktemp("undisturbed") / "home"
     outcome = harness.run(home)
     assert outcome.error == ""
@@ -73,16 +70,16 @@ def undisturbed(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def home_copy(undisturbed: tuple[Path, harness.Outcome], tmp_path: Path) -> Path:
-    """The home of a finished run, to do with as one likes."""
+def home_copy(undisturbed, tmp_path):
+    """A copy of a finished run's home, free to change."""
     return Path(shutil.copytree(undisturbed[0], tmp_path / "home"))
 
 
 @pytest.fixture(scope="session")
-def shared(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """Finds real data and weights, which lie beside the repository; skips where they do not."""
+def shared(request):
+    """Finds real data and weights, kept next to the repository; skips the test if they are missing."""
 
-    def find(name: str) -> Path:
+    def find(name):
         path = request.config.rootpath.parent / "shared" / name
         if not path.exists():
             pytest.skip(f"needs ../shared/{name}")
@@ -92,13 +89,13 @@ def shared(request: pytest.FixtureRequest) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path):
     return Store(tmp_path / "store")
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/CLASS/IMAGE and val/CLASS/IMAGE: noise of three colours, 12 and 6 images a class, of all shapes.
+def image_folder(tmp_path_factory):
+    """train/CLASS/IMAGE and val/CLASS/IMAGE: noise of three colours, 12 and 6 images per class, of all shapes.
 
     Read-only: tests that change files take `own_folder`.
     """
@@ -112,14 +109,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 height, width = rng.integers(34, 60, 2)
                 pixels = rng.integers(0, 150, (height, width, 3))
                 pixels[..., 2 - label] += 100
-                # Both the usual formats; each name sorts where its number says.
+                # Both usual formats; names sort by their number.
                 suffix = "png" if number % 2 else "jpg"
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02}.{suffix}")
     return root
 
 
 @pytest.fixture
-def own_folder(image_folder: Path, tmp_path: Path) -> Path:
+def own_folder(image_folder, tmp_path):
     """A copy of `image_folder` that a test may change."""
     import shutil
 
@@ -127,16 +124,16 @@ def own_folder(image_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_split(image_folder: Path) -> Split:
+def train_split(image_folder):
     return datasets.open_split("imagefolder", str(image_folder), "train")
 
 
 @pytest.fixture(scope="session")
-def val_split(image_folder: Path) -> Split:
+def val_split(image_folder):
     return datasets.open_split("imagefolder", str(image_folder), "val")
 
 
-def _decoded(split: Split, path: Path) -> Path:
+def _decoded(split, path):
     order = np.random.default_rng(1).permutation(len(split))
     with path.open("wb") as file:
         shards.save(loading.decode(split, order, EvalTransform(CROP, CROP), seed=0), split.labels[order], file)
@@ -144,33 +141,33 @@ def _decoded(split: Split, path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_shard(train_split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train_shard(train_split, tmp_path_factory):
     """36 decoded images, classes mixed."""
     return _decoded(train_split, tmp_path_factory.mktemp("shards") / "train")
 
 
 @pytest.fixture(scope="session")
-def val_shard(val_split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def val_shard(val_split, tmp_path_factory):
     """18 decoded images, classes mixed."""
     return _decoded(val_split, tmp_path_factory.mktemp("shards") / "val")
 
 
 @pytest.fixture(scope="session")
-def val_inputs(val_shard: Path) -> torch.Tensor:
+def val_inputs(val_shard):
     """The 18 images of `val_shard` as a model's input."""
     return shards.to_input(shards.open_shard(val_shard)[0])
 
 
 @pytest.fixture(scope="session")
-def tiny_arguments() -> dict[str, Any]:
+def tiny_arguments():
     return dict(TINY_ARGUMENTS)
 
 
 @pytest.fixture(scope="session")
-def stir_batch_norm() -> Callable[[nn.Module], nn.Module]:
+def stir_batch_norm():
     """Gives every BatchNorm statistics and weights that are not the initial 0 and 1, in place."""
 
-    def stir(model: nn.Module) -> nn.Module:
+    def stir(model):
         generator = torch.Generator().manual_seed(5)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -185,21 +182,21 @@ def stir_batch_norm() -> Callable[[nn.Module], nn.Module]:
 
 
 @pytest.fixture
-def tiny_model(stir_batch_norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def tiny_model(stir_batch_norm):
     """A MobileNetV2 of four blocks, two of them residual, untrained, in eval mode."""
     torch.manual_seed(0)
     return stir_batch_norm(mobilenet_v2.mobilenet_v2(**TINY_ARGUMENTS)).eval()
 
 
 @pytest.fixture(scope="session")
-def tiny_header() -> Header:
-    """What `checkpoint.save` is told of `tiny_model` and `trained_model`."""
+def tiny_header():
+    """The header `checkpoint.save` gets for `tiny_model` and `trained_model`."""
     return Header(architecture="mobilenet_v2", arguments=TINY_ARGUMENTS, code="")
 
 
 @pytest.fixture(scope="session")
-def trained_model(train_split: Split) -> nn.Module:
-    """The tiny net, trained to tell the three colours; read-only."""
+def trained_model(train_split):
+    """The tiny net, trained to tell the three colours apart; read-only."""
     torch.manual_seed(0)
     model = mobilenet_v2.mobilenet_v2(**TINY_ARGUMENTS)
     recipe = TrainingRecipe(epochs=20, batch_size=12, learning_rate=0.01)
@@ -208,17 +205,17 @@ def trained_model(train_split: Split) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def fused_model(trained_model: nn.Module) -> nn.Module:
+def fused_model(trained_model):
     """Fused in mode "eval"; read-only."""
     return fusion.fuse_model(trained_model, "eval")
 
 
 @pytest.fixture(scope="session")
-def calibrated(fused_model: nn.Module, train_shard: Path) -> Callable[[str], nn.Module]:
-    """The trained net, calibrated with the qconfig of a name, once; read-only."""
+def calibrated(fused_model, train_shard):
+    """The trained net, calibrated once per qconfig name; read-only."""
     known: dict[str, nn.Module] = {}
 
-    def calibrate(qconfig: str) -> nn.Module:
+    def calibrate(qconfig):
         if qconfig not in known:
             known[qconfig] = preparation.prepare(fused_model, scheme(qconfig), "eval")
             calibration.calibrate(known[qconfig], train_shard, batch_size=12)
@@ -228,17 +225,17 @@ def calibrated(fused_model: nn.Module, train_shard: Path) -> Callable[[str], nn.
 
 
 @pytest.fixture(scope="session")
-def engine() -> str:
+def engine():
     """The int8 engine that torch prefers on this machine."""
     return resolve_engine("auto")
 
 
 @pytest.fixture
-def rng() -> random.Random:
+def rng():
     return random.Random(0)
 
 
 @pytest.fixture
-def equally_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All files are taken for equally fast, as in the runs of the harness: what is planned here is what they did."""
+def equally_fast(monkeypatch):
+    """Treat all files as equally fast, as the harness's runs do, so that a plan matches what those runs did."""
     monkeypatch.setattr(significance, "is_slower", lambda *_: False)

@@ -23,9 +23,9 @@ from flows.cli.commands import main
 from quantlib import api
 
 _HANG_SECONDS = 60
-# What shows figures: it must show the right ones, or say that it cannot.
+# Commands that show figures must show the right ones, or say that they cannot.
 _SHOWS_FIGURES = ("report", "report --intervals", "report --html page.html")
-# Of so many damages, one is also met by a run, which takes seconds.
+# One in this many damaged files is also read by a run, which takes seconds.
 _RUN_EVERY = 40
 
 
@@ -103,7 +103,7 @@ def damage_files(place: Path, number: int, seed: int) -> list[Findings]:
     expected = undisturbed(place, "damages")
     folder = place / "damages"
     home = folder / "home"
-    # One run that was killed, so that there is something to resume.
+    # A killed run, so that there is something to resume.
     killed = command(folder, "run", "tiny.toml", "--set", "seed=7")
     until(lambda: len(harness.newest_stage_lines(home)) >= 4, 120, lambda: said(folder))
     killed.kill()
@@ -121,7 +121,7 @@ def damage_files(place: Path, number: int, seed: int) -> list[Findings]:
             reader.read(path, findings[kind], what)
             if attempt % _RUN_EVERY == 0:
                 copy = new_folder(place, f"damaged-{attempt}")
-                # Named pipes and links as they are.
+                # Copies named pipes and links as they are.
                 subprocess.run(["cp", "-a", str(home), str(copy / "home")], check=True)
                 status = finish(command(copy, "run", "tiny.toml"), copy, findings[kind], what)
                 if status in {0, 3}:
@@ -134,7 +134,7 @@ def damage_files(place: Path, number: int, seed: int) -> list[Findings]:
 
 
 def _files(home: Path) -> dict[str, list[Path]]:
-    """By what they are; Prefect's own are its own business."""
+    """Files by kind, without Prefect's own."""
     found: dict[str, list[Path]] = {}
     for path in sorted(home.rglob("*")):
         kind = path.relative_to(home).parts[0]
@@ -158,7 +158,7 @@ def _restored(path: Path) -> Iterator[None]:
 
 
 class _Reader:
-    """Reads a home with every command, and knows what they say of it undamaged."""
+    """Reads a home with every command, and knows what each prints for the undamaged home."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -209,7 +209,7 @@ class _Reader:
             findings.add("silent", f"{what}: export.load gives a model that answers otherwise")
 
     def _run(self, arguments: list[str]) -> Result | None:
-        """What a command says; None where it hangs."""
+        """Result of a command; None if it hangs."""
 
         def ring(*_: object) -> None:
             raise TimeoutError
@@ -233,7 +233,7 @@ def _is_raw(result: Result) -> bool:
 
 
 def _answers(path: str) -> list[list[float]]:
-    """What a shipped model says of an image."""
+    """A shipped model's logits for an image."""
     model = api.load(Path(path))
     image = np.linspace(-1, 1, 3 * 16 * 16, dtype=np.float32).reshape(1, 3, 16, 16)
     answers: list[list[float]] = model(torch.from_numpy(image)).tolist()

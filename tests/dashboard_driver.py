@@ -1,4 +1,4 @@
-"""A dashboard in a process of its own, and its API as the web interface uses it."""
+"""A dashboard in its own process, and its API as the web interface uses it."""
 
 import json
 import os
@@ -55,15 +55,15 @@ max_top1_drop = 1.0
 
 
 def own_environment(without: tuple[str, ...] = (), **changes: str) -> dict[str, str]:
-    """This process's environment for a command, without what a user may have set of Prefect and quantflow.
+    """This process's environment for a command, without any Prefect or quantflow settings of the user.
 
     Args:
-        without: Beginnings of more names to leave out.
-        changes: Added to it.
+        without: Prefixes of more names to leave out.
+        changes: Variables to add.
     """
     left_out = ("PREFECT_", "QUANTFLOW_", *without)
     found = {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | changes
-    # The checkout that is tested; where it is installed, this changes nothing.
+    # The checkout under test; if it is installed, this changes nothing.
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [found.get("PYTHONPATH"), str(PROJECT)]))
     return found
 
@@ -73,7 +73,7 @@ class Dashboard:
 
     Args:
         folder: Holds the home, a recipe, and what the processes print.
-        environment: Added to this process's.
+        environment: Variables added to this process's.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
@@ -87,7 +87,7 @@ class Dashboard:
         self.process: subprocess.Popen[str] | None = None
 
     def command(self, *arguments: str) -> subprocess.Popen[str]:
-        """A `quantflow` command that has been started."""
+        """Start a `quantflow` command."""
         return subprocess.Popen(
             [sys.executable, "-u", "-m", "flows.cli.commands", *arguments],
             cwd=self.folder,
@@ -110,7 +110,7 @@ class Dashboard:
         raise AssertionError("".join(told))
 
     def stop(self, number: int = signal.SIGTERM) -> list[int]:
-        """Stop it as a person does; the processes that are left."""
+        """Stop it as a person would; returns the processes that are left."""
         assert self.process is not None
         started = self.processes()
         self.process.send_signal(number)
@@ -118,19 +118,19 @@ class Dashboard:
         return [pid for pid in started if _runs(pid)]
 
     def kill(self) -> None:
-        """As if the machine had lost power: every process at once."""
+        """Kill every process at once, as if the machine had lost power."""
         for pid in self.processes():
             _kill(pid)
         assert self.process is not None
         self.process.communicate(timeout=30)
 
     def processes(self) -> list[int]:
-        """The dashboard's, and all that it started."""
+        """The dashboard's process, and all that it started."""
         assert self.process is not None
         return find_processes(self.process.pid)
 
     def signal(self, part: str, number: int = signal.SIGKILL) -> int:
-        """Send a signal to the process whose command line holds `part`; its number."""
+        """Send a signal to the process whose command line contains `part`; returns its pid."""
         assert self.process is not None
         found = next(iter(find_processes(self.process.pid, part)))
         os.kill(found, number)
@@ -148,26 +148,26 @@ class Dashboard:
                     text = answer.read()
                 return json.loads(text) if text else None
             except urllib.error.HTTPError as error:
-                # The database is busy: Prefect's own clients come back, too.
+                # The database is busy: Prefect's own clients retry, too.
                 if error.code != 503:
                     raise AssertionError(f"{path}: {error.code} {error.read().decode()[:500]}") from None
             except (urllib.error.URLError, ConnectionError):
-                pass  # The server is being started again.
+                pass  # The server is being restarted.
             time.sleep(1)
         raise AssertionError(f"{path}: busy all the time")
 
     def deployments(self) -> dict[str, dict[str, Any]]:
-        """By flow."""
+        """Deployments by flow."""
         return {found["entrypoint"].partition(":")[2]: found for found in self.call("/deployments/filter")}
 
     def begin(self, flow: str = "quantize", *changes: str) -> str:
-        """Start a run of the tiny recipe, as "Quick run" does; its id."""
+        """Start a run of the tiny recipe, as "Quick run" does; returns its id."""
         parameters = {"recipe": str(self.recipe), "changes": list(changes)}
         body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
         return self.call(f"/deployments/{self.deployments()[flow]['id']}/create_flow_run", body)["id"]
 
     def retry(self, run: str) -> None:
-        """As the button does."""
+        """Retry a run, as the button does."""
         state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the dashboard"}
         answer = self.call(f"/flow_runs/{run}/set_state", {"state": state})
         assert answer["status"] == "ACCEPT", answer
@@ -182,7 +182,7 @@ class Dashboard:
         return self.run(run)["state"]["name"]
 
     def wait(self, run: str, states: Collection[str] = ("Completed",), seconds: float = 400) -> str:
-        """Wait until a run is in one of some states."""
+        """Wait until a run is in one of these states."""
         ends = {"Completed", "Failed", "Crashed", "Cancelled", *states}
         until(lambda: self.state(run) in ends, seconds, lambda: f"{self.run(run)['state']} {self.tasks(run)}")
         state = self.run(run)["state"]
@@ -190,13 +190,13 @@ class Dashboard:
         return state["name"]
 
     def tasks(self, run: str) -> Counter[str]:
-        """How many of a run's tasks are in each state, but for the report's."""
+        """How many of a run's tasks are in each state, without the report's task."""
         body = {"flow_runs": {"id": {"any_": [run]}}, "limit": 200}
         found = [task for task in self.call("/task_runs/filter", body) if task["state"]]
         return Counter(task["state"]["name"] for task in found if not task["name"].startswith("write_report"))
 
     def wait_for_tasks(self, run: str, state: str, count: int, seconds: float = 300) -> None:
-        """Wait until so many tasks are in a state; their states arrive a moment after the run's."""
+        """Wait until `count` tasks are in a state; their states arrive a moment after the run's."""
         until(lambda: self.tasks(run)[state] >= count, seconds, lambda: f"{self.tasks(run)}")
 
 
@@ -208,7 +208,7 @@ def until(done: Callable[[], bool], seconds: float, explain: Callable[[], str]) 
 
 
 def find_processes(pid: int, part: str = "") -> list[int]:
-    """A process and all below it whose command lines hold `part`."""
+    """A process and its descendants, if their command lines contain `part`."""
     found, unseen = [pid], [pid]
     children = _children()
     while unseen:

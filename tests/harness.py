@@ -1,8 +1,8 @@
-"""Runs of a small recipe in processes of their own, which can be killed at any point of their work.
+"""Runs of a small recipe in their own processes, which can be killed at any point of their work.
 
-The processes are forked from a server that has imported everything, so that a run takes seconds. Nothing of
-quantflow is replaced in them, but that all files are taken for equally fast: how fast a tiny net is on a busy machine
-is chance, and a winner that depends on it could not be compared.
+The processes are forked from a server that has imported everything, so that a run takes seconds. Nothing in quantflow
+is replaced, except that all files count as equally fast: how fast a tiny net is on a busy machine is chance, and a
+winner that depends on it could not be compared.
 """
 
 import json
@@ -77,13 +77,13 @@ class Outcome:
     """What a run left behind."""
 
     exitcode: int
-    """Of its process; -9 where it was killed."""
+    """Exit code of its process; -9 if it was killed."""
     variants: list[dict[str, Any]]
     """The columns of the table that a second run of the same recipe must repeat."""
     points: list[str]
     """Every point of its work at which it could have been killed."""
     stages: dict[str, bool]
-    """By label: was it reused?"""
+    """Whether each stage was reused, by label."""
     error: str
 
 
@@ -95,14 +95,14 @@ def start_run(
     run_id: str | None = None,
     recipe: dict[str, Any] = RECIPE,
 ) -> Any:
-    """Start a run in a process of its own.
+    """Start a run in its own process.
 
     Args:
         home: Its home folder.
         kill_at: Kill it with SIGKILL at this point of its work, counted from 0.
-        hold_at: Let it sleep at the first point of this name, for ever; `process.held` is then there.
+        hold_at: Let it hang at the first point of this name; `process.held` then exists.
         run_id: The run to resume.
-        recipe: What is run.
+        recipe: The recipe to run.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
     process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id, recipe))
@@ -112,29 +112,29 @@ def start_run(
 
 
 def stage_lines(home: Path) -> list[dict[str, Any]]:
-    """The lines that every run of the home has written about its stages."""
+    """The lines that all runs of the home wrote about their stages."""
     runs = read_runs(home / "runs")
     return [line for run in runs for line in Journal(home / "runs" / run.file.run_id).stages()]
 
 
 def newest_stage_lines(home: Path) -> list[dict[str, Any]]:
-    """The lines that the home's newest run has written about stages it was done with."""
+    """The lines that the home's newest run wrote about the stages it finished."""
     newest = read_runs(home / "runs")[0].file.run_id
     return [line for line in Journal(home / "runs" / newest).stages() if "cached" in line]
 
 
 def keys_done(home: Path) -> dict[str, str]:
-    """The key of every stage that the home's runs had finished, by label."""
+    """The key of every stage that the home's runs finished, by label."""
     return {line["label"]: line["key"] for line in stage_lines(home) if "cached" in line}
 
 
 def outputs_of(home: Path) -> dict[str, tuple[Ref, ...]]:
-    """The artifacts of every recorded stage by its key, but for timings, which no two runs share."""
+    """The artifacts of every recorded stage by key, except for timings, which no two runs share."""
     return {r.key: r.outputs for r in Store(home / "store").records() if r.stage != "benchmark"}
 
 
 def run_id_of(home: Path) -> str:
-    """The newest run's name."""
+    """The newest run's id."""
     return read_runs(home / "runs")[0].file.run_id
 
 
@@ -156,7 +156,7 @@ def finish(process: Any, timeout: float = 240) -> Outcome:
 
 
 def run(home: Path, **options: Any) -> Outcome:
-    """Run to its end, or to where it is killed."""
+    """Run until it ends or is killed."""
     return finish(start_run(home, **options))
 
 
@@ -199,7 +199,7 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
         flow = make_flow("quantize", home_folder(), NullListener(), run_id, lambda _: None)
         report = flow(parse_recipe(recipe))
     finally:
-        drain()  # A forked process ends without what Prefect does at exit.
+        drain()  # A forked process skips what Prefect does at exit.
     timed = {
         "latency_p50_ms",
         "speedup",
@@ -217,7 +217,7 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hook_points(pass_point: Callable[[str], None]) -> None:
-    """Pass a point at each step that a crash could fall between: stage boundaries, progress inside, and writes."""
+    """Pass a point wherever a crash could fall: at stage boundaries, at progress inside stages, and at writes."""
     from quantlib.store.journal import Journal
     from tasks.execution import LiveRun
 
@@ -233,6 +233,6 @@ def _hook_points(pass_point: Callable[[str], None]) -> None:
     before(Journal, "stage_started", lambda _, label, *rest: f"before {label}")
     before(Journal, "stage_finished", lambda _, label, *rest: f"after {label}")
     before(LiveRun, "progress", lambda _, label, *rest: f"inside {label}")
-    # In the middle of a write: the bytes are in the temporary file, not yet on the disk; then, not yet in place.
+    # In the middle of a write: the bytes are in the temporary file but not yet on disk; then not yet in place.
     before(os, "fsync", lambda *_: "write: flush")
     before(Path, "replace", lambda *_: "write: rename")

@@ -1,4 +1,4 @@
-"""Rows of a report, made up: tests say what matters to them, and the rest is here."""
+"""Made-up rows of a report: tests set what matters to them, and the rest is here."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +9,7 @@ START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
 
 
 def variant_row(name: str, **changes: Any) -> VariantRow:
-    """A PTQ variant that is accepted and no winner; the float model where `method="float"`."""
+    """A PTQ variant that is accepted but not the winner; the float model if `method="float"`."""
     values: dict[str, Any] = {
         "recipe": "tiny",
         "variant": name,

@@ -5,5 +5,5 @@ from quantlib.recipe.scheme import Scheme
 
 
 def scheme(qconfig: str) -> Scheme:
-    """What a branch with this qconfig, and nothing else, puts into a model."""
+    """The scheme of a branch that sets only this qconfig."""
     return PTQRecipe(name="test", qconfig=qconfig).scheme(8)

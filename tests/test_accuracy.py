@@ -1,4 +1,4 @@
-"""What quantflow's own settings keep of the accuracy, on real images and trained weights (../shared); needs minutes."""
+"""How much accuracy quantflow's own settings keep, on real images and trained weights (../shared); takes minutes."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ batch_size = 30
 [search]
 max_top1_drop = 0.002
 """
-# Top-1 on 5,000 CIFAR-10 validation images, at least; float has 0.8332.
+# Lowest allowed top-1 on 5,000 CIFAR-10 validation images; float has 0.8332.
 LEAST = {"minmax_equalized": 0.825, "accurate": 0.8315, "qat": 0.8310}
 
 
@@ -73,7 +73,7 @@ def test_the_settings_that_keep_accuracy_keep_it(weights, shared, tmp_path):
         assert variants.top1[name] >= least, name
     assert variants.top1["accurate_7_bits"] >= 0.8290
     if weights.endswith("uneven"):
-        assert variants.top1["minmax"] < 0.6, "the channels of this file are uneven: one scale a tensor loses much"
+        assert variants.top1["minmax"] < 0.6, "this file's channels are uneven: one scale per tensor loses much"
         assert variants.top1_weights_only["minmax"] < variants.top1["float"] - 0.05
 
     winner = variants[variants.winner].iloc[0]
@@ -81,6 +81,6 @@ def test_the_settings_that_keep_accuracy_keep_it(weights, shared, tmp_path):
     best = searched[searched.gate == "inside"].sort_values("top1_selection").iloc[-1]
     assert best.top1_drop <= 0.002 + 1e-9
     assert winner.top1_drop <= 0.002 + 1e-9
-    # As fast as any: no layer stayed float for the budget's sake.
+    # As fast as any: no layer had to stay float to meet the budget.
     assert list(best.float_layers) == []
     assert (home / "models" / next((home / "models").iterdir()).name / "search-best.pt").exists()

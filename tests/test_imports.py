@@ -1,8 +1,7 @@
-"""What is imported, and when: each of these libraries takes from a tenth of a second to some seconds."""
+"""What is imported, and when: each of these libraries takes from a tenth of a second to a few seconds."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -40,12 +39,12 @@ qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(8, 8))
         ),
         pytest.param("import quantlib.inputs", "pyarrow prefect torch", id="finding inputs"),
         pytest.param(_READ_IMAGES, "torch torchvision", id="reading images"),
-        # torchvision's import and torch.optim's optimizers bring torch's compiler along.
+        # Importing torchvision, or using torch.optim's optimizers, also imports torch's compiler.
         pytest.param("import flows.quantize, quantlib.api", "torchvision torch._dynamo", id="before the stages"),
         pytest.param(_TRAIN, "torchvision torch._dynamo", id="training"),
     ],
 )
-def test_nothing_is_imported_that_is_not_needed(source: str, unwanted: str, image_folder: Path) -> None:
+def test_nothing_is_imported_that_is_not_needed(source, unwanted, image_folder):
     check = f"\nimport sys\nprint(*{set(unwanted.split())} & sys.modules.keys())"
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", source + check, str(image_folder)],

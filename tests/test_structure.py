@@ -1,9 +1,8 @@
-"""What holds for the repository as a whole."""
+"""Rules for the repository as a whole."""
 
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ PACKAGES = ("flows", "tasks", "quantlib")
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py"))
 
-# Where torch's eager-mode quantization can be had from.
+# Where torch's eager-mode quantization can be imported from.
 _QUANTIZATION = re.compile(r"torch\.(ao|quantization|nn\.(quantized|qat|intrinsic))\b")
-# Joined from parts, so that this file does not hold what it looks for.
+# Joined from parts, so that this file does not contain what it looks for.
 _REGISTRIES = re.compile(
     "|".join(
         ("pypi" + r"\.(org|python)", "pythonhosted" + r"\.org", r"download\." + "pytorch", "--(extra-)?" + "index-url")
@@ -25,12 +24,12 @@ _MACHINE_PATHS = re.compile(
 )
 
 
-def _name(path: Path) -> str:
+def _name(path):
     return str(path.relative_to(ROOT))
 
 
-def _mentioned(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that code imports or uses; what comments and strings say is left out."""
+def _mentioned(tree):
+    """Dotted names that code imports or uses, not those in comments and strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -41,7 +40,7 @@ def _mentioned(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_only_eager_touches_torchs_quantization(path: Path) -> None:
+def test_only_eager_touches_torchs_quantization(path):
     uses = [name for name in _mentioned(ast.parse(path.read_text())) if _QUANTIZATION.match(name)]
 
     assert not uses or path.parent == ROOT / "quantlib" / "eager", uses
@@ -50,12 +49,12 @@ def test_only_eager_touches_torchs_quantization(path: Path) -> None:
 @pytest.mark.parametrize(
     "statement", ["import torch.ao.quantization as tq", "from torch import ao", "torch.quantization.convert(m)"]
 )
-def test_each_way_to_touch_torchs_quantization_is_seen(statement: str) -> None:
+def test_each_way_to_touch_torchs_quantization_is_seen(statement):
     assert any(_QUANTIZATION.match(name) for name in _mentioned(ast.parse(statement)))
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.is_relative_to(ROOT / "quantlib")], ids=_name)
-def test_everything_public_in_quantlib_has_a_docstring(path: Path) -> None:
+def test_everything_public_in_quantlib_has_a_docstring(path):
     tree = ast.parse(path.read_text())
     public = [
         node
@@ -69,20 +68,20 @@ def test_everything_public_in_quantlib_has_a_docstring(path: Path) -> None:
     assert [node.name for node in public if ast.get_docstring(node) is None] == []
 
 
-def _kept_files() -> list[Path]:
-    """What git has, or would take."""
+def _kept_files():
+    """Files that git tracks or would add."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs git, and its checkout")
+        pytest.skip("needs git and a checkout")
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
 @pytest.mark.parametrize(
     "pattern", [pytest.param(_REGISTRIES, id="registry"), pytest.param(_MACHINE_PATHS, id="path of a machine")]
 )
-def test_no_file_names_a_package_registry_or_a_place_on_one_machine(pattern: re.Pattern[str]) -> None:
+def test_no_file_names_a_package_registry_or_a_place_on_one_machine(pattern):
     found = []
     for path in _kept_files():
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
@@ -94,6 +93,6 @@ def test_no_file_names_a_package_registry_or_a_place_on_one_machine(pattern: re.
 
 @pytest.mark.parametrize("line", ["cd /{}/main", 'open("/{}/x")', "FILE=/{}/", "at /{}"])
 @pytest.mark.parametrize("folder", ["tmp", "work", "root"])
-def test_a_place_on_one_machine_is_seen(line: str, folder: str) -> None:
+def test_a_place_on_one_machine_is_seen(line, folder):
     assert _MACHINE_PATHS.search(line.format(folder))
     assert not _MACHINE_PATHS.search(f"data/{folder}/images")

@@ -1,4 +1,4 @@
-"""The tutorial's figures, on real images and trained weights (../shared); needs minutes."""
+"""The tutorial's figures, on real images and trained weights (../shared); takes minutes."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from flows.cli.outcome import NO_WINNER
 
-# Top-1 on 5,000 CIFAR-10 validation images: expected, and how far from it.
+# Top-1 on 5,000 CIFAR-10 validation images: the expected value and its tolerance.
 FIGURES = {
     "mobilenet_v2_cifar10_64px": {"float": (0.8332, 1e-9), "minmax": (0.8310, 0.01), "per_channel": (0.8348, 0.01)},
     "mobilenet_v2_cifar10_64px_uneven": {
@@ -37,9 +37,9 @@ def test_the_tutorials_recipe_gives_the_tutorials_figures(weights, shared, tmp_p
         assert variants.num_images[name] == 5000
         assert variants.size_bytes[name] == pytest.approx(SIZES_MB[name] * 1e6, rel=0.02), name
     epochs = pd.read_parquet(home / "reports" / "epochs")
-    # Epochs are evaluated on torch's own engine, the file to ship on the one that is fastest for it.
+    # Epochs are evaluated on torch's own engine, the file to ship on its fastest one.
     assert variants.top1["qat"] == pytest.approx(epochs.top1.max(), abs=0.003)
-    # What the tutorial's training transform costs on these weights.
+    # The cost of the tutorial's training transform on these weights.
     assert variants.top1["qat"] == pytest.approx(0.79 if weights.endswith("64px") else 0.7736, abs=0.03)
     _check_plain_load(variants.loc["per_channel"], shared("data/cifar10"))
 

@@ -1,4 +1,4 @@
-"""What a command and everything that it starts ask of the network and write, as the kernel sees it."""
+"""Network calls and writes of a command and all its child processes, as the kernel sees them."""
 
 import re
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 STRACE = shutil.which("strace")
-# A container may forbid to trace.
+# A container may forbid tracing.
 WORKS = STRACE is not None and subprocess.run([STRACE, "true"], check=False, capture_output=True).returncode == 0
-MISSING = None if WORKS else "needs strace, and leave to trace processes (Debian: strace)"
+MISSING = None if WORKS else "needs strace, and permission to trace processes (Debian: strace)"
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What was seen of a command."""
+    """What strace recorded of a command."""
 
     returncode: int
     said: str
@@ -24,12 +24,12 @@ class Trace:
     """Every call of `connect`, `sendto`, `sendmsg` and `openat`."""
 
     def foreign(self) -> list[str]:
-        """The calls that name an address which is not loopback's."""
+        """The calls with an address other than loopback."""
         addresses = (line for line in self.calls if re.search(r"sa_family=AF_INET6?\b", line))
         return [line for line in addresses if not re.search(r'inet_addr\("127\.|"::1"|"::ffff:127\.', line)]
 
     def written(self) -> set[Path]:
-        """The files that were opened to be written, or made."""
+        """The files that were opened for writing or created."""
         opened = (re.search(r'openat\(AT_FDCWD, "([^"]*)", \S*(O_WRONLY|O_RDWR|O_CREAT)', line) for line in self.calls)
         return {Path(found[1]) for found in opened if found}
 
@@ -39,8 +39,8 @@ def trace(command: Sequence[str], file: Path, **options: Any) -> Trace:
 
     Args:
         command: What to run.
-        file: Takes the trace.
-        options: Of `subprocess.run`.
+        file: Where the trace is written.
+        options: Passed to `subprocess.run`.
     """
     calls = ["-f", "-qq", "-s", "4096", "-e", "trace=connect,sendto,sendmsg,openat"]
     done = subprocess.run(

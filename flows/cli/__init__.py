@@ -1,1 +1,1 @@
-"""The command line, and what it shows in a terminal."""
+"""The command line and its terminal output."""

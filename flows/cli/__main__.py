@@ -1,4 +1,4 @@
-"""`python -m flows.cli`, as `quantflow`."""
+"""Makes `python -m flows.cli` the same as `quantflow`."""
 
 from flows.cli.commands import command
 

@@ -1,7 +1,7 @@
 """The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `dashboard`, `recipes`, `cache`.
 
 Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
-Nothing heavy is imported before a command needs it.
+Heavy imports wait until a command needs them.
 """
 
 import sys
@@ -24,7 +24,7 @@ home_option = click.option(
     default=".quantflow",
     show_default=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the store, the reports, the models and Prefect's files.",
+    help="Folder for the store, the reports, the models and Prefect's files.",
 )
 
 
@@ -32,18 +32,22 @@ recipe_argument = click.argument("recipe", default="digits")
 
 
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe, as qat.0.epochs=2."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the recipe, such as qat.0.epochs=2.",
 )
 
 
-verbose_option = click.option("--verbose", is_flag=True, help="Show Prefect's log, and the traceback of a failure.")
+verbose_option = click.option("--verbose", is_flag=True, help="Show Prefect's log, and the traceback if it fails.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("quantflow"), prog_name="quantflow")
 def main() -> None:
     """Turn a float PyTorch image classifier into the int8 model to ship."""
-    # A recipe's "package.module:function" may lie in the folder that the user is in.
+    # A recipe's "package.module:function" may be in the user's current folder.
     sys.path.append(str(Path.cwd()))
 
 
@@ -56,7 +60,7 @@ def main() -> None:
 def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:
     """Quantize the model of RECIPE.
 
-    RECIPE is a TOML file, or a name that `quantflow recipes` lists; without it, the embedded digits are taken.
+    RECIPE is a TOML file, or a name that `quantflow recipes` lists; the default is the embedded digits.
     """
     from flows.parameters import find_recipe
 
@@ -69,7 +73,7 @@ def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> i
 @home_option
 @reports_errors
 def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
-    """Show which stages a run of RECIPE would reuse, which it would run, and why. Nothing is run."""
+    """Show which stages a run of RECIPE would reuse, which it would run, and why. Runs nothing."""
     from flows.parameters import find_recipe
 
     loaded = find_recipe(recipe, overrides)
@@ -92,7 +96,7 @@ def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
 @verbose_option
 @reports_errors
 def resume(run_id: str | None, home: Path, verbose: bool) -> int:
-    """Resume RUN, or else the newest run that is unfinished, with the recipe that it had."""
+    """Resume RUN, or the newest unfinished run, with the recipe it was started with."""
     from quantlib.store.journal import find_unfinished
 
     unfinished = find_unfinished(home / "runs", run_id)
@@ -105,7 +109,7 @@ def resume(run_id: str | None, home: Path, verbose: bool) -> int:
 @home_option
 @reports_errors
 def runs(run_id: str | None, home: Path) -> int:
-    """List all runs: state, age, stage, and what to do next; or tell all about RUN, as why it failed."""
+    """List all runs: state, age, stage, and what to do next; or show everything about RUN, such as why it failed."""
     from rich.console import Console
 
     from flows.cli.console import run_details, runs_table
@@ -125,7 +129,7 @@ def runs(run_id: str | None, home: Path) -> int:
 
 @main.group()
 def cache() -> None:
-    """Look into the store, check it, and free space."""
+    """Inspect the store, check it, and free space."""
 
 
 @cache.command("list")
@@ -148,30 +152,37 @@ def cache_list(home: Path) -> int:
 @home_option
 @reports_errors
 def cache_verify(home: Path) -> int:
-    """Read every artifact, and name those that are missing or damaged (exit status 1 if there are any)."""
+    """Read every artifact and list the missing or damaged ones (exit status 1 if there are any)."""
     from quantlib.store.local import Store
     from quantlib.store.retention import find_damage
 
     num_read, damage = find_damage(Store(home / "store"))
     for record, ref in damage:
-        click.echo(f"{record.stage}: {ref.kind} {ref.sha256} is missing or damaged; the next run makes it again.")
+        click.echo(f"{record.stage}: {ref.kind} {ref.sha256} is missing or damaged; the next run computes it again.")
     click.echo(f"{num_read} artifacts were read, and {len(damage)} are damaged.")
     return FAILURE if damage else 0
 
 
 @cache.command("free")
-@click.option("--unused-for", metavar="DAYS", type=click.FloatRange(min=0), help="Free what no run used for so long.")
-@click.option("--max-size", metavar="GB", type=click.FloatRange(min=0), help="Free the least recently used above this.")
+@click.option(
+    "--unused-for", metavar="DAYS", type=click.FloatRange(min=0), help="Delete what no run has used for this many days."
+)
+@click.option(
+    "--max-size",
+    metavar="GB",
+    type=click.FloatRange(min=0),
+    help="Delete the least recently used stages above this total size.",
+)
 @click.option(
     "--keep-runs",
     metavar="N",
     type=click.IntRange(min=0),
-    help="Free what neither the newest N runs use, nor an unfinished one.",
+    help="Delete what neither the newest N runs nor any unfinished run uses.",
 )
 @home_option
 @reports_errors
 def cache_free(unused_for: float | None, max_size: float | None, keep_runs: int | None, home: Path) -> int:
-    """Free stored stages; reports and laid-out models stay."""
+    """Delete stored stages; the reports and the files in models/ stay."""
     from datetime import timedelta
 
     from quantlib.store.journal import read_runs
@@ -179,7 +190,7 @@ def cache_free(unused_for: float | None, max_size: float | None, keep_runs: int 
     from quantlib.store.retention import free
 
     if unused_for is None and max_size is None and keep_runs is None:
-        raise click.UsageError("Say what to free: --unused-for DAYS, --max-size GB or --keep-runs N.")
+        raise click.UsageError("Say what to delete: --unused-for DAYS, --max-size GB or --keep-runs N.")
     freed = free(
         Store(home / "store"),
         read_runs(home / "runs"),
@@ -195,16 +206,16 @@ def cache_free(unused_for: float | None, max_size: float | None, keep_runs: int 
 @click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write one run's page to this file instead: tables and plots, for any browser, without network.",
+    help="Write one run's page to this file instead: tables and plots, for any browser, even offline.",
 )
-@click.option("--run", "run_id", help="The run for --html; by default the newest.")
+@click.option("--run", "run_id", help="The run for --html; the newest by default.")
 @click.option(
     "--intervals", is_flag=True, help="Also show how sure each drop is: its 95% interval and McNemar's p-value."
 )
 @home_option
 @reports_errors
 def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -> int:
-    """Show the results of all runs, the newest first; or write one run's page with --html."""
+    """Show the results of all runs, newest first; or write one run's page with --html."""
     if html is not None:
         from quantlib.report.html import write_html
 
@@ -248,13 +259,13 @@ def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -
 
 @main.command()
 @home_option
-@click.option("--port", default=4200, show_default=True, help="Of the web interface, on this machine; 0: any free one.")
+@click.option("--port", default=4200, show_default=True, help="Port of the web interface; 0: any free one.")
 @click.option(
     "--runs",
     default=1,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Runs at a time; more than one disturb each other's timings.",
+    help="Maximum concurrent runs; with more than one, they disturb each other's timings.",
 )
 @reports_errors
 def dashboard(home: Path, port: int, runs: int) -> int:
@@ -292,7 +303,7 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
 
 
 def command() -> NoReturn:
-    """`main` as a process of its own."""
+    """Run `main` as the whole process."""
     try:
         main()
     except SystemExit as ended:

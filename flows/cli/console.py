@@ -1,4 +1,4 @@
-"""What `quantflow` shows in a terminal: the stages of a run as they pass, and the tables of a report."""
+"""Terminal output of `quantflow`: the stages of a run as they happen, and the tables of a report."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from quantlib.store.journal import RunStatus
     from quantlib.store.retention import Entry
 
-# What the columns of `result_table` beside the name take, where the figures are as long as they get.
+# Width of all columns of `result_table` but the name, with the longest figures.
 _FIGURES_WIDTH = 65
 
 
 class StageDisplay:
-    """Shows each stage as it starts, with a bar while it works, and what became of it.
+    """Shows each stage as it starts, a bar while it works, and its outcome.
 
     Args:
-        console: Where to; without a terminal behind it, a line a stage and no bars.
+        console: Where to print; if it is no terminal, one line per stage and no bars.
     """
 
     def __init__(self, console: Console) -> None:
@@ -60,7 +60,7 @@ class StageDisplay:
         self._progress.stop()
 
     def stage_started(self, label: str) -> None:
-        """Show a bar that has no end yet."""
+        """Show a bar with no total yet."""
         if self._console.is_terminal:
             self._bars[label] = self._progress.add_task(label, total=None)
         else:
@@ -74,7 +74,7 @@ class StageDisplay:
             self._progress.update(self._bars[label], completed=done, total=total)
 
     def stage_finished(self, label: str, *, cached: bool, seconds: float) -> None:
-        """Replace the bar by a line that stays."""
+        """Replace the bar with a line that stays."""
         if label in self._bars:
             self._progress.remove_task(self._bars.pop(label))
         outcome = "[cyan]cached[/]" if cached else f"[green]{seconds:.1f} s[/]"
@@ -82,11 +82,11 @@ class StageDisplay:
 
 
 def result_table(variants: Sequence[VariantRow], width: int = 80) -> Table:
-    """The variants of a run: the file of each that the verdict is about, its runtime, accuracy, size and speed.
+    """The variants of a run: runtime, accuracy, size and speed of the file that each verdict is about.
 
     Args:
-        variants: A row each.
-        width: Of the terminal, in characters.
+        variants: One row per variant.
+        width: Width of the terminal, in characters.
     """
     table = _narrow_table()
     table.add_column("variant", overflow="fold")  # A name is never cut short.
@@ -110,7 +110,7 @@ def result_table(variants: Sequence[VariantRow], width: int = 80) -> Table:
 
 
 def _in_lines(name: str, width: int) -> Text:
-    """A name in lines of no more than `width`, each of which ends between two of its words."""
+    """A name in lines of at most `width`, broken between words."""
     lines = [""]
     for word in re.findall(r"[^-_. ]*[-_. ]*", name):
         if len(lines[-1] + word.rstrip()) > width:
@@ -120,7 +120,7 @@ def _in_lines(name: str, width: int) -> Text:
 
 
 def interval_table(variants: Sequence[VariantRow]) -> Table:
-    """How sure the change of each variant of a run is, in points of top-1."""
+    """How certain each variant's change is, in points of top-1."""
     table = _narrow_table()
     table.add_column("variant", overflow="fold")
     for name in ("change", "95% interval", "McNemar p", "images"):
@@ -144,12 +144,12 @@ def _narrow_table() -> Table:
 
 
 def _short(runtime: str | None) -> str:
-    """A runtime's name, so that a table fits into a terminal."""
+    """A runtime's name, shortened so that the table fits a terminal."""
     return (runtime or "torchscript").replace("torchscript", "torch").replace("-", " ")
 
 
 def why(found: Sequence[Diagnosis]) -> list[Table | str]:
-    """What costs the variants of a run their accuracy: weights or activations, which layers, and what to try."""
+    """Why the variants of a run lose accuracy: weights or activations, which layers, and what to try."""
     parts: list[Table | str] = []
     simulated = [diagnosis.row for diagnosis in found if diagnosis.row.top1_simulated is not None]
     if simulated:
@@ -188,22 +188,22 @@ def _worst_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
-# What to do next with a run, in a word and as a command.
+# What to do next with a run: a short form and a command.
 _NEXT = {
     "running": ("wait", "wait until it is done"),
     "completed": ("report", "quantflow report --html report.html --run {run}"),
     "crashed": ("resume", "quantflow resume {run}"),
     "failed": ("resume", "fix what the message says, then quantflow resume {run}"),
-    "damaged": ("run again", "run its recipe again: what it has computed is reused"),
+    "damaged": ("run again", "run its recipe again: what it computed is reused"),
 }
 
 
 def runs_table(runs: Sequence[RunStatus], width: int = 80) -> Table:
-    """Runs with their state, age, stage, and what to do next: a line each.
+    """Runs with their state, age, stage, and what to do next, one line per run.
 
     Args:
-        runs: A row each.
-        width: Of the terminal, in characters.
+        runs: One row per run.
+        width: Width of the terminal, in characters.
     """
     table = _narrow_table()
     rows = [
@@ -219,12 +219,12 @@ def runs_table(runs: Sequence[RunStatus], width: int = 80) -> Table:
     ]
     names = ("run", "state", "age", "stages", "next", "last stage")
     widths = [max(len(name), *(len(row[number]) for row in rows)) for number, name in enumerate(names)]
-    # The last stage is cut to what is left, and told whole by `quantflow runs RUN`.
+    # The last stage is cut to the width left over; `quantflow runs RUN` shows it in full.
     widths[-1] = max(len(names[-1]), width - sum(widths[:-1]) - 2 * len(names))
     for name in names:
         table.add_column(name, no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(_cut(text, most)) for text, most in zip(row, widths, strict=True)))  # It is no markup.
+        table.add_row(*(Text(_cut(text, most)) for text, most in zip(row, widths, strict=True)))  # Not markup.
     return table
 
 
@@ -233,14 +233,14 @@ def _cut(text: str, width: int) -> str:
 
 
 def run_details(run: RunStatus) -> str:
-    """All that is known of one run."""
+    """Everything known about one run."""
     recipe = run.file.recipe.get("name", "unknown")
     lines = [
         f"run      {run.file.run_id}",
         f"recipe   {recipe}, flow {run.file.flow or 'unknown'}",
         f"state    {run.state}" + (f": {run.message}" if run.message else ""),
         f"started  {run.file.started_at} on {run.file.host or 'unknown'}, process {run.file.pid}",
-        f"stages   {run.num_stages} done" + (f", the last one met was {run.stage}" if run.stage else ""),
+        f"stages   {run.num_stages} done" + (f", the last one was {run.stage}" if run.stage else ""),
         f"next     {_NEXT[run.state][1].format(run=run.file.run_id)}",
     ]
     return "\n".join(lines)
@@ -284,7 +284,7 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
     lines += [
         f"  file    {best.artifact_path}",
         f"  load    {best.load}",
-        f"          {best.top1:.2%} of top-1, {best.latency_p50_ms:.2f} ms an image on one thread, "
+        f"          {best.top1:.2%} of top-1, {best.latency_p50_ms:.2f} ms per image on one thread, "
         f"{best.size_bytes / 1e6:.2f} MB",
     ]
     return "\n".join(lines)

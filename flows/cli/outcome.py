@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and its errors as one message."""
+"""How a command ends: its exit status, and each error as one message."""
 
 import sys
 import traceback
@@ -25,7 +25,7 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
         try:
             status = command(*args, **kwargs)
         except (click.UsageError, BrokenPipeError):
-            raise  # click shows the one, and ends quietly on the other, as with `quantflow recipes | head -1`.
+            raise  # click shows the first and ends quietly on the second (`quantflow recipes | head -1`).
         except StoreError as error:
             status = complain(str(error), FAILURE)
         except QuantflowError as error:
@@ -40,7 +40,7 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
 
 
 def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
-    """Say what an error is that nothing in quantflow raised; the exit status."""
+    """Explain an error that quantflow itself did not raise; return the exit status."""
     if _is_interrupt(error):
         return complain(_INTERRUPTED, INTERRUPTED)
     refusal = explain_refusal(error, error.filename or home) if isinstance(error, OSError) else None
@@ -53,18 +53,18 @@ def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: a compiled module whose import is interrupted says ImportError."""
+    """Whether Ctrl-C caused an error: a compiled module whose import is interrupted raises ImportError."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def warn(message: str) -> None:
-    """Tell a person, on standard error."""
+    """Print a message on standard error."""
     click.echo(f"quantflow: {message}", err=True)
 
 
 def complain(message: str, status: int) -> int:
-    """Tell a person what went wrong; the exit status."""
+    """Print what went wrong; return the exit status."""
     warn(message)
     return status

@@ -1,4 +1,4 @@
-"""Running a flow in this process, for the command line."""
+"""Runs a flow in this process, for the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.hosting.processes import gc_paused
 from flows.hosting.server import prefect_server
 from quantlib.errors import MachineError, QuantflowError, explain_full_disk
 
-# All else is imported while the server starts.
+# Everything else is imported while the server starts.
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -38,10 +38,10 @@ def run_here(
 
     Args:
         name: quantize, ptq or qat.
-        recipe: What is run.
+        recipe: The recipe to run.
         home: The home folder.
-        listener: Is told of each stage.
-        say: Is given what a person must know that is no error.
+        listener: Notified of each stage.
+        say: Called with messages for the user that are not errors.
         run_id: The run to resume; None starts a new one.
         verbose: Show Prefect's own log.
     """
@@ -54,7 +54,7 @@ def run_here(
             from quantlib.inputs import find_inputs
             from quantlib.runtimes import available
 
-            # What can be wrong is found while the server starts; the flow finds the same again, in no time.
+            # Wrong input is found while the server starts; the flow checks again, which takes no time.
             find_inputs(recipe, home / "splits")
             available.find_engine(recipe.engine)
             available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
@@ -64,23 +64,23 @@ def run_here(
             from flows.graphs.run import make_flow
             from flows.hosting.crashes import mark_crashed_runs
 
-        # Else Prefect prints of each part of its log that it could not be sent.
+        # Otherwise Prefect prints an error for each part of its log that it could not send.
         logging.raiseExceptions = verbose
         if wait_for_server is not None:
-            # What computes takes seconds to import; a server that starts takes longer, on another core.
+            # Importing torch's modules takes seconds; the server's start takes longer, on another core.
             with gc_paused():
                 importlib.import_module("quantlib.eager.modules")
             wait_for_server()
         finished: list[Report] = []
         flow = make_flow(name, home, listener, run_id, finished.append)
         try:
-            # The thread that sends heartbeats sleeps a second before it notices that the flow has ended.
+            # The heartbeat thread sleeps for a second before it notices that the flow has ended.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 _reach_server()
                 mark_crashed_runs(home)
                 return flow(recipe)
         except Exception as error:
-            # The journal says that the run is completed, and all is written: Prefect alone was not told.
+            # The journal says that the run is completed, and everything is written: only Prefect does not know.
             if finished:
                 return finished[0]
             if isinstance(error, httpx.HTTPError):
@@ -89,10 +89,10 @@ def run_here(
 
 
 def _reach_server() -> None:
-    """Let Prefect compare its version with the server's: it does so once, and without patience.
+    """Let Prefect compare its version with the server's: it does so once, and never retries.
 
     Raises:
-        MachineError: If there is no server for longer than one needs to be started again, or it is of another version.
+        MachineError: If there is no server for longer than a restart takes, or it has another version.
     """
     from prefect.client.orchestration import get_client
 
@@ -104,8 +104,8 @@ def _reach_server() -> None:
         except RuntimeError as error:
             if time.monotonic() > deadline:
                 raise MachineError(
-                    f"Prefect's server cannot be used: {error}. Start it, or unset PREFECT_API_URL: a run then has one "
-                    "of its own."
+                    f"Prefect's server cannot be used: {error}. Start it, or unset PREFECT_API_URL: a run then starts "
+                    "its own."
                 ) from None
             time.sleep(0.2)
         else:
@@ -113,13 +113,13 @@ def _reach_server() -> None:
 
 
 def _find_cause(error: Exception, home: Path) -> Exception:
-    """What a run failed with, or else why Prefect's server could not be told of it."""
+    """The error that a run failed with, or else why Prefect's server did not hear of it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, QuantflowError):
         cause = cause.__context__
     if isinstance(cause, QuantflowError):
         return cause
     return explain_full_disk(home) or MachineError(
-        f"Prefect's server does not answer as it should: {str(error).splitlines()[0]} What it said is in "
+        f"Prefect's server gave an unexpected answer: {str(error).splitlines()[0]} Its log is "
         f"{home / 'prefect' / 'server.log'}. Run again: finished stages are kept."
     )

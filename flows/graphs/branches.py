@@ -1,4 +1,4 @@
-"""How a variant comes to be: which stage feeds which. Called by the flows."""
+"""How a variant is made: which stage feeds which. Called by the flows."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ from tasks.refs import BenchmarkTarget, CandidateRefs, EpochRefs, FileRefs, Vari
 from tasks.report import read_samples
 from tasks.run import NotYetKnownError
 
-# Each layer costs two passes over these images; a stage takes a part of them, so that none takes more than minutes.
+# Each layer costs two passes over these images. A stage takes only some of them, to finish within minutes.
 _LAYER_IMAGES = 256
 _LAYER_IMAGES_A_STAGE = 64
 
@@ -53,7 +53,7 @@ def float_branch(shared: SharedStages) -> VariantRefs:
 
 
 def _calibrate(shared: SharedStages, branch: BranchRecipe) -> Ref:
-    """Calibrated; its weights and biases are float's."""
+    """The calibrated model; its weights and biases are still float's."""
     scheme, observed = _scheme(shared, branch), shared.fused("eval", equalized=branch.equalizes)
     for shard, label in _labelled(shared.calibration, branch.name):
         batch_size = shared.recipe.calibration.batch_size
@@ -62,7 +62,7 @@ def _calibrate(shared: SharedStages, branch: BranchRecipe) -> Ref:
 
 
 def _correct(shared: SharedStages, branch: BranchRecipe, calibrated: Ref) -> Ref:
-    """Corrected, where the branch asks for it."""
+    """The calibrated model, bias-corrected where the branch asks for it."""
     return (
         shared.run(correct_bias, calibrated, shared.calibration, branch=branch.name)
         if branch.corrects_bias
@@ -75,7 +75,7 @@ def _scheme(shared: SharedStages, branch: BranchRecipe) -> Scheme:
 
 
 def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
-    """Calibrated, corrected, converted, scripted, evaluated."""
+    """A PTQ variant: calibrated, corrected, converted, scripted, evaluated."""
     calibrated = _calibrate(shared, branch)
     prepared = _correct(shared, branch, calibrated)
     artifact = _export(shared, prepared, branch.name)
@@ -93,7 +93,7 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
 
 
 def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
-    """Each epoch trained, converted, scripted and evaluated; the best one kept, or the start where none is better."""
+    """A QAT variant: each epoch trained, converted, scripted, evaluated; the best is kept, or else the start."""
     schedule = Schedule(
         batches_per_epoch=branch.batches_per_epoch,
         batch_size=branch.batch_size,
@@ -172,14 +172,14 @@ def _variant(
 
 
 def _candidate(shared: SharedStages, state: Ref, name: str) -> CandidateRefs:
-    """What a state of QAT would ship, evaluated."""
+    """The file that a QAT state would ship, evaluated."""
     artifact = _export(shared, state, name)
     validation, selection = _evaluate(shared, artifact, shared.runtime, name)
     return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
 
 
 def _has_stalled(shared: SharedStages, candidates: list[CandidateRefs], patience: int) -> bool:
-    """Whether to stop training; a plan that cannot know trains every epoch."""
+    """Whether to stop training early; a plan that cannot know goes through every epoch."""
     try:
         return len(candidates) > patience and has_stalled(
             shared.run, [candidate.selection for candidate in candidates], patience
@@ -203,7 +203,7 @@ def _evaluate(
 
 
 def _save_onnx(shared: SharedStages, artifact: Ref, engine: str | None, name: str) -> Ref | None:
-    """The ONNX file of a variant, or why there is none; None where no runtime for it is installed."""
+    """The ONNX file of a variant, or why there is none; None if no runtime for it is installed."""
     if not shared.onnx_runtimes:
         return None
     crop = shared.recipe.data.crop
@@ -211,7 +211,7 @@ def _save_onnx(shared: SharedStages, artifact: Ref, engine: str | None, name: st
 
 
 def targets_of(shared: SharedStages, refs: VariantRefs) -> list[BenchmarkTarget]:
-    """A variant's files in every runtime that this machine has for them; its own engine comes first."""
+    """A variant's files in every runtime that this machine has for them; its own engine first."""
     engines = (None,) if refs.variant.engine is None else dict.fromkeys((refs.variant.engine, *available.engines()))
     found = [BenchmarkTarget(refs.artifact, available.torch_runtime(engine)) for engine in engines]
     onnx = refs.onnx_file
@@ -223,7 +223,7 @@ def targets_of(shared: SharedStages, refs: VariantRefs) -> list[BenchmarkTarget]
 def evaluate_files(
     shared: SharedStages, variants: tuple[VariantRefs, ...], targets: tuple[BenchmarkTarget, ...], timings: Ref
 ) -> tuple[VariantRefs, ...]:
-    """The variants with what may be shipped of each: its files in the runtimes they are fastest in, evaluated there."""
+    """The variants, each with the files that may be shipped, evaluated in the runtime where each is fastest."""
     gate = shared.recipe.gate.runtimes
     allowed: dict[Ref, list[Runtime]] = {}
     for target in targets:
@@ -251,7 +251,7 @@ def evaluate_files(
 
 
 def _evaluate_in(shared: SharedStages, refs: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
-    # Float's accuracy is that of TorchScript, which all else is compared with.
+    # Float's accuracy is that of TorchScript, the reference for everything else.
     if refs.variant.engine is None or runtime == shared.runtime:
         return FileRefs(file=file, runtime=runtime, validation=refs.validation, selection=refs.selection)
     validation, selection = _evaluate(shared, file, runtime, name)
@@ -259,10 +259,10 @@ def _evaluate_in(shared: SharedStages, refs: VariantRefs, file: Ref, runtime: Ru
 
 
 def _simulate(shared: SharedStages, prepared: Ref, name: str, *, in_float: Ref) -> dict[str, tuple[Ref, ...]]:
-    """Answers by what is rounded.
+    """Answers with weights, activations or both rounded.
 
     Activations alone are rounded in `in_float`, whose biases are not corrected: a corrected bias makes up for rounded
-    weights, which are not there then.
+    weights, and here the weights are not rounded.
     """
     evaluation = shared.recipe.evaluation
     if not evaluation.simulate:
@@ -284,14 +284,14 @@ def _simulate(shared: SharedStages, prepared: Ref, name: str, *, in_float: Ref) 
 
 
 def _layers(shared: SharedStages, prepared: Ref, branch: BranchRecipe) -> tuple[Ref, ...]:
-    """What `layers_of` measures, where the recipe asks for it."""
+    """The measurements of `layers_of`, if the recipe asks for them."""
     if not shared.recipe.evaluation.layers:
         return ()
     return layers_of(shared, prepared, branch.name, equalized=branch.equalizes)
 
 
 def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool) -> tuple[Ref, ...]:
-    """What each layer costs, on the first of the selection images."""
+    """What each layer costs in accuracy, on the first selection images."""
     reference = shared.fused("eval", equalized=equalized)
     images = shared.inputs.held_out if shared.held_out else shared.inputs.validation
     shard = (shared.held_out or shared.validation)[0]
@@ -313,7 +313,7 @@ def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool
 def _on_shards(
     shared: SharedStages, name: str, measure: Callable[[Ref, str], Ref]
 ) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
-    """Measure on the validation shards, and on those of the selection images."""
+    """Measure on the validation shards and on the selection shards."""
     validation = tuple(measure(shard, label) for shard, label in _labelled(shared.validation, name))
     if not shared.held_out:
         return validation, validation
@@ -321,5 +321,5 @@ def _on_shards(
 
 
 def _labelled(shards: tuple[Ref, ...], name: str) -> list[tuple[Ref, str]]:
-    """Each shard with a task run's name; numbered where there are more than one."""
+    """Each shard with a name for its task run, numbered if there is more than one."""
     return [(shard, f"{name}-{n}" if len(shards) > 1 else name) for n, shard in enumerate(shards)]

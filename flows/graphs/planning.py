@@ -1,4 +1,4 @@
-"""What a run would do: the flow's wiring, walked with a planner in the place of its stages."""
+"""What a run would do: walks the flow's wiring with a planner in place of its stages."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def plan_run(recipe: Recipe, home: Path) -> list[PlannedStage]:
     """Which stages a run would reuse, and why it would run the others, in the order of the flow.
 
     Args:
-        recipe: Of the run.
+        recipe: The recipe of the run.
         home: The home folder; only the note of the dataset's content is written to it.
     """
     runs = [run for run in read_runs(home / "runs") if run.file.recipe.get("name") == recipe.name]

@@ -1,4 +1,4 @@
-"""Every stage of a run, wired: the baseline, the branches, the search, the benchmark, the report."""
+"""The wiring of a whole run: the baseline, the branches, the search, the benchmark, the report."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,14 +30,14 @@ from tasks.run import NotYetKnownError, Run
 def run_flow(
     name: str, recipe: Recipe, home: Path, listener: Listener | None = None, run_id: str | None = None
 ) -> Report:
-    """The body of each flow.
+    """Body of every flow.
 
     Args:
-        name: quantize, ptq or qat; the last two leave out the branches of the other method, and the search.
-        recipe: What is run.
+        name: quantize, ptq or qat; the last two leave out the other method's branches, and the search.
+        recipe: The recipe to run.
         home: The home folder.
-        listener: Is told of each stage; None: nobody is.
-        run_id: The run to resume; None begins one.
+        listener: Notified of each stage, if given.
+        run_id: The run to resume; None starts a new one.
 
     Raises:
         RecipeError: If the recipe has no branch of the flow's method.
@@ -55,14 +55,14 @@ def run_flow(
 def make_flow(
     name: str, home: Path, listener: Listener, run_id: str | None, finished: Callable[[Report], None]
 ) -> Flow[..., Report]:
-    """A flow for this process alone, as `run_flow`.
+    """A flow for this process alone; it does the same as `run_flow`.
 
     Args:
-        name: Of the flow.
+        name: Name of the flow.
         home: The home folder.
-        listener: Is told of each stage.
-        run_id: The run to resume; None begins one.
-        finished: Is given the report of a run that is completed, whatever becomes of Prefect's flow run then.
+        listener: Notified of each stage.
+        run_id: The run to resume; None starts a new one.
+        finished: Called with the report of a completed run, whatever happens to Prefect's flow run afterwards.
     """
 
     def run(recipe: Recipe) -> Report:
@@ -74,7 +74,7 @@ def make_flow(
 
 
 def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
-    """Every stage of a run, wired; a run that is given a plan computes nothing."""
+    """Wire every stage of a run; with a `Plan` as `run`, nothing is computed."""
     shared = share_stages(run, recipe, inputs, available.find_engine(recipe.engine))
     baseline = float_branch(shared)
     named = [
@@ -123,10 +123,10 @@ def _pick_examples(
 
 
 def only(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with the branches of one method, without a search.
+    """The recipe with the branches of one method, and no search.
 
     Raises:
-        RecipeError: If it has none.
+        RecipeError: If it has no such branch.
     """
     if not getattr(recipe, method):
         raise RecipeError(f"Recipe {recipe.name!r} has no [[{method}]] branch: add one, or run the flow `quantize`.")

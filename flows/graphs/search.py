@@ -1,4 +1,4 @@
-"""The search: trials are ordinary branches, made one after the other of the same cached stages."""
+"""The search: trials are ordinary branches, run one after the other from the same cached stages."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -15,9 +15,9 @@ from tasks.search import judge, rank_layers, seconds_of
 
 
 def search_branches(stages: SharedStages, baseline: VariantRefs) -> tuple[list[VariantRefs], str | None, str]:
-    """The variants that the recipe's search tries, the best of them, and what is to be said of its end.
+    """The variants that the recipe's search tries, the best of them, and a note on how it ended.
 
-    A run that is only planned ends with the first trial that is new: what comes next depends on what it would find.
+    A plan ends with the first new trial: what comes next depends on its result.
     """
     settings = stages.recipe.search
     if settings is None:
@@ -39,13 +39,13 @@ def _try_in_turn(
     variants: dict[str, VariantRefs],
     trials: list[Trial],
 ) -> str:
-    """Make trials until the search is over; `variants` and `trials` take them in.
+    """Run trials until the search is over, adding them to `variants` and `trials`.
 
     Returns:
-        The limit that ended it, "" where it came to its own end.
+        The limit that ended it; "" if it ended by itself.
 
     Raises:
-        NotYetKnownError: Where the run is only planned, and the next step depends on what it would find.
+        NotYetKnownError: In a plan, if the next step depends on a result that is not there yet.
     """
 
     def rank(name: str) -> list[str]:
@@ -57,7 +57,7 @@ def _try_in_turn(
 
     images, run = stages.inputs.training, stages.run
     before = set(run.keys)
-    # By what stages took, whenever that was: a clock would start again each time the search is resumed.
+    # Counts what the stages took when they were computed: a clock would start over each time the search is resumed.
     while seconds_of(run.store, set(run.keys) - before) < 60 * settings.max_minutes:
         branch = search.next_trial(settings, trials, rank, images.stop - images.start)
         if branch is None:
@@ -67,7 +67,7 @@ def _try_in_turn(
         variants[branch.name] = variant
         trials.append(judge(run, branch, baseline, variant))
         best = search.best_trial(settings, trials)
-        # To be shipped, if need be, before the run ends.
+        # So that it can be shipped before the run ends, if need be.
         run.copy_out(variants[best.branch.name].artifact, "search-best.pt")
     return f", at its limit of {_count(settings.max_minutes, 'minute')},"
 

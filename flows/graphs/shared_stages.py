@@ -1,4 +1,4 @@
-"""What the branches of a run share: the float model, the fused models, the decoded images."""
+"""Stages that the branches of a run share: the float model, the fused models, the decoded images."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,15 +15,15 @@ from tasks.data import decode
 from tasks.model import Training, equalize, fuse, load_float
 from tasks.run import Run
 
-# A shard of decoded images is what one stage evaluates: so few that no stage takes more than minutes, and that one
-# in memory does not matter.
+# One stage evaluates one shard of decoded images: small enough that no stage takes more than minutes, and that its
+# memory does not matter.
 _SHARD_BYTES = 256 * 2**20
 _SHARD_IMAGES = 5000
 
 
 @dataclass(frozen=True)
 class SharedStages:
-    """What the branches share: each stage here runs when the first branch asks for it, and for that one only."""
+    """What the branches share: each stage here runs once, when the first branch asks for it."""
 
     run: Run
     recipe: Recipe
@@ -34,11 +34,11 @@ class SharedStages:
     validation: tuple[Ref, ...]
     """Decoded shards."""
     held_out: tuple[Ref, ...]
-    """Decoded shards; empty where the recipe chooses on validation."""
+    """Decoded shards; empty if the recipe selects on validation."""
 
     @property
     def runtime(self) -> Runtime:
-        """What int8 models are evaluated in while choices are made: TorchScript on their own engine."""
+        """The runtime that int8 models are evaluated in for selection: TorchScript on their own engine."""
         return available.torch_runtime(self.engine)
 
     def fused(self, mode: Literal["eval", "qat"], *, equalized: bool) -> Ref:
@@ -52,7 +52,7 @@ class SharedStages:
 
     @cached_property
     def fused_eval(self) -> Ref:
-        """The baseline's model, and of every PTQ branch that is not equalized."""
+        """The fused model of the baseline and of every PTQ branch that is not equalized."""
         return self.run(fuse, self.float_model, "eval", branch="eval")
 
     @cached_property
@@ -82,7 +82,7 @@ class SharedStages:
 
 
 def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> SharedStages:
-    """Load the float model, and decode the images that accuracy is measured on."""
+    """Load the float model and decode the images that accuracy is measured on."""
     training = Training(inputs.training, train_transform(recipe), recipe.model.training)
     float_model = run(
         load_float,
@@ -111,7 +111,7 @@ def train_transform(recipe: Recipe) -> TrainTransform:
 def _decode(
     run: Run, recipe: Recipe, images: Subset, transform: Transform, name: str, batch_size: int = 1
 ) -> tuple[Ref, ...]:
-    """Decoded shards of whole batches, so that the size of a shard changes no batch."""
+    """Decoded shards of whole batches: the size of a shard must change no batch."""
     size = max(1, shard_size(recipe) // batch_size) * batch_size
     return tuple(
         run(decode, part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))

@@ -1,7 +1,7 @@
-"""What may be in a request to Prefect's API, whatever it is about.
+"""Checks the body of every request to Prefect's API.
 
-Prefect stores a half character (a lone surrogate), or what is nested hundreds deep, and only then fails to
-tell it: the one run that holds it takes the list of runs from every page, and all further runs from every worker.
+Prefect stores half a character (a lone surrogate), or values nested hundreds deep, and then fails to send them back:
+one run with such a value keeps every page from listing runs, and every worker from getting further runs.
 """
 
 import json
@@ -16,7 +16,7 @@ _MAX_BYTES = 64 * 1024 * 1024
 
 
 def refuse_what_cannot_be_told(app: "ASGIApp") -> "ASGIApp":
-    """An ASGI application that refuses, with status 422, JSON that Prefect would store and could not tell again."""
+    """An ASGI application that refuses, with status 422, JSON that Prefect would store and could not send back."""
     from starlette.responses import JSONResponse
 
     async def guarded(scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -38,7 +38,7 @@ def refuse_what_cannot_be_told(app: "ASGIApp") -> "ASGIApp":
 
 
 async def _read(receive: "Receive") -> tuple[list["Message"], bytes]:
-    """All messages of a request's body, or as many as are no longer than allowed; and what they hold."""
+    """All messages of a request's body, or those up to the size limit; and their content."""
     messages: list[Message] = []
     body = b""
     while len(body) <= _MAX_BYTES:
@@ -51,9 +51,9 @@ async def _read(receive: "Receive") -> tuple[list["Message"], bytes]:
 
 
 def _fault(body: bytes) -> str | None:
-    """What is wrong with a body; None also where it is no JSON, which Prefect itself refuses."""
+    """What is wrong with a body; None also if it is not JSON, which Prefect itself refuses."""
     if len(body) > _MAX_BYTES:
-        return f"a request may have {_MAX_BYTES} bytes"
+        return f"a request may have at most {_MAX_BYTES} bytes"
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError:
@@ -69,7 +69,7 @@ def _fault_in(value: Any, depth: int) -> str | None:
     if isinstance(value, str):
         return None if value.isascii() or _is_whole(value) else f"{value[:20]!r} holds half a character"
     if isinstance(value, int):
-        return None if -(2**63) <= value < 2**63 else "a whole number may have 64 bits"
+        return None if -(2**63) <= value < 2**63 else "a whole number may have at most 64 bits"
     if isinstance(value, float):
         return None if math.isfinite(value) else "a number must be finite"
     if isinstance(value, dict | list):
@@ -93,4 +93,4 @@ class _NoNumberError(Exception):
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _NoNumberError(f"{name} is no number of JSON")
+    raise _NoNumberError(f"{name} is not a number in JSON")

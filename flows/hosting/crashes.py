@@ -1,4 +1,4 @@
-"""Runs that died: told to Prefect, which would show them as Running for ever."""
+"""Reports runs that died to Prefect, which would show them as Running for ever."""
 
 from pathlib import Path
 from uuid import UUID
@@ -12,10 +12,10 @@ from quantlib.store.journal import RunStatus, read_runs
 
 
 def mark_crashed_runs(home: Path) -> list[RunStatus]:
-    """Set every run whose process is gone to Crashed in Prefect, whatever it was in.
+    """Set every run whose process is gone to Crashed in Prefect, whoever started it.
 
     Returns:
-        The runs that died, the newest first.
+        The runs that died, newest first.
     """
     crashed = [run for run in read_runs(home / "runs") if run.state == "crashed"]
     if crashed:
@@ -28,10 +28,10 @@ def mark_crashed_runs(home: Path) -> list[RunStatus]:
                     state = client.read_flow_run(identity).state
                 except ObjectNotFound:
                     continue  # It ran on another server, or on one that kept no history.
-                # One that is scheduled waits to be retried, by a process that is yet to come.
+                # A scheduled run waits for a retry, in a process that does not exist yet.
                 if state is None or state.type in {StateType.RUNNING, StateType.CANCELLING}:
                     died: State[None] = Crashed(
-                        message=f"The process of run {run.file.run_id} is gone: `quantflow resume` goes on."
+                        message=f"The process of run {run.file.run_id} is gone: continue it with `quantflow resume`."
                     )
                     client.set_flow_run_state(identity, died, force=True)
     return crashed

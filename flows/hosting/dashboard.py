@@ -1,8 +1,8 @@
 """`quantflow dashboard`: Prefect's server and web interface, the deployments and a worker, on one machine.
 
-home/prefect/prefect.db       Prefect's database: what ran when; no result is in it
-home/prefect/dashboard.json   where the dashboard is, for `quantflow run`
-home/prefect/*.log            what server, worker and deployment printed
+home/prefect/prefect.db       Prefect's database: what ran when; it holds no results
+home/prefect/dashboard.json   address of the dashboard, for `quantflow run`
+home/prefect/*.log            output of server, worker and deployment
 """
 
 import hashlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 POOL = "quantflow"
 _LOOK_SECONDS = 5.0
-# Longer than a machine that computes on every core ever kept them waiting; the worker tells of itself every 30 s.
+# Longer than they were ever delayed on a machine busy on every core; the worker sends a heartbeat every 30 s.
 _SERVER_SILENT_SECONDS = 60.0
 _WORKER_SILENT_SECONDS = 180.0
 _DEPLOY_SECONDS = 300.0
@@ -50,12 +50,12 @@ def serve(home: Path, port: int, num_runs: int, say: Callable[[str], None]) -> N
 
     Args:
         home: quantflow's home folder.
-        port: Of the web interface on loopback; 0: any free one.
-        num_runs: How many runs the worker starts at a time.
-        say: Is given what a person must know.
+        port: Port of the web interface on loopback; 0: any free one.
+        num_runs: Maximum number of concurrent runs.
+        say: Called with messages for the user.
 
     Raises:
-        MachineError: If the port is taken, a dashboard or a run with a server of its own is on this home already,
+        MachineError: If the port is taken, another dashboard or a run with its own server already uses this home,
             the database is damaged, or a process does not start.
     """
     home = home.resolve()
@@ -100,14 +100,14 @@ def _serve(
         _make_pool(client)
     command = [sys.executable, "-m", "flows.hosting.worker", "--pool", POOL, "--limit", str(num_runs)]
     worker = processes.Child("worker", command, dict(os.environ), folder / "worker.log")
-    # A server that stands still must not hold up what is to notice that.
+    # A server that hangs must not block the code that is there to notice it.
     impatience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _ANSWER_SECONDS}
     with temporary_settings(impatience), get_client(sync_client=True) as client:
         reconciler = Reconciler(client, home, POOL)
         try:
             # While the worker starts.
             if _deploy(home, stopped):
-                say("Deployments are scheduled, and the worker waits for runs. Stop with Ctrl-C.")
+                say("Deployments are scheduled, and the worker is waiting for runs. Stop with Ctrl-C.")
             watched = [
                 (server, processes.Pulse(lambda: is_healthy(url), _SERVER_SILENT_SECONDS)),
                 (worker, processes.Pulse(_heartbeats(client), _WORKER_SILENT_SECONDS)),
@@ -132,19 +132,19 @@ def _watch(
                 say(f"The {child.name} repeats an error, and runs may not start: {line[:500]} (its log is {child.log})")
             if child.watch():
                 pulse.reset()
-                say(f"The {child.name} had ended, and was started again; its log is {child.log}")
+                say(f"The {child.name} exited and was restarted; its log is {child.log}")
             elif pulse.is_silent():
-                say(f"The {child.name} does not answer, and is started again.")
+                say(f"The {child.name} does not respond and is being restarted.")
                 child.process.kill()
         processes.reap_orphans(child.process.pid for child, _ in watched)
-        # A server that is being started again, or is busy, is asked again in a moment.
+        # A server that is restarting or busy is asked again in a moment.
         with suppress(httpx.HTTPError):
             for run in reconciler.mark_dead():
-                say(f"Run {run.name} ({run.id}) has died: Retry in the dashboard goes on from its finished stages.")
+                say(f"Run {run.name} ({run.id}) has died: Retry in the dashboard resumes it from its finished stages.")
 
 
 def _heartbeats(client: "SyncPrefectClient") -> Callable[[], bool]:
-    """Tells whether a worker has sent a heartbeat since it was asked before."""
+    """A function that says whether any worker has sent a heartbeat since its last call."""
     import httpx
 
     newest = datetime.min.replace(tzinfo=UTC)
@@ -162,7 +162,7 @@ def _heartbeats(client: "SyncPrefectClient") -> Callable[[], bool]:
 
 
 def _stop_worker(worker: processes.Child, server: processes.Child, reconciler: "Reconciler") -> None:
-    """Stop the runs first: they and the worker tell the server, while it still listens, what became of them."""
+    """Stop the runs first: they and the worker report how they ended while the server still listens."""
     own = {worker.process.pid, server.process.pid}
     processes.end_all(set(processes.descendants(os.getpid())) - own, _STOP_SECONDS)
     worker.stop(_STOP_SECONDS)
@@ -185,10 +185,10 @@ def _make_pool(client: "SyncPrefectClient") -> None:
 
 
 def _deploy(home: Path, stopped: threading.Event) -> bool:
-    """Make the deployments of prefect.yaml, unless that was done: what was changed in the dashboard stays.
+    """Create the deployments of prefect.yaml unless they exist: changes made in the dashboard stay.
 
     Returns:
-        Whether they are there; not where the dashboard is stopped meanwhile, which ends all that it has started.
+        Whether they exist; False if the dashboard is stopped meanwhile, which ends everything that it started.
     """
     project, file = find_project(), find_deployments()
     done = home / "prefect" / "deployed.json"
@@ -198,18 +198,18 @@ def _deploy(home: Path, stopped: threading.Event) -> bool:
     log = home / "prefect" / "deploy.log"
     status = _run_deploy(file, log, stopped)
     if status is not None and status < 0:
-        status = _run_deploy(file, log, stopped)  # Something has killed it.
+        status = _run_deploy(file, log, stopped)  # Something killed it.
     if status is None:
         return False
     if status != 0:
-        raise MachineError(f"The deployments of {file} cannot be made; the reason is in {log}.")
+        raise MachineError(f"Cannot create the deployments of {file}; the reason is in {log}.")
     write_atomically(done, json.dumps({"digest": digest, "project": str(project)}).encode())
     return True
 
 
 def digest_deployments() -> str:
-    """A hash, in hex, of all that the deployments are made of, forms included."""
-    # A form is made of the flow's docstring and of the recipe's schema, wherever its fields are defined.
+    """A hash, in hex, of everything that the deployments are made from, forms included."""
+    # A form is made from the flow's docstring and the recipe's schema, wherever its fields are defined.
     files = [find_deployments(), *sorted((find_project() / "flows").rglob("*.py"))]
     schema = json.dumps(Recipe.model_json_schema(), sort_keys=True).encode()
     return hashlib.sha256(b"\0".join([*(path.read_bytes() for path in files), schema])).hexdigest()
@@ -225,8 +225,8 @@ def _are_deployed() -> bool:
 
 
 def _run_deploy(file: Path, log: Path, stopped: threading.Event) -> int | None:
-    """The exit status of `prefect deploy`, below 0 where it was killed; None where the dashboard is stopped before."""
-    # Where the variable is known it is filled in; it must stay, for the worker to fill in.
+    """The exit status of `prefect deploy`, below 0 if it was killed; None if the dashboard was stopped first."""
+    # Prefect would fill in the variable here if it were set; it must stay, for the worker to fill in.
     environment = {name: value for name, value in os.environ.items() if name != "QUANTFLOW_PROJECT"}
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 (our own file)
@@ -247,7 +247,7 @@ def _run_deploy(file: Path, log: Path, stopped: threading.Event) -> int | None:
 
 
 def find_project() -> Path:
-    """The folder that the packages are in: a checkout, or where quantflow is installed."""
+    """The folder that holds the packages: a checkout, or where quantflow is installed."""
     return Path(flows.__file__).parents[1]
 
 
@@ -265,21 +265,21 @@ def _read_json(file: Path) -> object:
 
 
 def _configure(home: Path, port: int) -> None:
-    """Settings of the server, the worker, the runs, and of Prefect in this process."""
+    """Configure the server, the worker, the runs, and Prefect in this process."""
     os.environ |= {
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT__SERVER_FINAL": "1",
-        # The newer interface asks for files from the network.
+        # The newer interface loads files from the network.
         "PREFECT_SERVER_UI_V2_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        # In memory they would be lost with the server, and the places that they stand for stay taken for ever.
+        # Leases in memory would be lost with the server, and the slots that they stand for would stay taken for ever.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_WORKER_QUERY_SECONDS": "5",
-        # A machine that trains at the same time may need more than the usual 10 s.
+        # A machine that is training at the same time may need more than the default 10 s.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "QUANTFLOW_HOME": str(home),
         "QUANTFLOW_PROJECT": str(find_project()),
-        # A recipe's "package.module:function" may lie in the folder that the user is in.
+        # A recipe's "package.module:function" may be in the user's current folder.
         "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())]),
     }
     set_defaults(home / "prefect", verbose=False)
@@ -289,7 +289,7 @@ def _check_port(port: int) -> int:
     if port == 0:
         return free_port()
     with socket.socket() as probe:
-        # As the server does it: a port whose last connections are not quite over is free.
+        # As the server does: a port counts as free even if its last connections are still closing.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -310,8 +310,8 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=1)
     except Timeout:
         raise MachineError(
-            f"A run that was started before the dashboard uses {folder} with a server of its own. Wait until it is "
-            "over, then start the dashboard."
+            f"A run that was started before the dashboard uses {folder} with its own server. Wait until it has "
+            "finished, then start the dashboard."
         ) from None
     try:
         yield
@@ -321,7 +321,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, inside the block."""
+    """An event that SIGINT and SIGTERM set while the block runs."""
     stopped = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

@@ -1,4 +1,4 @@
-"""Whether a dashboard runs on a home, and where: told by a file and a lock that the kernel frees with the process."""
+"""Whether and where a dashboard runs on a home: a file, and a lock that the kernel releases with the process."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def claim(home: Path) -> Iterator[None]:
     """
     lock = _lock(home)
     try:
-        # Whoever only asks whether a dashboard runs holds the lock for a moment, too.
+        # Asking whether a dashboard runs also takes the lock for a moment.
         lock.acquire(timeout=2)
     except Timeout:
         raise MachineError(
@@ -36,18 +36,18 @@ def claim(home: Path) -> Iterator[None]:
 
 
 def announce(home: Path, url: str) -> None:
-    """Tell others where the dashboard is; by who has claimed the home."""
+    """Publish the dashboard's address; only for the process that has claimed the home."""
     write_atomically(_file(home), json.dumps({"url": url, "pid": os.getpid()}).encode())
 
 
 def find_dashboard(home: Path) -> str | None:
-    """The API's address of the dashboard that runs on a home; None where none does, or not yet."""
+    """The API address of the dashboard that runs on a home; None if none runs, or not yet."""
     url = _read(home).get("url")
     if url is None:
         return None
     try:
         with _lock(home).acquire(timeout=0):
-            return None  # Its process died, and left the file.
+            return None  # Its process died and left the file.
     except Timeout:
         return str(url)
 
@@ -72,5 +72,5 @@ def _file(home: Path) -> Path:
 def _lock(home: Path) -> FileLock:
     folder = home / "prefect"
     folder.mkdir(parents=True, exist_ok=True)
-    # Not shared between the locks of one process: a dashboard must be seen from inside it, too.
+    # Not a singleton per process: a dashboard must be seen from inside its own process, too.
     return FileLock(lockable(folder / "dashboard.lock"), is_singleton=False)

@@ -1,10 +1,10 @@
-"""Prefect's own database: what a new one starts as, and whether an old one can be read.
+"""Prefect's own database: creates a new one quickly, and checks whether an old one can be read.
 
-An empty database costs Prefect 6 seconds of migrations, more than all else that its server does when it starts. So
-`make setup` keeps a migrated one in the Python environment, and a new home begins with a copy of it, where there is
-one. Prefect checks, and brings up to date, whatever it finds: the copy saves time and decides nothing.
+An empty database costs Prefect 6 seconds of migrations, more than everything else in its server's start. So
+`make setup` keeps a migrated one in the Python environment, and a new home starts with a copy of it. Prefect checks
+whatever it finds and brings it up to date: the copy saves time and decides nothing.
 
-PREFIX/share/quantflow/prefect-VERSION.db.gz    compressed, which checks it, too
+PREFIX/share/quantflow/prefect-VERSION.db.gz    compressed, which also checks it
 """
 
 import asyncio
@@ -33,7 +33,7 @@ def check_database(file: Path) -> None:
     """
     if not file.exists():
         return
-    # A database of gigabytes takes minutes to check; that it opens must do there.
+    # A database of gigabytes takes minutes to check; there it is enough that it opens.
     check = "quick_check(1)" if file.stat().st_size < _FULL_CHECK_BYTES else "schema_version"
     try:
         with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
@@ -48,12 +48,12 @@ def check_database(file: Path) -> None:
 
 
 def prepare_database(templates: Path = _TEMPLATES) -> None:
-    """Give this process's Prefect a migrated database where it has none yet; for a server, before it starts.
+    """Give this process's Prefect a migrated database if it has none yet; for a server, before it starts.
 
-    Nothing is done where the database is another than the SQLite file of a Prefect home, or is there already.
+    Does nothing if the database is not the SQLite file of a Prefect home, or already exists.
 
     Args:
-        templates: Folder of migrated databases. Where it has none of this Prefect, the server migrates its own.
+        templates: Folder of migrated databases. Without one for this version of Prefect, the server migrates its own.
     """
     from prefect.settings import get_current_settings
     from sqlalchemy.engine import make_url
@@ -90,19 +90,19 @@ def _template_in(folder: Path) -> Path:
 
 
 def _write_new(content: bytes, file: Path) -> None:
-    """Write a file, unless somebody else has put one there meanwhile."""
+    """Write a file, unless another process has put one there meanwhile."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with temporary.new_folder(file.parent) as place:
         new = place / file.name
         write_atomically(new, content)
-        # A link, where a file that another server has begun would be replaced by a rename. Without one, on a file
-        # system that has no links, the server migrates its own database.
+        # A link, because a rename would replace a file that another server has started. On a file system without
+        # links, the server migrates its own database.
         with suppress(OSError):
             os.link(new, file)
 
 
 def _content(file: Path) -> bytes:
-    """A database as one file: what is in its write-ahead log, too."""
+    """A database as one file, including its write-ahead log."""
     with temporary.new_folder() as place:
         whole = place / "whole.db"
         with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(whole)) as copy:

@@ -1,8 +1,8 @@
-"""Whom a server on loopback answers: clients that ask for its own address, and no web page but its own.
+"""Makes a server on loopback answer only requests to its own address, and no web page but its own.
 
 Whoever can call Prefect's API can run programs as its user, and Prefect answers every page that a browser has open. A
-page cannot choose what the browser says of it: where it was loaded from (Origin, Sec-Fetch-Site), and which host it
-asks (Host), which tells a foreign name that was made to point to loopback (DNS rebinding).
+page cannot choose what the browser says about it: where it was loaded from (Origin, Sec-Fetch-Site), and which host it
+calls (Host), which gives away a foreign name that was made to point to loopback (DNS rebinding).
 """
 
 from typing import TYPE_CHECKING
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def answer_own_pages_only(app: "ASGIApp", port: int) -> "ASGIApp":
-    """An ASGI application that refuses what was sent to another host, or by another page.
+    """An ASGI application that refuses requests to another host, or from another page.
 
     HTTP is refused with status 403, a WebSocket before it is opened.
 
     Args:
-        app: Gets everything else.
-        port: Where it listens on 127.0.0.1.
+        app: Application that gets all other requests.
+        port: Port that it listens on at 127.0.0.1.
     """
     from starlette.datastructures import Headers
     from starlette.responses import PlainTextResponse
@@ -34,7 +34,7 @@ def answer_own_pages_only(app: "ASGIApp", port: int) -> "ASGIApp":
             await send({"type": "websocket.close", "code": 1008})
         else:
             refusal = PlainTextResponse(
-                "Refused: this server answers requests for its own address alone, and from no page but its own. "
+                "Refused: this server only answers requests to its own address, and only from its own pages. "
                 f"Open http://127.0.0.1:{port} itself.",
                 status_code=403,
             )
@@ -44,8 +44,8 @@ def answer_own_pages_only(app: "ASGIApp", port: int) -> "ASGIApp":
 
 
 def _own_hosts(port: int) -> frozenset[str]:
-    """What a client on this machine calls the server."""
-    # Browsers leave out the port where it is HTTP's own.
+    """The host names that a client on this machine uses for the server."""
+    # Browsers leave out the port if it is HTTP's default.
     suffixes = [f":{port}", ""] if port == 80 else [f":{port}"]
     return frozenset(f"{name}{suffix}" for name in ("127.0.0.1", "localhost") for suffix in suffixes)
 
@@ -60,6 +60,6 @@ def _is_own(headers: "Headers", method: str | None, hosts: frozenset[str]) -> bo
     # Prefect's clients send none of these headers.
     if headers.get("sec-fetch-site", "none") in {"none", "same-origin"}:
         return True
-    # Another page may link to the dashboard, but neither load parts of it nor put it in a frame.
+    # Another page may link to the dashboard, but may neither load parts of it nor frame it.
     is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
     return is_link and method in {"GET", "HEAD"}

@@ -1,4 +1,4 @@
-"""Processes that a command starts, watches, and takes down with all that they have started."""
+"""Processes that a command starts, watches, and stops together with everything that they started."""
 
 import atexit
 import contextlib
@@ -25,13 +25,13 @@ _MAX_STARTS_SECONDS = 120.0
 
 
 class Child:
-    """A process that is started again when it ends by itself.
+    """A process that is restarted when it exits by itself.
 
     Args:
-        name: For messages, and for the log's name.
-        command: What to run.
-        environment: All of it.
-        log: Gets what the process prints.
+        name: Name in messages.
+        command: Command to run.
+        environment: The complete environment.
+        log: File for the output of the process.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -43,24 +43,22 @@ class Child:
         self.process = self._start()
 
     def watch(self) -> bool:
-        """Start the process again if it has ended; whether that was so.
+        """Restart the process if it has exited; return whether it had.
 
         Raises:
-            MachineError: If it ends over and over.
+            MachineError: If it keeps exiting.
         """
         if self.process.poll() is None:
             return False
         now = time.monotonic()
         self._starts = [start for start in self._starts if now - start < _MAX_STARTS_SECONDS]
         if len(self._starts) >= _MAX_STARTS:
-            raise MachineError(
-                f"The {self.name} ends over and over (exit status {self.process.returncode}): {self.tail()}"
-            )
+            raise MachineError(f"The {self.name} keeps exiting (exit status {self.process.returncode}): {self.tail()}")
         self.process = self._start()
         return True
 
     def stop(self, seconds: float) -> None:
-        """Ask the process to end, and make it end if it does not."""
+        """Ask the process to exit, and kill it if it does not."""
         self.process.terminate()
         try:
             self.process.wait(seconds)
@@ -69,7 +67,7 @@ class Child:
             self.process.wait()
 
     def tail(self) -> str:
-        """The last line that it printed, and where the rest is."""
+        """The last line that it printed, and the path of its log."""
         lines = self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
         return f"{lines[-1]} (its log is {self.log})"
 
@@ -77,10 +75,10 @@ class Child:
         self._starts.append(time.monotonic())
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
-            # A session of its own: Ctrl-C in the terminal reaches the command alone, which stops things in order.
+            # In its own session: Ctrl-C in the terminal reaches only the command, which stops everything in order.
             return subprocess.Popen(  # noqa: S603 (our own modules)
                 self._command,
-                # It may begin to look after this process has died.
+                # The child may start watching only after this process has died.
                 env={**self._environment, _PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -90,7 +88,7 @@ class Child:
 
 
 def end_with_parent() -> None:
-    """In a `Child`'s process: stop it when the one that started it is gone, however it went, and whenever."""
+    """In a `Child`'s process: exit as soon as the process that started it is gone, for whatever reason."""
     parent = int(os.environ[_PARENT])
 
     def watch() -> None:
@@ -102,11 +100,11 @@ def end_with_parent() -> None:
 
 
 class Pulse:
-    """Whether a process that lives still does its work.
+    """Whether a live process is still doing its work.
 
     Args:
         beats: Asks for a sign of life.
-        seconds: A process is silent that has given none for so long.
+        seconds: After this long without one, the process counts as silent.
     """
 
     def __init__(self, beats: Callable[[], bool], seconds: float) -> None:
@@ -115,21 +113,21 @@ class Pulse:
         self.reset()
 
     def reset(self) -> None:
-        """Start again, with a process that was just started."""
+        """Start counting again, for a process that was just started."""
         self._last = time.monotonic()
 
     def is_silent(self) -> bool:
-        """Whether there was no sign for too long; it is asked for one when half of that has passed."""
+        """Whether there was no sign of life for too long; asks for one once half of that time has passed."""
         if time.monotonic() - self._last > self._seconds / 2 and self._beats():
             self.reset()
         return time.monotonic() - self._last > self._seconds
 
 
 class RepeatedErrors:
-    """Finds, in what is added to a log, the errors that come again and again.
+    """Finds errors that repeat among the lines added to a log.
 
     Args:
-        log: A text file, which need not be there yet.
+        log: A text file, which need not exist yet.
     """
 
     def __init__(self, log: Path) -> None:
@@ -138,7 +136,7 @@ class RepeatedErrors:
         self._counts: Counter[str] = Counter()
 
     def news(self) -> list[str]:
-        """The lines that name an error and were added for the second time, each once."""
+        """The new lines that name an error for the second time; each error is returned once."""
         with contextlib.suppress(FileNotFoundError), self._log.open("rb") as file:
             file.seek(self._read)
             whole, newline, _ = file.read().rpartition(b"\n")
@@ -149,7 +147,7 @@ class RepeatedErrors:
     def _is_second(self, line: str) -> bool:
         if not re.match(r"[\w.]*(Error|Exception)\b", line):
             return False
-        # Ports, durations and identities differ each time.
+        # Ports, durations and ids differ each time.
         kind = re.sub(r"[0-9a-f-]*\d[0-9a-f-]*", "#", line)
         self._counts[kind] += 1
         return self._counts[kind] == 2
@@ -157,9 +155,9 @@ class RepeatedErrors:
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Look for no garbage inside the block, nor ever among what it leaves.
+    """Pause garbage collection inside the block, and exempt from it for good what the block creates.
 
-    For imports: nearly all that they make stays, and looking for the rest took a fifth of a server's start.
+    For imports: nearly everything they create stays, and looking for the rest took a fifth of a server's start.
     """
     gc.disable()
     try:
@@ -167,21 +165,21 @@ def gc_paused() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        # Else libraries that count their objects at the end complain of what was never collected.
+        # Otherwise libraries that count their objects at exit complain about what was never collected.
         atexit.register(gc.unfreeze)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of what a child leaves behind when it dies (Linux), so that nothing is lost sight of."""
+    """Become the parent of the processes that a dying child leaves behind (Linux), so that none is lost."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap_orphans(own: Iterable[int]) -> None:
-    """Let go of adopted processes that have ended.
+    """Reap adopted processes that have exited.
 
     Args:
-        own: Children that somebody else waits for.
+        own: Children that other code waits for.
     """
     for pid in set(_children().get(os.getpid(), [])) - set(own):
         with contextlib.suppress(ChildProcessError):
@@ -189,7 +187,7 @@ def reap_orphans(own: Iterable[int]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Every process below another, itself left out; none where the system has no /proc."""
+    """Every descendant of a process, without itself; none if the system has no /proc."""
     children = _children()
     found, unseen = [], [pid]
     while unseen:
@@ -200,7 +198,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def end_all(pids: Iterable[int], seconds: float) -> None:
-    """Ask processes to end, and make those end that do not."""
+    """Ask processes to exit, and kill those that do not."""
     left = set(pids)
     for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 1.0)):
         for pid in left:
@@ -215,17 +213,17 @@ def end_all(pids: Iterable[int], seconds: float) -> None:
 def end(status: int) -> NoReturn:
     """End this process as `sys.exit` does, but leave its memory to the kernel.
 
-    To take apart the modules of torch and Prefect, object by object, took longer than a second.
+    Freeing the modules of torch and Prefect object by object took longer than a second.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # Nobody reads any further.
+        with contextlib.suppress(BrokenPipeError):  # The reader is gone.
             stream.flush()
     os._exit(status)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is waited for does not."""
+    """Whether a process is running; a zombie is not."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
     if Path("/proc/self").exists():
@@ -238,7 +236,7 @@ def is_alive(pid: int) -> bool:
 
 
 def _children() -> dict[int, list[int]]:
-    """The processes of each parent."""
+    """The child processes of each parent, by pid."""
     found: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):

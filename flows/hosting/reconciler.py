@@ -1,8 +1,8 @@
-"""Runs that Prefect takes for alive and whose process is gone: marked, so that they can be retried.
+"""Marks runs that Prefect thinks are alive although their process is gone, so that they can be retried.
 
-Prefect's own way is an automation on heartbeats, which needs a minute and a half at least and takes a busy machine
-for a dead one. Here server and runs share a machine: the lock that a run's process holds, and the process itself,
-say for certain. A server for many machines needs the automation; see automations.yaml.
+Prefect's own solution is an automation on heartbeats, which needs a minute and a half at least and mistakes a busy
+machine for a dead one. Here server and runs share a machine: the lock that a run's process holds, and the process
+itself, say for certain. A server for many machines needs the automation; see automations.yaml.
 """
 
 import time
@@ -26,8 +26,8 @@ from flows.hosting.processes import is_alive
 from quantlib.store.journal import Journal
 
 _PATIENCE_SECONDS = 45.0
-# The worker of a run that died tells Prefect so itself, a moment later. One that was marked and retried before that
-# would be Crashed a second time by it.
+# The worker reports a run that died to Prefect itself, a moment later. If the run was marked and retried before that,
+# the worker would set it to Crashed a second time.
 _WORKER_TELLS_SECONDS = 10.0
 _TASKS_ARRIVE = timedelta(seconds=30)
 _UNFINISHED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -37,7 +37,7 @@ class Reconciler:
     """Looks for dead runs, again and again.
 
     Args:
-        client: Of the server.
+        client: Client of the server.
         home: quantflow's home folder.
         pool: The work pool whose workers run on this machine.
     """
@@ -49,10 +49,10 @@ class Reconciler:
         self._missing_since: dict[object, float] = {}
 
     def mark_dead(self, patience: float = _PATIENCE_SECONDS) -> list[FlowRun]:
-        """Set every run whose process is gone to Crashed, or to Cancelled where that was asked for.
+        """Set every run whose process is gone to Crashed, or to Cancelled if that was requested.
 
         Args:
-            patience: Seconds for which a run may have no process that is known: one that is being started has none.
+            patience: Seconds that a run may be without a known process: one that is starting has none yet.
 
         Returns:
             The runs that were marked.
@@ -75,10 +75,10 @@ class Reconciler:
                 return False
             if state == "crashed":
                 return self._seconds_missing(run) >= min(patience, _WORKER_TELLS_SECONDS)
-            # One that has finished tells Prefect so itself, unless it dies over it.
+            # A finished run reports to Prefect itself, unless it dies while doing so.
             return self._is_missing(run, patience)
         if run.work_pool_name != self._pool:
-            return False  # Not ours: nothing is known about it.
+            return False  # Not ours: we know nothing about it.
         return self._is_missing(run, patience)
 
     def _is_missing(self, run: FlowRun, patience: float) -> bool:
@@ -90,7 +90,7 @@ class Reconciler:
         return time.monotonic() - self._missing_since[run.id]
 
     def _journal(self, run: FlowRun) -> "_Attempt | None":
-        """The journal of this attempt of a run: a retry that has not come so far yet has none."""
+        """The journal of this attempt of a run; a retry that has not written one yet has none."""
         folder = next((self._home / "runs").glob(f"*-{str(run.id)[:8]}"), None)
         if folder is None or run.state is None:
             return None
@@ -100,13 +100,13 @@ class Reconciler:
     def _mark(self, run: FlowRun) -> None:
         assert run.state is not None
         cancelled = run.state.type == StateType.CANCELLING
-        message = "The run's process is gone. Retry goes on from its finished stages."
+        message = "The run's process is gone. Retry resumes it from its finished stages."
         state: State[None] = Cancelled() if cancelled else Crashed(message=message)
         self._client.set_flow_run_state(run.id, state, force=True)
 
     def _mark_tasks(self) -> None:
-        """Set the tasks that ended runs have left behind as running to Crashed."""
-        # The last states of a run's tasks arrive some seconds after its own.
+        """Set tasks that are still Running although their run has ended to Crashed."""
+        # The last states of a run's tasks arrive some seconds after the run's own.
         ended = FlowRunFilter(end_time=FlowRunFilterEndTime(before_=datetime.now(UTC) - _TASKS_ARRIVE))
         left = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=_UNFINISHED)))
         for task_run in self._client.read_task_runs(flow_run_filter=ended, task_run_filter=left):
@@ -115,7 +115,7 @@ class Reconciler:
 
 
 class _Attempt:
-    """The newest attempt of a run, as its journal has it."""
+    """The newest attempt of a run, according to its journal."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -125,7 +125,7 @@ class _Attempt:
         return status.state if status is not None else None
 
     def began_after(self, state: State[object]) -> bool:
-        """Whether this attempt's process wrote its journal in or after a state of Prefect's."""
+        """Whether this attempt's process wrote its journal during or after a Prefect state."""
         try:
             written = datetime.fromtimestamp((self._folder / "run.json").stat().st_mtime, UTC)
         except FileNotFoundError:

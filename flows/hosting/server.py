@@ -1,7 +1,7 @@
-"""The Prefect server that a command starts for itself, where none is named by PREFECT_API_URL.
+"""The Prefect server that a command starts for itself if PREFECT_API_URL names none.
 
-Prefect can start one, too; but that one outlives a process that is killed, and starts only when it is first needed.
-This one starts beside the imports, and ends with its parent.
+Prefect can start one, too; but that one outlives a killed process, and starts only when it is first needed. This one
+starts during the imports, and ends with its parent.
 """
 
 import json
@@ -27,7 +27,7 @@ from quantlib.files import lockable
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _WATCH_SECONDS = 0.5
-# A server that computes beside torch may take seconds to answer, and never this long.
+# A server that shares the cores with torch may take seconds to answer, but never this long.
 _SILENT_SECONDS = 30.0
 
 
@@ -35,21 +35,21 @@ _SILENT_SECONDS = 30.0
 def prefect_server(home: Path, say: Callable[[str], None], *, verbose: bool) -> Iterator[Callable[[], None] | None]:
     """Set Prefect up for the process, and start a server unless PREFECT_API_URL names one, or a dashboard runs.
 
-    Prefect reads its settings from the environment when it is imported: nothing that imports it may come before.
-    Two servers on one database lose each other's states. So whoever comes second on a home keeps Prefect's files in
-    a folder of its own, for as long as it runs: the run is the same, only Prefect forgets it.
+    Prefect reads its settings from the environment when it is imported: nothing may import it before this.
+    Two servers on one database lose each other's states. So the second run on a home keeps Prefect's files in its own
+    temporary folder: the run is the same, only Prefect forgets it.
 
     Args:
         home: quantflow's home folder; Prefect's files are below it.
-        say: Is told where the server ends for good: the run goes on without.
+        say: Called if the server is gone for good: the run continues without it.
         verbose: Show Prefect's own log.
 
     Yields:
-        A function that waits until the server answers; None where there is nothing to wait for.
+        A function that waits until the server answers; None if there is nothing to wait for.
 
     Raises:
-        MachineError: If there is something else in the place of the file to lock; and from that function, if the server
-            does not start.
+        MachineError: If something else stands in the lock file's place; from the yielded function, if the server does
+            not start.
     """
     folder = home / "prefect"
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +60,8 @@ def prefect_server(home: Path, say: Callable[[str], None], *, verbose: bool) -> 
         except Timeout:
             folder = alone
         set_defaults(folder, verbose=verbose)
-        # Enough for a server that is started again on a busy machine, 30 s: with 14 s, one run of 33 whose server was
-        # killed failed. A run whose server is gone for good still ends soon after its work.
+        # Enough for a restart of the server on a busy machine, 30 s: with 14 s, one of 33 runs whose server was killed
+        # failed. A run whose server is gone for good still ends soon after its work.
         os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "4")
         try:
             if "PREFECT_API_URL" in os.environ:
@@ -77,18 +77,18 @@ def prefect_server(home: Path, say: Callable[[str], None], *, verbose: bool) -> 
 
 
 def set_defaults(folder: Path, *, verbose: bool) -> None:
-    """Put settings of Prefect into the environment, before anything imports it; those that the user has set stay."""
+    """Put Prefect's settings into the environment before anything imports it; keep those that the user has set."""
     settings = {
         "PREFECT_HOME": str(folder),
         # Nothing is sent anywhere.
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        # A dependency of Prefect's checks types at run time, and compiles itself for that at each start.
+        # One of Prefect's dependencies checks types at run time, and compiles itself for that at each start.
         "PY_KEY_VALUE_DISABLE_BEARTYPE": "true",
     }
     if not verbose:
         settings["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-        # Each event that is not delivered, with all that is in it.
+        # It logs each event that is not delivered, with its whole content.
         settings["PREFECT_LOGGING_INTERNAL_LEVEL"] = "CRITICAL"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
@@ -106,12 +106,12 @@ def _use(url: str) -> Iterator[None]:
 
 @contextmanager
 def start(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Start a server with its database in `folder`; as `prefect_server`, without asking who else is there."""
+    """Start a server with its database in `folder`, like `prefect_server`, but without looking for other servers."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = folder / "server.log"
-    # Of Prefect's services, only those that a passing server needs; its blocks are registered by a dashboard that comes
-    # later, which it must not be told was done.
+    # Only those of Prefect's services that a short-lived server needs. A later dashboard registers Prefect's blocks, so
+    # this server must not record that as done.
     switches = {
         "PREFECT_UI_ENABLED": "0",
         "PREFECT__SERVER_EPHEMERAL": "1",
@@ -120,8 +120,8 @@ def start(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], Non
         "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "0",
     }
     environment = {**os.environ, **switches, "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING"}
-    log.unlink(missing_ok=True)  # Its last line is told where it does not start.
-    # In a session of its own: Ctrl-C in the terminal reaches the run alone, which tells the server how it ended.
+    log.unlink(missing_ok=True)  # Its last line is shown if the server does not start.
+    # In its own session: Ctrl-C in the terminal reaches only the run, which reports to the server how it ended.
     server = Child("server", [sys.executable, "-m", "flows.hosting.server", str(port)], environment, log)
     keeper = _Keeper(server, url, say)
 
@@ -133,7 +133,7 @@ def start(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], Non
     try:
         yield wait
     finally:
-        # While the server is still there, above all where the block fails.
+        # While the server is still there, above all if the block fails.
         if keeper.stop():
             drain()
         del os.environ["PREFECT_API_URL"]
@@ -141,9 +141,9 @@ def start(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], Non
 
 
 class _Keeper:
-    """Starts a server again that has died, or that answers no more; what asks it meanwhile asks again.
+    """Restarts a server that has died or no longer answers; clients retry meanwhile.
 
-    One that dies over and over is left alone: the run goes on without, and Prefect's history of it has a gap.
+    A server that keeps dying is given up: the run continues without it, and Prefect's history of it has a gap.
     """
 
     def __init__(self, server: Child, url: str, say: Callable[[str], None]) -> None:
@@ -155,12 +155,12 @@ class _Keeper:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._pulse.reset()
         self._thread.start()
 
     def stop(self) -> bool:
-        """Watch no more; whether there is a server."""
+        """Stop watching; return whether there still is a server."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -173,14 +173,14 @@ class _Keeper:
                     self._pulse.reset()
             except MachineError as error:
                 self._lost = True
-                self._say(f"The run goes on without Prefect's server, and only its history there is lost. {error}.")
+                self._say(f"The run continues without Prefect's server; only its history there is lost. {error}.")
                 return
             if self._pulse.is_silent():
                 self._server.process.kill()
 
 
 def is_healthy(url: str) -> bool:
-    """Whether the API at `url` answers that it is well, within 5 s."""
+    """Whether the API at `url` reports within 5 s that it is healthy."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 (loopback)
             return json.load(answer) is True
@@ -189,10 +189,10 @@ def is_healthy(url: str) -> bool:
 
 
 def wait_until_healthy(server: Child, url: str) -> None:
-    """Wait until a server answers at `url`; one that something has killed is started again.
+    """Wait until a server answers at `url`; if something kills it, restart it.
 
     Raises:
-        MachineError: If it ends, or does not answer in time; with the last line of its log.
+        MachineError: If it exits or does not answer in time; with the last line of its log.
     """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
@@ -211,7 +211,7 @@ def wait_until_healthy(server: Child, url: str) -> None:
 
 
 def drain() -> None:
-    """Send what Prefect's threads still hold: the last states are among it."""
+    """Send what Prefect's threads still hold, the last states included."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker
@@ -221,7 +221,7 @@ def drain() -> None:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

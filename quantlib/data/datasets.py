@@ -1,6 +1,6 @@
-"""Datasets: where the images of a split are, and how one of them becomes pixels.
+"""Datasets: where the images of a split are, and how each becomes pixels.
 
-Nothing here depends on the number of threads: each random crop is drawn from the seed and the image's place.
+Nothing here depends on the number of threads: each random crop is drawn from the seed and the image's position.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def open_split(data_format: str, root: str | None, split: SplitName) -> Split:
 
 
 def _digits(split: SplitName) -> Split:
-    """The 1,797 handwritten digits, 8 x 8 pixels, that scikit-learn carries; every third one validates."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; every third one is for validation."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -82,7 +82,7 @@ def _cifar10(root: Path, split: SplitName) -> Split:
     from torchvision.datasets import CIFAR10
 
     try:
-        # torchvision unpickles these files only after their MD5 sums were found to be the published ones.
+        # torchvision unpickles these files only after checking that their MD5 sums are the published ones.
         dataset = CIFAR10(str(root), train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
         raise DataError(
@@ -113,7 +113,7 @@ def _user_dataset(data_format: str, root: str | None, split: SplitName) -> Split
     if len(outside) > 0:
         raise DataError(
             f"{data_format} gives the label {outside[0]}, and has {len(classes)} classes: "
-            "a label is a place in `classes`, counted from 0."
+            "a label is an index into `classes`, counted from 0."
         )
     return Split(
         labels=labels,
@@ -126,7 +126,6 @@ def _user_dataset(data_format: str, root: str | None, split: SplitName) -> Split
 def _pil_image(image: Any, data_format: str) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise DataError(
-            f"{data_format} gives a {type(image).__name__} as image: it must be a PIL image, as it is before any "
-            "transform."
+            f"{data_format} gives a {type(image).__name__} as image: it must be a PIL image, before any transform."
         )
     return image

@@ -17,7 +17,7 @@ from quantlib.errors import DataError
 if TYPE_CHECKING:
     from quantlib.data.split import SplitName
 
-# Those of torchvision's ImageFolder, and two that it passes over.
+# Those of torchvision's ImageFolder, and two that it ignores.
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif")
 
 
@@ -25,20 +25,20 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".ti
 _NO_CLASSES = ("__MACOSX",)
 
 
-_ORIENTATION = 0x0112  # EXIF's.
+_ORIENTATION = 0x0112  # EXIF's tag.
 
 
 _MAX_16_BITS = 2**16 - 1
 
 
 def open_image_folder(root: Path, split: SplitName) -> Split:
-    """The split that torchvision's ImageFolder finds; importing torchvision takes longer than a second."""
+    """The split that torchvision's ImageFolder would find; importing torchvision takes more than a second."""
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"No folder {folder}: data.root must hold train/CLASS/IMAGE and val/CLASS/IMAGE.")
     classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_shown(entry.name)))
     if not classes:
-        raise DataError(f"Folder {folder} has no classes: it must hold one folder a class, with its images inside.")
+        raise DataError(f"Folder {folder} has no classes: it must hold one folder per class, with its images inside.")
     samples, num_skipped = [], 0
     for label, name in enumerate(classes):
         found = _shown_files(folder / name)
@@ -54,7 +54,7 @@ def open_image_folder(root: Path, split: SplitName) -> Split:
 
 
 def _shown_files(folder: Path) -> list[str]:
-    """All files below a folder, in order, but for hidden ones and what lies in hidden folders."""
+    """All files below a folder, in order, except hidden ones and those in hidden folders."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = filter(_is_shown, folders)
@@ -63,7 +63,7 @@ def _shown_files(folder: Path) -> list[str]:
 
 
 def _is_shown(name: str) -> bool:
-    """Whether a file or folder is part of the data: hidden ones, as .ipynb_checkpoints, are not."""
+    """Whether a file or folder is part of the data: hidden ones, such as .ipynb_checkpoints, are not."""
     return not name.startswith(".") and name not in _NO_CLASSES
 
 
@@ -84,25 +84,25 @@ def split_of_files(samples: Sequence[tuple[str, int]], classes: tuple[str, ...])
 
 
 def _read_image(path: str) -> Image.Image:
-    """The file as RGB, turned as its camera was held; of an animation the first picture."""
+    """The file as RGB, turned upright by its EXIF orientation; for an animation, the first picture."""
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
         return _to_rgb(upright)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits of red, green and blue.
+    """Convert to eight bits each of red, green and blue.
 
     Raises:
-        ValueError: If its pixels are numbers of no known scale.
+        ValueError: If its pixels are numbers on an unknown scale.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > _MAX_16_BITS:
             raise ValueError(
-                f"its pixels are 32-bit numbers from {values.min()} to {values.max()}, and 8 or 16 bits are read"
+                f"its pixels are 32-bit numbers from {values.min()} to {values.max()}, but only 8 or 16 bits are read"
             )
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, and 8 or 16 bits are read")
+        raise ValueError("its pixels are floating-point numbers, but only 8 or 16 bits are read")
     return image.convert("RGB")

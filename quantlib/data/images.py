@@ -20,9 +20,9 @@ class Split:
     Attributes:
         labels: [N], int64 class indices.
         classes: Their names, in the order of the indices.
-        open: The N-th image, as an RGB PIL image.
+        open: Returns the N-th image as an RGB PIL image.
         name_of: What to call the N-th image in an error.
-        num_skipped: Files among the images that are none, or of a kind that is not read.
+        num_skipped: Files among the images that are not images, or of a kind that is not read.
     """
 
     labels: np.ndarray

@@ -20,7 +20,7 @@ from quantlib.progress import Progress, silent
 if TYPE_CHECKING:
     from quantlib.data.split import SplitInput, Subset
 
-# One decoding thread a core keeps two cores busy: PIL releases the interpreter's lock while it works.
+# One decoding thread per core keeps two cores busy: PIL releases the interpreter's lock while it works.
 _NUM_THREADS = 2
 
 
@@ -39,9 +39,9 @@ def select(selection: Subset) -> tuple[Split, np.ndarray]:
 
 
 def find_names(selection: Subset) -> list[str] | None:
-    """What the images of a selection are called: files by their path below the dataset's folder.
+    """Names of a selection's images: for files, their path below the dataset's folder.
 
-    None where the dataset has changed since it was identified.
+    None if the dataset has changed since it was identified.
     """
     try:
         split, indices = select(selection)
@@ -53,12 +53,12 @@ def find_names(selection: Subset) -> list[str] | None:
 
 @functools.lru_cache(maxsize=2)
 def _open_identified(source: SplitInput) -> Split:
-    """Listed once in a process: a million files take as long as some stages."""
+    """Opened once per process: listing a million files takes as long as some stages."""
     return open_split(source.format, source.root, source.name)
 
 
 def shuffled(num_images: int, seed: int) -> np.ndarray:
-    """The numbers 0 … num_images - 1 in an order that the seed alone decides, [num_images] int64."""
+    """The numbers 0 … num_images - 1 in an order determined by the seed alone, [num_images] int64."""
     return np.random.default_rng(seed).permutation(num_images)
 
 
@@ -69,13 +69,13 @@ def decode(
     seed: int,
     progress: Progress = silent,
 ) -> Iterator[np.ndarray]:
-    """Images in the order of `indices`, some at a time: pixels [k, crop, crop, 3] uint8.
+    """Decode images in the order of `indices`, some at a time: pixels [k, crop, crop, 3] uint8.
 
     Args:
-        split: Where they are.
+        split: The split that holds them.
         indices: Numbers of images, [n] int64.
         transform: Applied to each.
-        seed: Of the transform's random choices.
+        seed: Seeds the transform's random choices.
         progress: Called with (images done, n).
 
     Raises:
@@ -99,7 +99,7 @@ def batches(
 
     def decode_batch(start: int) -> np.ndarray:
         chunk = indices[start : start + batch_size]
-        # A generator an image, seeded by its place: the batch size and the thread change nothing.
+        # One generator per image, seeded by its position: batch size and thread make no difference.
         return np.stack(
             [
                 split.pixels(int(index), transform, random.Random(f"{seed}-{place}"))
@@ -112,7 +112,7 @@ def batches(
         waiting = deque(pool.submit(decode_batch, start) for start in starts[:_NUM_THREADS])
         for position, start in enumerate(starts):
             batch = waiting.popleft().result()
-            # No more are decoded ahead than there are threads, so memory stays flat.
+            # No more batches are decoded ahead than there are threads, so memory use stays flat.
             if position + _NUM_THREADS < len(starts):
                 waiting.append(pool.submit(decode_batch, starts[position + _NUM_THREADS]))
             yield batch, split.labels[indices[start : start + batch_size]]

@@ -36,7 +36,7 @@ def open_shard(path: Path) -> tuple[Tensor, Tensor]:
         labels = npy.read_array(file, allow_pickle=False)
         npy.read_magic(file)
         shape, _, dtype = npy.read_array_header_1_0(file)
-        # Copied on writing, as torch knows no array that cannot be written to.
+        # Copy-on-write, as torch does not support read-only arrays.
         pixels = np.memmap(file, dtype, mode="c", offset=file.tell(), shape=shape)
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
@@ -47,14 +47,14 @@ def to_input(pixels: Tensor) -> Tensor:
     The same arithmetic as torchvision's ToTensor and Normalize, so the same bits.
     """
     number, height, width, _ = pixels.shape
-    # A row of an image at a time: vectors of three channels would be too short for the CPU's.
+    # One image row at a time: vectors of three channels would be too short for the CPU's vector units.
     mean, std = (torch.tensor(value).repeat(width) for value in (MEAN, STD))  # (3 W,)
     rows = pixels.reshape(number * height, width * 3).to(torch.float32)
     return rows.div_(255).sub_(mean).div_(std).view(number, height, width, 3).permute(0, 3, 1, 2)
 
 
 def batches(path: Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs [n, 3, H, W] and labels [n] of a shard, in order; n is `batch_size`, but for what is left at the end."""
+    """Inputs [n, 3, H, W] and labels [n] of a shard, in order; n is `batch_size`, except for the rest at the end."""
     pixels, labels = open_shard(path)
     for start in range(0, len(labels), batch_size):
         yield to_input(pixels[start : start + batch_size]), labels[start : start + batch_size]

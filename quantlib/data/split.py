@@ -1,4 +1,4 @@
-"""One split of a dataset, and some of its images, by what identifies them."""
+"""A split of a dataset, and a subset of its images, by what identifies them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SplitName = Literal["train", "val"]
 
 
 NOT_IN_KEY = {"in_key": False}
-"""Metadata of a field that says where something lies, and not what it is."""
+"""Metadata of a field that says where something is, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class SplitInput:
     name: SplitName
     root: str | None = field(metadata=NOT_IN_KEY)
     fingerprint: str
-    """Hash of its files' names and contents, and of the code that reads them where that is the user's."""
+    """Hash of its files' names and contents, and of the code that reads them if that is the user's."""
     num_images: int
     classes: tuple[str, ...] = field(metadata=NOT_IN_KEY)
     num_skipped: int = field(default=0, metadata=NOT_IN_KEY)
-    """Files among the images that are none, or of a kind that is not read."""
+    """Files among the images that are not images, or of a kind that is not read."""
 
     @property
     def num_classes(self) -> int:
@@ -34,15 +34,15 @@ class SplitInput:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a split, in an order."""
+    """Some images of a split, in a fixed order."""
 
     split: SplitInput
     seed: int | None
     """Shuffles the split; None: the dataset's own order."""
     start: int
-    """First place in that order."""
+    """First position in that order."""
     stop: int
-    """One past the last place."""
+    """One past the last position."""
 
     def parts(self, size: int) -> tuple[Subset, ...]:
         """The same images in consecutive selections of at most `size`."""

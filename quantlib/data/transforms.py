@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# Of an image so much longer than wide, resizing the whole would take memory without bound for pixels that are cut off.
+# Resizing all of an image so much longer than wide would take unlimited memory for pixels that are then cut off.
 _LONG = 8
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side to `resize` pixels, then the central square of `crop` pixels."""
+    """Resize the shorter side to `resize` pixels, then crop the central square of `crop` pixels."""
 
     resize: int
     crop: int
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:  # noqa: ARG002 (nothing is random)
         """A PIL image of crop x crop pixels."""
-        # Here, because a transform is described long before, and often without, being applied.
+        # Imported here, as a transform is created long before it is applied, and often is never applied.
         from PIL.Image import Resampling
 
         shorter = min(image.size)
@@ -67,7 +67,7 @@ class TrainTransform:
             w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
             if 0 < w <= width and 0 < h <= height:
                 return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-        # No part of that shape fits: the largest central one whose aspect ratio is allowed.
+        # No part of that shape fits: take the largest central one whose aspect ratio is allowed.
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         return (height - h) // 2, (width - w) // 2, h, w
 

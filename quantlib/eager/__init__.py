@@ -1,1 +1,1 @@
-"""torch's eager-mode quantization, announced for removal: nothing else touches `torch.ao.quantization`."""
+"""torch's eager-mode quantization, which torch will remove: nothing else touches `torch.ao.quantization`."""

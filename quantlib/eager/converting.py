@@ -8,12 +8,12 @@ from quantlib.eager.modules import ObserverBase
 
 
 def convert(prepared: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """An int8 model made of a prepared one, or of its copy, for the engine in use (see `use_engine`)."""
+    """Convert a prepared model, or a copy of it, to int8 for the engine in use (see `use_engine`)."""
     return tq.convert(prepared.eval(), inplace=inplace)
 
 
 def convert_blank(prepared: nn.Module) -> nn.Module:
-    """An int8 model whose weights and scales are still to be loaded, made of a prepared model that saw no image."""
+    """An int8 model with weights and scales still to be loaded, made from a prepared model that has seen no images."""
     for module in prepared.modules():
         # Every observer must have seen something: torch has no scale for it otherwise.
         if isinstance(module, ObserverBase) and not getattr(module, "ch_axis", -1) >= 0:

@@ -32,7 +32,7 @@ HistogramObserver = tq.HistogramObserver
 FakeQuantizeBase = tq.FakeQuantizeBase
 
 
-# How much of a new range a MovingAverageMinMaxObserver takes in: its default.
+# Weight that a MovingAverageMinMaxObserver gives to a new range: its default.
 AVERAGING_CONSTANT = 0.01
 
 

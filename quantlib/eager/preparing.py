@@ -12,7 +12,7 @@ def ptq_qconfig(activation: Any, per_channel: bool) -> Any:
 
     Args:
         activation: Makes the observer of each activation.
-        per_channel: Whether weights have one scale an output channel, or one a tensor.
+        per_channel: Whether weights have one scale per output channel, or one per tensor.
     """
     weight = tq.default_per_channel_weight_observer if per_channel else tq.default_weight_observer
     return _qconfig(activation, weight)
@@ -22,15 +22,15 @@ def qat_qconfig(activation: Any, weight: Any | None) -> Any:
     """A qconfig of fake quantization.
 
     Args:
-        activation: Makes that of each activation.
-        weight: Makes that of each weight; None: torch's own, with one scale a tensor.
+        activation: Makes the fake quantization of each activation.
+        weight: Makes that of each weight; None: torch's own, with one scale per tensor.
     """
     return _qconfig(activation, weight or tq.default_fused_wt_fake_quant)
 
 
 def _qconfig(activation: Any, weight: Any) -> Any:
-    # Plain functions: of its own kind of constructor, torch makes a trial object for every module of the model, which
-    # took half the time of preparing one.
+    # Plain functions: with torch's own kind of constructor, it makes a trial object for every module of the model,
+    # which took half the time of preparing it.
     return tq.QConfig(activation=functools.partial(activation), weight=functools.partial(weight))
 
 

@@ -1,4 +1,4 @@
-"""Rounding to int8 grids in float, in the place of observers and fake quantization."""
+"""Rounding to int8 grids in float, in place of observers and fake quantization."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def fake_quantize_qat(prepared: nn.Module, *, weights: bool, activations: bool) 
     """Make a quantization-aware trained model compute in float what int8 would, in place.
 
     Each fake quantization is replaced by rounding to the grid that `convert` takes, or by nothing. Its own would not
-    do: torch's fused kernel has max/127 for a symmetric range, and torch's conversion 2 max/255.
+    do: for a symmetric range, torch's fused kernel has the step max/127, and torch's conversion 2 max/255.
     """
     for module in list(prepared.modules()):
         for name, wanted in (("weight_fake_quant", weights), ("activation_post_process", activations)):
@@ -56,16 +56,16 @@ class FixedFakeQuantize(nn.Module):
 
     @property
     def grid(self) -> tuple[float, float, float]:
-        """Least and largest value, and the step; of an activation, which has one grid."""
+        """Smallest and largest value, and the step; for activations only, which have one grid."""
         step, zero_point = float(self.scale), int(self.zero_point)
         return (self.quant_min - zero_point) * step, (self.quant_max - zero_point) * step, step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` rounded, float32, of the same shape."""
+        """`x` rounded: float32, in the same shape."""
         if self.axis is None:
             low, high, step = self.grid
             dtype = torch.qint8 if self.quant_min < 0 else torch.quint8
-            # torch's fake quantization gives the same, and takes six times as long: it finds a mask for a gradient.
+            # torch's fake quantization gives the same but takes six times as long: it also computes a gradient mask.
             return torch.quantize_per_tensor(x.clamp(low, high), step, int(self.zero_point), dtype).dequantize()
         return torch.fake_quantize_per_channel_affine(
             x, self.scale, self.zero_point, self.axis, self.quant_min, self.quant_max

@@ -10,9 +10,9 @@ from torch.ao.nn.intrinsic import qat as intrinsic_qat
 
 
 def use_fast_forward(prepared: nn.Module) -> None:
-    """Let a model's fused modules compute what torch's do in training, in less time; in place.
+    """Make a model's fused modules compute what torch's do in training, in less time; in place.
 
-    Nothing of it is in a state_dict.
+    None of this is in a state_dict.
     """
     for module in prepared.modules():
         if isinstance(module, intrinsic_qat.ConvBn2d):
@@ -28,8 +28,8 @@ def _forward_conv_bn(conv_bn: Any, x: torch.Tensor) -> torch.Tensor:
     """What torch's fused Conv and BatchNorm compute in training: conv(x, fake_quant(w s)) / s, then BatchNorm.
 
     torch divides the convolution's output by s, the scale that folding BatchNorm will give to the weights; here the
-    weights are divided, which are a thousandth of the size. The passes over the output, there and in the gradient,
-    took half the time of a training step.
+    weights are divided, which are a thousandth of the size. Dividing the output, there and in the gradient, took
+    half the time of a training step.
     """
     norm = conv_bn.bn
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
@@ -38,13 +38,13 @@ def _forward_conv_bn(conv_bn: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_conv_bn_relu(conv_bn_relu: Any, x: torch.Tensor) -> torch.Tensor:
-    """Torch's forward without the ReLU, where the fake quantization behind it does what a ReLU does."""
+    """The forward of torch, without the ReLU if the fake quantization after it does what a ReLU does."""
     y = conv_bn_relu._forward(x)
     return y if getattr(conv_bn_relu.activation_post_process, "fuses_relu", False) else nn.functional.relu(y)
 
 
 def set_range(fake_quantize: Any, observer: Any) -> None:
-    """Give fake quantization the grid that an observer has found, and its moving average that range to start from."""
+    """Give fake quantization the grid that an observer has found, and start its moving average from that range."""
     scale, zero_point = observer.calculate_qparams()
     low = (observer.quant_min - zero_point) * scale
     high = (observer.quant_max - zero_point) * scale
@@ -56,7 +56,7 @@ def set_range(fake_quantize: Any, observer: Any) -> None:
 
 
 def set_bias(module: Any, bias: torch.Tensor) -> None:
-    """Set the bias [C] of a layer in training; of a fused one, by its BatchNorm: what it is once that is folded."""
+    """Set the bias [C] of a layer in training; of a fused one, through its BatchNorm, as it is once that is folded."""
     norm = getattr(module, "bn", None)
     if norm is None:
         module.bias.data.copy_(bias)

@@ -1,1 +1,1 @@
-"""The files that are shipped: TorchScript, ONNX, and their checksums."""
+"""The files to ship: TorchScript, ONNX, and their checksums."""

@@ -1,4 +1,4 @@
-"""A TorchScript file as ONNX, and whether both answer alike."""
+"""Exports a TorchScript file to ONNX, and checks that both give the same answers."""
 
 import io
 from pathlib import Path
@@ -12,14 +12,14 @@ from quantlib.errors import ModelError
 from quantlib.runtimes import available, classifiers
 from quantlib.runtimes.engine import use_engine
 
-# The newest that torch's exporter of quantized operations was tried with.
+# The newest opset that torch's exporter of quantized operations was tried with.
 _OPSET = 17
 
 
 _NUM_CHECKED = 32
 
 
-# Of accurate int8 models it is about 0.001, of bad ones 0.05: each rounding that differs is enlarged on its way.
+# About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
 _MAX_ERROR = 0.1
 
 
@@ -27,13 +27,13 @@ _MAX_FLOAT_ERROR = 1e-4
 
 
 def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:
-    """A TorchScript file as an ONNX file, for any number of images; int8 as QuantizeLinear and DequantizeLinear.
+    """Export a TorchScript file to ONNX, for any number of images; int8 as QuantizeLinear and DequantizeLinear.
 
     The same model gives the same bytes.
 
     Args:
-        torchscript: As `script` made it.
-        engine: Whose packed weights are unpacked; None: float.
+        torchscript: Made by `script`.
+        engine: The engine whose packed weights are unpacked; None: float.
         crop: Side of the model's input in pixels.
 
     Raises:
@@ -45,7 +45,7 @@ def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:
             torch.onnx.export(
                 torch.jit.load(str(torchscript), map_location="cpu").eval(),
                 (torch.zeros(1, 3, crop, crop),),
-                cast("Any", buffer),  # It takes one; its annotation names paths alone.
+                cast("Any", buffer),  # It accepts a buffer; only its annotation does not.
                 opset_version=_OPSET,
                 dynamo=False,  # The newer exporter cannot express eager mode's quantized operations.
                 input_names=["images"],
@@ -58,20 +58,20 @@ def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:
 
 
 def check_onnx(content: bytes, torchscript: Path, engine: str | None, runtime: str, shard: Path) -> None:
-    """Compare an ONNX file's logits with those of the TorchScript file that it was made of, on real images.
+    """Compare an ONNX file's logits with those of the TorchScript file it was made from, on real images.
 
-    They are not equal to the bit: runtimes round sums in different places, and int8 models enlarge that.
+    They are not bit-identical: runtimes round sums in different places, and int8 models amplify that.
 
     Args:
         content: The ONNX file.
         torchscript: The TorchScript file.
-        engine: That it runs on; None: float.
-        runtime: That the ONNX file runs in.
+        engine: The engine that the TorchScript file runs on; None: float.
+        runtime: The runtime that the ONNX file runs in.
         shard: A file of decoded images; the first 32 are used.
 
     Raises:
-        ModelError: If the difference has more than a tenth of the logits' power, of float a ten-thousandth; a wrong
-            scale, zero point or layer has more than all of it.
+        ModelError: If the difference has more than a tenth of the logits' power, or for float a ten-thousandth; a
+            wrong scale, zero point or layer causes more than all of it.
     """
     pixels, _ = shards.open_shard(shard)
     x = shards.to_input(pixels[:_NUM_CHECKED])
@@ -84,6 +84,6 @@ def check_onnx(content: bytes, torchscript: Path, engine: str | None, runtime: s
     if not error <= allowed:
         advice = "" if engine is None else " On a CPU whose int8 arithmetic saturates, set activation_bits = 7."
         raise ModelError(
-            f"In {runtime} the logits are {error:.2%} of their power away from those of TorchScript, and at most "
+            f"In {runtime} the logits are {error:.2%} of their power away from those of TorchScript, but at most "
             f"{allowed:.2%} are allowed.{advice}"
         )

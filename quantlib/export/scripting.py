@@ -1,4 +1,4 @@
-"""A model as the TorchScript file that is shipped and measured."""
+"""Turns a model into the TorchScript file that is shipped and measured."""
 
 import io
 
@@ -11,13 +11,13 @@ from quantlib.runtimes.engine import use_engine
 
 
 def script(model: nn.Module, engine: str | None = None) -> bytes:
-    """A model as a TorchScript file; `torch.jit.load` reads it without this package.
+    """Script a model as a TorchScript file; `torch.jit.load` reads it without this package.
 
     The same model gives the same bytes.
 
     Args:
         model: Fused float, or int8.
-        engine: The one that the int8 weights are packed for; None for float.
+        engine: The engine that the int8 weights are packed for; None for float.
 
     Raises:
         ModelError: If the architecture uses Python that TorchScript cannot express.

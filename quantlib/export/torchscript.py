@@ -1,8 +1,8 @@
-"""TorchScript files whose bytes the model alone decides.
+"""TorchScript files whose bytes depend on the model alone.
 
-torch.jit.save writes what the process happened to do before into the file: numbers that tell classes of one name
-apart count every model scripted so far, constants stand in the order of a Python set, and debug records hold the
-paths of this machine. A run that is resumed would give other bytes than one that was not.
+torch.jit.save lets the process's history into the file: the numbers that distinguish classes of the same name count
+every model scripted so far, constants come in the order of a Python set, and debug records hold this machine's
+paths. A resumed run would give different bytes from an uninterrupted one.
 """
 
 import io
@@ -18,9 +18,9 @@ _WRITTEN_BY_TORCH = ("version", "byteorder", ".data/serialization_id")
 
 
 def forget_classes() -> None:
-    """Let the next model be scripted as if it were the process's first, but for the numbers of its classes.
+    """Make torch script the next model as if it were the process's first, except for its classes' numbers.
 
-    What torch's own tests do between each other (torch.testing._internal.jit_utils.clear_class_registry).
+    torch's own tests do this between tests (torch.testing._internal.jit_utils.clear_class_registry).
     """
     torch._C._jit_clear_class_registry()
     torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
@@ -48,7 +48,7 @@ def canonical(content: bytes) -> bytes:
 def _rewrite(name: str, record: bytes, numbers: dict[bytes, bytes]) -> bytes:
     if name.endswith(".py"):
         return _FINAL.sub(_sort_lines, _renumber(record, numbers))
-    # Class names in a pickle end with a line break and carry no length, so that they can be longer or shorter.
+    # Class names in a pickle end with a line break and carry no length, so they can get longer or shorter.
     return _renumber(record, numbers) if name.endswith(".pkl") else record
 
 

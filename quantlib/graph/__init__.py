@@ -1,1 +1,1 @@
-"""A model as a graph of modules: which of them are fused."""
+"""A model as a graph of modules: which ones are fused."""

@@ -1,4 +1,4 @@
-"""Fusion: Conv, BatchNorm and ReLU become one module, which int8 needs and float likes."""
+"""Fusion: Conv, BatchNorm and ReLU become one module, which int8 needs and float benefits from."""
 
 import copy
 
@@ -17,14 +17,14 @@ _PATTERNS: tuple[tuple[type[nn.Module], ...], ...] = (
 
 
 def fuse_model(model: nn.Module, mode: FuseMode, *, inplace: bool = False) -> nn.Module:
-    """A float model, or its copy, fused.
+    """Fuse a float model, or a copy of it.
 
     Args:
-        model: Its fusible chains lie next to each other in nn.Sequential; other chains are named by a method
-            `modules_to_fuse() -> list[list[str]]` of the model, which then decides alone.
+        model: Its fusible chains are consecutive modules in nn.Sequential. A model with other chains lists all of them
+            in a method `modules_to_fuse() -> list[list[str]]`, which then decides alone.
         mode: "eval" folds BatchNorm into the convolution, for inference and PTQ; "qat" keeps it live, so that
             it can be trained, then frozen.
-        inplace: The model itself, not a copy.
+        inplace: Fuse the model itself, not a copy.
     """
     fused = model if inplace else copy.deepcopy(model)
     fuse_modules(fused, find_groups(fused), mode)

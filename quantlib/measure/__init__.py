@@ -1,1 +1,1 @@
-"""What is measured of a model: its answers, its accuracy, its speed, its layers."""
+"""Measures a model: its answers, its accuracy, its speed, its layers."""

@@ -1,6 +1,6 @@
-"""Benchmark: models timed in rounds, a call of each, so that a change of the machine's speed meets each alike.
+"""Benchmark: times models in rounds, one call of each, so that a change in the machine's speed affects all alike.
 
-The order within each round is random. What ran before leaves its mark: in a fixed order, the same file opened twice
+The order within each round is random, because what ran before matters: in a fixed order, the same file opened twice
 differed by up to a quarter, always with the same sign, where it followed another runtime.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from quantlib.progress import Progress, silent
 from quantlib.runtimes.classifiers import Classifier
 
-# Frozen models need two calls for their kernels to be chosen and their memory to be there.
+# Frozen models need two calls to choose their kernels and allocate their memory.
 _NUM_WARM_UP = 2
 # A slow model at a large batch stops here, once it has ten samples.
 _MAX_SECONDS = 2.0
@@ -30,7 +30,7 @@ class Timing:
     batch_size: int
     num_threads: int
     samples_ms: tuple[float, ...]
-    """Each call's wall-clock time in milliseconds, by round: those of one place were taken one after the other."""
+    """Each call's wall-clock time in milliseconds, by round: samples at one index were taken one after the other."""
 
 
 def time_models(
@@ -44,11 +44,11 @@ def time_models(
     """Time every model with every number of threads and batch size.
 
     Args:
-        open_models: Gives the models for a number of threads.
-        inputs: [N, 3, H, W]; repeated to fill a batch that is larger. Each model gets them in the layout it likes.
-        batch_sizes: Images a call.
-        num_threads: Threads of torch, and of the models' own.
-        num_samples: Timed calls of each.
+        open_models: Returns the models, opened for a number of threads.
+        inputs: [N, 3, H, W]; repeated to fill a larger batch. Each model gets them in the layout it prefers.
+        batch_sizes: Images per call.
+        num_threads: Threads of torch and of the models' own runtimes.
+        num_samples: Timed calls per model and setting.
         progress: Called with (settings done, settings in all).
     """
     settings = [(threads, batch_size) for threads in num_threads for batch_size in batch_sizes]
@@ -78,13 +78,13 @@ def _time_in_turn(models: Sequence[Classifier], batch: Tensor, num_samples: int)
         for _ in range(_NUM_WARM_UP):
             model(own)
     deadline = time.perf_counter() + _MAX_SECONDS * len(models)
-    order = random.Random(0)  # The same in every run: what differs between runs is the machine.
+    order = random.Random(0)  # The same in every run, so that runs differ only by the machine.
     while len(samples[0]) < num_samples and (len(samples[0]) < 10 or time.perf_counter() < deadline):
         turns = list(zip(models, batches, samples, strict=True))
         order.shuffle(turns)
         for model, own, times in turns:
-            # Untimed: it brings weights into the caches, as a server has them, and outlasts the threads of the
-            # runtime before, which spin for a while.
+            # Untimed: it brings weights into the caches, as on a server, and outlasts the previous runtime's
+            # threads, which spin for a while.
             model(own)
             start = time.perf_counter()
             model(own)

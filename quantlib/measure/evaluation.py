@@ -12,14 +12,14 @@ from quantlib.measure.predictions import Predictions, concatenate
 from quantlib.progress import Progress, silent
 from quantlib.runtimes import classifiers
 
-# A model is given one shard after the other, from a file that never changes: the store names it by its content.
+# A model gets one shard after another, and its file never changes: the store names it by its content.
 _open_model = functools.lru_cache(maxsize=1)(classifiers.open_model)
 
 
 def evaluate_file(
     artifact: Path, runtime: str, shard: Path, batch_size: int, progress: Progress = silent
 ) -> Predictions:
-    """What `evaluate` gives for an exported model in a runtime, as `classifiers.open_model` takes them.
+    """Run `evaluate` on an exported model in a runtime, both as `classifiers.open_model` takes them.
 
     Raises:
         ModelError: If the file cannot be read, or is not for that runtime.
@@ -39,7 +39,7 @@ def evaluate(
     Args:
         model: [n, 3, H, W] float32 to logits [n, num_classes], in eval mode.
         shard: A file of decoded images.
-        batch_size: Images a forward pass.
+        batch_size: Images per forward pass.
         progress: Called with (images done, images in all).
     """
     total, done, parts = shards.count(shard), 0, []
@@ -47,9 +47,9 @@ def evaluate(
         for x, labels in shards.batches(shard, batch_size):
             logits = model(x)  # (n, num_classes)
             loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-            # int8 logits often tie. Ties go to the lower class, as with argmax; topk gives them to either.
+            # int8 logits often tie. Ties go to the lower class, as with argmax; topk picks either.
             ranked = logits.sort(dim=1, descending=True, stable=True).indices  # (n, num_classes)
-            # A copy: a view would keep the rank of every class, in the midst of the memory of large tensors.
+            # A copy: a view would keep the rank of every class alive, in between large tensors in memory.
             top5 = ranked[:, :5].contiguous()
             parts.append(Predictions(labels.numpy(), top5.numpy(), loss.numpy()))
             done += len(labels)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from quantlib.measure.predictions import Predictions
 
-# Enough to see what is in it, and some kilobytes.
+# Enough to see what is in the picture, in a few kilobytes.
 _MAX_SIDE = 96
 
 
@@ -22,14 +22,14 @@ class Example:
 
     variant: str
     image_index: int
-    """The place that the table `predictions` gives it."""
+    """Its index in the table `predictions`."""
     label: int
     float_top1: int
     """Float's likeliest class."""
     int8_top1: int
-    """The variant's."""
+    """The variant's likeliest class."""
     png: bytes
-    """The model's input, made smaller where a side is longer than 96 pixels."""
+    """The model's input, scaled down if a side is longer than 96 pixels."""
 
 
 SCHEMA = pa.schema(
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
 
 
 def choose(before: Predictions, after: Predictions, num_examples: int) -> list[int]:
-    """Images that two models answer differently, those that tell most first.
+    """Choose images that two models answer differently, the most telling first.
 
     Args:
         before: Float's answers.
@@ -53,7 +53,7 @@ def choose(before: Predictions, after: Predictions, num_examples: int) -> list[i
         num_examples: How many at most.
 
     Returns:
-        Their numbers: first the images that only float gets right, then the rest; in both, where the loss rose most.
+        Their numbers: first the images that only float gets right, then the rest; both by how much the loss rose.
     """
     different = np.flatnonzero(before.top5[:, 0] != after.top5[:, 0])
     broken = before.top1_correct[different] & ~after.top1_correct[different]
@@ -65,20 +65,20 @@ def choose(before: Predictions, after: Predictions, num_examples: int) -> list[i
 def pick(
     variant: str, before: Predictions, after: Predictions, shards: Sequence[Any], num_examples: int
 ) -> list[Example]:
-    """What `choose` finds, with its pictures.
+    """The images that `choose` finds, with their pictures.
 
     Args:
-        variant: Whose answers `after` are.
+        variant: The variant that gave the answers `after`.
         before: Float's answers.
         after: The variant's, for the same images.
-        shards: The images: arrays or tensors [n, H, W, 3] uint8 RGB, one behind the other.
+        shards: The images: arrays or tensors [n, H, W, 3] uint8 RGB, one after another.
         num_examples: How many at most.
     """
     ends = np.cumsum([len(shard) for shard in shards])
     found = []
     for number in choose(before, after, num_examples):
         place = int(np.searchsorted(ends, number, side="right"))
-        pixels = np.asarray(shards[place][number - int(ends[place])])  # From the end: a negative place.
+        pixels = np.asarray(shards[place][number - int(ends[place])])  # A negative index, from the end.
         found.append(
             Example(
                 variant=variant,

@@ -51,7 +51,7 @@ def concatenate(parts: Sequence[Predictions]) -> Predictions:
     """The predictions of consecutive shards as one.
 
     Raises:
-        ValueError: If there is no part.
+        ValueError: If there are no parts.
     """
     return Predictions(
         np.concatenate([part.labels for part in parts]),
@@ -91,6 +91,6 @@ def load_shards(contents: Iterable[bytes]) -> Predictions:
     """The predictions of consecutive shards, each as `save` wrote it, as one.
 
     Raises:
-        ValueError: If there is no shard.
+        ValueError: If there are no shards.
     """
     return concatenate([load(content) for content in contents])

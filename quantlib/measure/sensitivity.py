@@ -1,4 +1,4 @@
-"""Which layers cost accuracy: each made int8 alone, and all made int8 but it, in float with fake quantization."""
+"""Finds which layers cost accuracy: each made int8 alone, then all but it, in float with fake quantization."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -16,13 +16,13 @@ from quantlib.progress import Progress, silent
 from quantlib.quantize import preparation, simulation
 from quantlib.recipe.scheme import FuseMode
 
-# Of a batch: every layer's output for it is in memory at once, in float and in int8, 150 MB each of MobileNetV2's.
+# Per batch: every layer's output for it is in memory at once, in float and in int8, 150 MB each for MobileNetV2.
 _MAX_PIXELS = 2**18
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer, twice: what is exchanged to have it in float or in int8."""
+    """One layer in two forms, swapped to run it in float or in int8."""
 
     in_float: nn.Module
     in_int8: nn.Module
@@ -31,7 +31,7 @@ class _Layer:
 
 
 class _Outputs:
-    """What each layer of a model gave for a batch, in the order of its calls."""
+    """Each layer's outputs for a batch, in the order of its calls."""
 
     def __init__(self) -> None:
         self.by_layer: dict[str, list[Tensor]] = {}
@@ -40,20 +40,20 @@ class _Outputs:
         self._num_calls = 0
 
     def add(self, path: str, output: Tensor) -> None:
-        """Note a call."""
+        """Record the output of a call."""
         self._num_calls += 1
         self._first.setdefault(path, self._num_calls)
         self._last[path] = self._num_calls
         self.by_layer.setdefault(path, []).append(output)
 
     def before(self, path: str) -> list[str]:
-        """The layers that are done when one begins, so that nothing done to this one changes what they give."""
+        """The layers that have finished when this one begins: nothing done to it changes their outputs."""
         # A layer that the model never calls has none.
         return [other for other, last in self._last.items() if last < self._first.get(path, 0)]
 
 
 class _Replay(nn.Module):
-    """Stands for a layer, and gives again what it gave."""
+    """Replaces a layer, and replays its outputs."""
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
         super().__init__()
@@ -66,29 +66,29 @@ class _Replay(nn.Module):
 
 @dataclass
 class LayerSums:
-    """What was measured of a layer, as sums over images, so that those of several stages add up."""
+    """Measurements of a layer, as sums over images, so that several stages' results can be added up."""
 
     layer: str
     """Its dotted path in the fused model."""
     type: str
-    """Its class, as ConvReLU2d."""
+    """Its class, such as ConvReLU2d."""
     weight_min: float | None = None
-    """Least value of the float weight; None where it has none that is quantized."""
+    """Smallest value of the float weight; None if it has no quantized weight."""
     weight_max: float | None = None
     activation_min: float | None = None
-    """Ends of its output's int8 grid; None where its output is not quantized."""
+    """Ends of its output's int8 grid; None if its output is not quantized."""
     activation_max: float | None = None
     signal: float = 0.0
-    """Squares of its float output."""
+    """Sum of squares of its float output."""
     noise: float = 0.0
-    """Squares of what its output is off by, where all layers are int8."""
+    """Sum of squares of its output's error when all layers are int8."""
     num_values: int = 0
     """Number of values of its output."""
     num_clipped: int = 0
-    """Values of them that lie outside the grid."""
+    """How many of those values lie outside the grid."""
     num_images: int = 0
     num_correct_float: int = 0
-    """Images that are right in float: what the two below are to be compared with, the same for every layer."""
+    """Images that are right in float: a reference for the counts below, the same for every layer."""
     num_correct_int8: int = 0
     """Images that are right with all layers int8."""
     num_correct_only: int = 0
@@ -111,14 +111,13 @@ def measure_layers(
     """Measure each layer of a calibrated or quantization-aware trained model.
 
     Args:
-        reference: The float model that was quantized, fused in mode "eval". What a prepared model computes without
-            rounding would not do: its corrected biases, or trained weights, make up for rounding that is then not
-            there.
-        prepared: As `preparation.prepare` makes it; its ranges are found.
-        mode: In which it was prepared.
+        reference: The float model that was quantized, fused in mode "eval". A prepared model without rounding
+            would not do: its corrected biases, or trained weights, make up for rounding that is then missing.
+        prepared: Made by `preparation.prepare`, with its ranges already found.
+        mode: The mode it was prepared in.
         shard: A file of decoded images.
-        start: First image of it.
-        stop: One past the last; what the shard does not have is left out.
+        start: First image to use.
+        stop: One past the last image; may lie past the end of the shard.
         progress: Called with (images done, images in all).
     """
     float_model, int8_model = copy.deepcopy(reference).eval(), simulation.simulate(prepared, mode, "both")
@@ -151,7 +150,7 @@ def measure_layers(
 
 
 def _find_layers(float_model: nn.Module, int8_model: nn.Module) -> dict[str, _Layer]:
-    """Every layer whose output is quantized, by its path; what is kept in float is one with the grid behind it."""
+    """Every layer whose output is quantized, by its path; one kept in float counts along with the grid after it."""
     modules = dict(float_model.named_modules())
     layers: dict[str, _Layer] = {}
     for inner, module in int8_model.named_modules():
@@ -174,7 +173,7 @@ def _describe(path: str, layer: _Layer) -> LayerSums:
 
 
 def _keep_outputs(model: nn.Module) -> None:
-    """Let no ReLU overwrite the output of the layer before it, in place."""
+    """Keep ReLUs from overwriting the output of the layer before them in place."""
     for module in model.modules():
         if isinstance(module, nn.ReLU | nn.ReLU6):
             module.inplace = False
@@ -183,10 +182,10 @@ def _keep_outputs(model: nn.Module) -> None:
 def _compare_outputs(
     float_model: nn.Module, int8_model: nn.Module, x: Tensor, layers: Mapping[str, _Layer], found: dict[str, LayerSums]
 ) -> tuple[Tensor, Tensor, _Outputs, _Outputs]:
-    """Run x [n, 3, H, W] in float and in int8, and add up what differs.
+    """Run x [n, 3, H, W] in float and in int8, and add up the differences.
 
     Returns:
-        Logits [n, num_classes], in float and in int8; and what the layers gave, likewise.
+        Logits [n, num_classes] in float and in int8, then the layers' outputs in float and in int8.
     """
     in_float, in_int8 = _Outputs(), _Outputs()
     seen: Tensor | None = None
@@ -195,14 +194,14 @@ def _compare_outputs(
         nonlocal seen
         again, seen = value is seen, rounded
         if again:
-            return  # A fused module is a Sequential: its observer is the last part of it, and hooked behind it, too.
+            return  # A fused module is a Sequential: its observer is its last part, and also hooked after it.
         in_int8.add(path, rounded)
         sums, reference = found[path], in_float.by_layer[path][len(in_int8.by_layer[path]) - 1]
         low, high, step = grid.grid
         sums.signal += float(reference.square().sum())
         sums.noise += float((rounded - reference).square().sum())
         sums.num_values += value.numel()
-        # What rounds to an end of the grid is inside.
+        # Values that round to an end of the grid are inside.
         sums.num_clipped += int(((value < low - step / 2) | (value > high + step / 2)).sum())
 
     handles = [
@@ -224,23 +223,23 @@ def _compare_outputs(
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> int:
-    """How many of logits [n, num_classes] have their highest at the label."""
+    """How many rows of logits [n, num_classes] are highest at the label."""
     return int((logits.argmax(1) == labels).sum())
 
 
 def _place_of_output(layer: nn.Module) -> nn.Module:
-    """The module whose forward gives a float layer's output: FloatFunctional has methods for that, and no forward."""
+    """The module whose forward returns a float layer's output: FloatFunctional itself has methods but no forward."""
     return layer.activation_post_process if isinstance(layer, FloatFunctional) else layer
 
 
 def _run_with(model: nn.Module, path: str, layer: nn.Module, known: _Outputs, x: Tensor) -> Tensor:
-    """The logits [n, num_classes] of x [n, 3, H, W] with another module in the place of one layer.
+    """The logits [n, num_classes] of x [n, 3, H, W] with one layer replaced by another module.
 
-    Layers before it give what they gave to the model as it was, which saves more than half of the time.
+    Earlier layers replay their outputs from the unchanged model, which saves more than half of the time.
     """
     exchanged = {path: layer}
     for other in known.before(path):
-        # FloatFunctional has no forward, and adding is no work.
+        # FloatFunctional has no forward, and adding is cheap.
         if not isinstance(model.get_submodule(other), FloatFunctional):
             exchanged[other] = _Replay(known.by_layer[other])
     own = {place: model.get_submodule(place) for place in exchanged}

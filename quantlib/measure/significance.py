@@ -11,15 +11,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PairedDrop:
-    """The loss of top-1 from one model to another."""
+    """The drop in top-1 from one model to another."""
 
     drop: float
-    """The first one's top-1 less the second one's, as a fraction."""
+    """The first one's top-1 minus the second one's, as a fraction."""
     low: float
     high: float
-    """Ends of the interval that holds the true drop with the confidence asked for."""
+    """Ends of the interval that contains the true drop with the requested confidence."""
     p_value: float
-    """p-value of McNemar's test: how likely models of equal accuracy differ by this much or more."""
+    """p-value of McNemar's test: how likely it is that models of equal accuracy differ by this much or more."""
 
 
 def paired_drop(correct: np.ndarray, other_correct: np.ndarray, confidence: float = 0.95) -> PairedDrop:
@@ -27,19 +27,19 @@ def paired_drop(correct: np.ndarray, other_correct: np.ndarray, confidence: floa
 
     The interval is Wald's with half an image added to each cell (Agresti and Min 2005, Statistics in Medicine
     24:729-740, section 3), which keeps its confidence where few images differ; the test is McNemar's in its exact
-    form, binomial over the images on which just one of the two is right.
+    form, binomial over the images on which exactly one of the two is right.
 
     Args:
         correct: [N], bool: whether the first model is right.
         other_correct: [N], bool: whether the second is, on the same images in the same order.
-        confidence: Of the two-sided interval, in (0, 1).
+        confidence: Confidence of the two-sided interval, in (0, 1).
 
     Raises:
         ValueError: If N is 0, or the lengths differ.
     """
     if len(correct) == 0 or len(correct) != len(other_correct):
         raise ValueError(
-            f"{len(correct)} and {len(other_correct)} answers: both must be of the same images, one at least"
+            f"{len(correct)} and {len(other_correct)} answers: both must cover the same images, at least one"
         )
     lost = int(np.sum(correct & ~other_correct))
     won = int(np.sum(~correct & other_correct))
@@ -53,13 +53,13 @@ def paired_drop(correct: np.ndarray, other_correct: np.ndarray, confidence: floa
 def is_slower(samples: Sequence[float], others: Sequence[float], level: float = 0.05) -> bool:
     """Whether a model is slower than another by more than the noise of timing.
 
-    Decided round by round, as both were timed in the same rounds: a machine that slows down meets both alike. The test
-    is the sign test, which asks nothing of how timings are distributed.
+    Decided round by round, as both were timed in the same rounds: a machine that slows down affects both alike. The
+    sign test assumes nothing about how timings are distributed.
 
     Args:
-        samples: Times of the model, a round each.
+        samples: Times of the model, one per round.
         others: Times of the other, in the same rounds.
-        level: Of the two-sided test: how often two models of equal speed are taken for different.
+        level: Level of the two-sided test: how often two models of equal speed are taken to differ.
     """
     slower = sum(own > other for own, other in zip(samples, others, strict=True))
     faster = sum(own < other for own, other in zip(samples, others, strict=True))
@@ -72,18 +72,18 @@ def is_less_accurate(correct: np.ndarray, other_correct: np.ndarray, level: floa
     Args:
         correct: [N], bool: whether the model is right.
         other_correct: [N], bool: whether the other is, on the same images in the same order.
-        level: How often models of equal accuracy are taken for different.
+        level: How often models of equal accuracy are taken to differ.
     """
     paired = paired_drop(other_correct, correct)
     return paired.drop > 0 and paired.p_value < level
 
 
 def proportion_interval(num_right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The ends of Wilson's interval of a proportion (Wilson 1927, JASA 22:209-212).
+    """The ends of Wilson's interval for a proportion (Wilson 1927, JASA 22:209-212).
 
     Args:
         num_right: Successes.
-        total: Of so many, one at least.
+        total: Number of trials, at least one.
         confidence: Two-sided, in (0, 1).
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -94,10 +94,10 @@ def proportion_interval(num_right: int, total: int, confidence: float = 0.95) ->
 
 
 def images_to_tell(found: PairedDrop, num_images: int, limit: float) -> int | None:
-    """About how many images would put the whole interval on one side of a limit, were the drop as found.
+    """About how many images would put the whole interval on one side of a limit, if the drop is as found.
 
     Returns:
-        None where the drop is the limit: no number would.
+        None if the drop equals the limit: no number would do.
     """
     distance = abs(limit - found.drop)
     if distance == 0:
@@ -107,11 +107,11 @@ def images_to_tell(found: PairedDrop, num_images: int, limit: float) -> int | No
 
 
 def _sign_test(lost: int, won: int) -> float:
-    """Two-sided p-value of `lost` against `won`, each being either with probability 1/2; of images, McNemar's test."""
+    """Two-sided p-value of `lost` against `won`, each being either with probability 1/2; on images, McNemar's test."""
     differing = lost + won
     tail, term = 0, 1
     for k in range(min(lost, won) + 1):
         tail += term
         term = term * (differing - k) // (k + 1)
-    # Whole numbers until here, so nothing is lost to rounding.
+    # Integers up to here, so nothing is lost to rounding.
     return min(1.0, float(Fraction(2 * tail, 2**differing)))

@@ -18,7 +18,7 @@ State = Literal["float", "fused", "observed", "calibrated", "trainable", "int8"]
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a stored model is: how its float model is built, and what was done to it since."""
+    """What a stored model is: how its float model is built, and what has been done to it since."""
 
     architecture: str
     """A registered name, or "package.module:function"."""
@@ -29,7 +29,7 @@ class Header:
     fused: FuseMode | None = None
     """The mode in which it is fused; None: it is not."""
     observed: tuple[str, ...] | None = None
-    """It collects statistics of its activations, with these layers in float; None: it does not, or no longer."""
+    """Layers kept in float while it collects statistics of its activations; None: it does not, or no longer."""
     scheme: Scheme | None = None
     """How it is quantized; None: it is float."""
     engine: str | None = None
@@ -48,7 +48,7 @@ class Header:
 
     @property
     def kind(self) -> str:
-        """Of the artifact that such a model is stored as."""
+        """Kind of the artifact that such a model is stored as."""
         return f"{self.state}-model"
 
 
@@ -60,7 +60,7 @@ def save(model: nn.Module, header: Header) -> bytes:
 
 
 def read(content: bytes) -> tuple[Header, dict[str, Any]]:
-    """The header and the state_dict of what `save` made. `quantize.stored.open_model` makes a model of them."""
+    """The header and state_dict that `save` wrote; `quantize.stored.open_model` makes a model of them."""
     with warnings.catch_warnings():
         # Quantized tensors are rebuilt through a storage class that torch has deprecated but still writes.
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)

@@ -1,6 +1,6 @@
 """Architectures: MobileNetV2 in a form that can be quantized, and the registry that finds a user's own.
 
-A float model is stored as what it takes to build it again (architecture, arguments) and its state_dict.
+A float model is stored as what is needed to rebuild it (architecture, arguments) and its state_dict.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantlib.models.source import ModelInput
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2}
-"""The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES are their names."""
+"""The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES lists their names."""
 
 
 def find_architecture(name: str) -> Callable[..., nn.Module]:
@@ -62,7 +62,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def arguments_of(source: ModelInput, num_classes: int) -> dict[str, Any]:
-    """What the architecture is called with: the recipe's arguments, and `num_classes` where it takes that."""
+    """What the architecture is called with: the recipe's arguments, and `num_classes` if it takes that."""
     arguments: dict[str, Any] = json.loads(source.arguments)
     if "num_classes" in inspect.signature(find_architecture(source.architecture)).parameters:
         arguments = {"num_classes": num_classes} | arguments
@@ -74,8 +74,8 @@ def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Modu
 
     Args:
         source: Its weights are loaded, unless they are "train".
-        num_classes: Passed to the architecture where it takes that and the recipe does not say.
-        seed: Of the initial weights.
+        num_classes: Passed to the architecture if it takes that and the recipe does not set it.
+        seed: Seeds the initial weights.
 
     Raises:
         RecipeError, ModelError, MachineError: If there is no such model, or its weights do not fit.

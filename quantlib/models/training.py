@@ -1,4 +1,4 @@
-"""Training a float model from nothing, for datasets small enough to bring no weights."""
+"""Training a float model from scratch, for datasets small enough to need no given weights."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def train(
     Args:
         model: Its initial weights are the start.
         split: The training images.
-        indices: Those of them to train on, [n] int64.
-        transform: Applied to each image, again in each epoch.
-        recipe: Epochs; images a step, where what is left over at an epoch's end is dropped; and the highest
-            learning rate of a one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120).
-        seed: Of data order, crops and dropout.
-        progress: Called with (steps done, steps in all).
+        indices: Numbers of the images to train on, [n] int64.
+        transform: Applied to each image, again in every epoch.
+        recipe: Epochs; images per step (those left over at an epoch's end are dropped); and the peak learning rate of
+            a one-cycle schedule (Smith and Topin 2018, arXiv:1708.07120).
+        seed: Seeds data order, crops and dropout.
+        progress: Called with (steps done, total steps).
     """
     batch_size, learning_rate, epochs = recipe.batch_size, recipe.learning_rate, recipe.epochs
     num_batches = max(1, len(indices) // batch_size)

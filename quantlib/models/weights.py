@@ -15,10 +15,10 @@ _PARALLEL = "module."
 
 
 def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
-    """The state_dict that a recipe's `weights` names, read in a way that runs no code.
+    """The state_dict that a recipe's `weights` names, read without running any code.
 
     Raises:
-        ModelError: If the file is missing or is no state_dict, or torchvision knows no such weights.
+        ModelError: If the file is missing or is not a state_dict, or torchvision knows no such weights.
         MachineError: If they would have to be downloaded and cannot be.
     """
     if weights.startswith("torchvision:"):
@@ -73,12 +73,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     for name, tensor in state.items():
         if own[name].shape != tensor.shape:
             raise ModelError(
-                f"Weights {source!r} have another shape: {name} is {list(tensor.shape)}, and the architecture "
+                f"Weights {source!r} have the wrong shape: {name} is {list(tensor.shape)}, but the architecture "
                 f"has {list(own[name].shape)}. Set num_classes, width_mult, … in model.arguments as in training."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
-                f"Weights {source!r} hold NaN or infinity in {name}: use a checkpoint that was not diverging."
+                f"Weights {source!r} hold NaN or infinity in {name}: use a checkpoint from before training diverged."
             )
     model.load_state_dict(state)
 
@@ -107,5 +107,5 @@ def _torchvision_weights(architecture: str, name: str) -> dict[str, Tensor]:
 
 
 def _few(word: str, names: Sequence[str]) -> str:
-    """Names in brackets behind their number, as `2 missing (a, b); `; "" where there are none."""
+    """Number of names, and the first few in brackets, as in `2 missing (a, b); `; "" if there are none."""
     return f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}); " if names else ""

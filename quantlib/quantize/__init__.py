@@ -1,1 +1,1 @@
-"""A fused float model becomes an int8 one: observers, calibration, training, conversion."""
+"""Turns a fused float model into an int8 one: observers, calibration, training, conversion."""

@@ -1,7 +1,7 @@
-"""Bias correction: int8 weights and inputs shift a layer's mean output; its bias takes the shift back.
+"""Bias correction: int8 weights and inputs shift a layer's mean output; correcting the bias undoes the shift.
 
-Nagel et al. 2019 (arXiv:1906.04721), section 4.2 and appendix D: the empirical form, layer after layer, each with
-the layers before it quantized and corrected.
+Nagel et al. 2019 (arXiv:1906.04721), section 4.2 and appendix D: the empirical form, layer by layer, each with the
+layers before it already quantized and corrected.
 """
 
 import copy
@@ -15,28 +15,28 @@ from quantlib.data import shards
 from quantlib.eager.modules import FusedModule
 from quantlib.eager.rounding import fake_quantize_ptq
 
-# Every layer's output for all images at once is in memory: 1,024 images of 64 x 64, 83 of 224 x 224. Float and
-# int8 see the same images, so that their difference needs few of them.
+# Every layer's output for all images is in memory at once: 1,024 images of 64 x 64, 83 of 224 x 224. Float and
+# int8 see the same images, so a few are enough to measure their difference.
 _MAX_PIXELS = 2**22
-# The mean behind ReLU is a convex function of the shift, so Newton's steps meet it fast.
+# The mean after ReLU is a convex function of the shift, so Newton's method converges fast.
 _NEWTON_STEPS = 3
-# Channels that are active on fewer values than this are left alone: a few values say nothing of their mean.
+# Channels active on a smaller fraction of values than this are left alone: a few values say little about the mean.
 _LEAST_ACTIVE = 0.01
 
 
 def correct_bias(prepared: nn.Module, paths: Sequence[Path]) -> nn.Module:
-    """A copy of a calibrated model whose layers, made int8, have the mean outputs of the float ones, by channel.
+    """Copy a calibrated model with its biases corrected, so that int8 layers have float's mean output per channel.
 
-    Where ReLU is fused into a layer, the mean behind it is meant: before it, values that ReLU cuts off outweigh the
+    Where ReLU is fused into a layer, the mean after it is corrected: before it, values that ReLU cuts off outweigh the
     others, and correcting them made MobileNetV2's logits worse (by 3 dB; this way they are 1 dB better).
     Layers that have no bias, or run more than once, are left as they are.
 
     Args:
-        prepared: In mode "eval"; its observers have seen images.
-        paths: Files of decoded calibration images; the first of them are used, 2**22 pixels in all.
+        prepared: Prepared in mode "eval"; its observers have seen images.
+        paths: Files of decoded calibration images; the first ones are used, 2**22 pixels in all.
 
     Returns:
-        A model that differs in its biases alone.
+        A model that differs only in its biases.
     """
     x = _first_images(paths)
     float_model, int8_model = (copy.deepcopy(prepared).eval() for _ in range(2))
@@ -69,13 +69,13 @@ def correct_bias(prepared: nn.Module, paths: Sequence[Path]) -> nn.Module:
 
 
 def _shift(output: Tensor, wanted: Tensor, *, relu: bool) -> Tensor:
-    """What to add to a layer's output [N, C, ...] for the mean `wanted` (C, 1, ...)."""
+    """The shift that gives a layer's output [N, C, ...] the mean `wanted` (C, 1, ...)."""
     if not relu:
         return wanted - _mean(output)
     shift = torch.zeros_like(wanted)
     for _ in range(_NEWTON_STEPS):
         moved = (output + shift).relu()
-        active = _mean((moved > 0).float())  # The derivative of the mean by the shift.
+        active = _mean((moved > 0).float())  # The derivative of the mean with respect to the shift.
         shift += torch.where(active > _LEAST_ACTIVE, (wanted - _mean(moved)) / active.clamp_min(_LEAST_ACTIVE), 0.0)
     return shift
 
@@ -90,7 +90,7 @@ def _before_relu(model: nn.Module) -> set[str]:
 
 
 def _first_images(paths: Sequence[Path]) -> Tensor:
-    """As many of the first images as fit, [N, 3, H, W]."""
+    """The first images, as many as fit, [N, 3, H, W]."""
     chosen: list[Tensor] = []
     for path in paths:
         pixels, _ = shards.open_shard(path)  # (n, H, W, 3)
@@ -102,7 +102,7 @@ def _first_images(paths: Sequence[Path]) -> Tensor:
 
 
 def _means(model: nn.Module, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]:
-    """The mean output of each layer with a bias that runs once, by its path, [C, 1, ...] each."""
+    """The mean output [C, 1, ...] of each layer that has a bias and runs once, by path."""
     seen: dict[str, list[Tensor]] = {}
 
     def record(path: str, output: Tensor) -> None:
@@ -121,5 +121,5 @@ def _means(model: nn.Module, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]
 
 
 def _mean(output: Tensor) -> Tensor:
-    """By channel: [N, C, H, W] to [C, 1, 1], and [N, C] to [C]."""
+    """The mean per channel: [N, C, H, W] to [C, 1, 1], and [N, C] to [C]."""
     return output.mean(0) if output.dim() == 2 else output.mean((0, 2, 3)).view(-1, 1, 1)

@@ -12,12 +12,12 @@ from quantlib.quantize.observers import ActivationStatistics
 
 
 def calibrate(prepared: nn.Module, shard: Path, batch_size: int, progress: Progress = silent) -> None:
-    """Show the images of a shard to a model's observers, in place.
+    """Run a shard's images through a model for its observers to see, in place.
 
     Args:
-        prepared: With observers, which go on from what they have seen before.
+        prepared: With observers, which continue from what they have already seen.
         shard: A file of decoded images.
-        batch_size: Images a forward pass.
+        batch_size: Images per forward pass.
         progress: Called with (images done, images in all).
     """
     total, done = shards.count(shard), 0
@@ -29,11 +29,11 @@ def calibrate(prepared: nn.Module, shard: Path, batch_size: int, progress: Progr
 
 
 def choose_ranges(observed: nn.Module, prepared: nn.Module) -> None:
-    """Give a model, in place, an observed one's weights, and the ranges that its own observers find in the statistics.
+    """Give a model, in place, an observed one's weights and the ranges its own observers choose from the statistics.
 
     Args:
-        observed: By `preparation.observe`; it has seen the calibration images.
-        prepared: By `preparation.prepare` in mode "eval", with the same `float_layers`.
+        observed: Made by `preparation.observe`; it has seen the calibration images.
+        prepared: Made by `preparation.prepare` in mode "eval", with the same `float_layers`.
     """
     for path, module in prepared.named_modules():
         if isinstance(module, ObserverBase):

@@ -9,7 +9,7 @@ from quantlib.runtimes.engine import use_engine
 
 
 def convert(prepared: nn.Module, engine: str, *, inplace: bool = False) -> nn.Module:
-    """An int8 model made of a calibrated or quantization-aware trained one, or of its copy.
+    """Convert a calibrated or quantization-aware trained model, or a copy of it, to int8.
 
     Raises:
         MachineError: If this machine lacks the engine.

@@ -1,8 +1,8 @@
 """Cross-layer equalization: channels rescaled from layer to layer, so that one int8 scale suits all of them.
 
-Nagel et al. 2019 (arXiv:1906.04721), section 4.1. ReLU, pooling and addition let a positive factor a channel through
-unchanged: what a layer's output is divided by, the next layer's weights are multiplied by, and the model computes
-the same function.
+Nagel et al. 2019 (arXiv:1906.04721), section 4.1. ReLU, pooling and addition pass a positive factor per channel
+through unchanged: if a layer's output is divided by the factors and the next layer's weights are multiplied by them,
+the model computes the same function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quantlib.errors import ModelError
 
 Layer = nn.Conv2d | nn.Linear
 
-# Rounds go on until no factor of a round is further from 1 than this: MobileNetV2 takes 5.
+# Rounds continue until no factor in a round is further from 1 than this: MobileNetV2 takes 5.
 _CONVERGED = 1e-3
 _MAX_ROUNDS = 100
 # Float32 rounding of MobileNetV2's logits, rescaled by factors of up to 1000, stays ten times below this.
@@ -60,13 +60,13 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 @dataclass
 class Producer:
-    """A layer whose output is rescaled, and the BatchNorm that follows it, where it is not folded."""
+    """A layer whose output is rescaled, and the BatchNorm after it, unless that is folded."""
 
     layer: Layer
     batch_norm: nn.BatchNorm2d | None = None
 
     def weight(self) -> Tensor:
-        """With BatchNorm folded in: [out_channels, ...], float64."""
+        """The weight with BatchNorm folded in: [out_channels, ...], float64."""
         weight = self.layer.weight.detach().double()
         norm = self.batch_norm
         if norm is None:
@@ -78,11 +78,11 @@ class Producer:
         return weight * factor.view(-1, *[1] * (weight.dim() - 1))
 
     def can_rescale(self) -> bool:
-        """Whether its output has a factor of its own a channel."""
+        """Whether its output can be rescaled per channel."""
         return self.batch_norm is None or (self.batch_norm.affine and self.batch_norm.running_var is not None)
 
     def divide(self, factors: Tensor) -> None:
-        """Divide each output channel, factors [out_channels]."""
+        """Divide each output channel by its factor; factors [out_channels]."""
         scaled: nn.Module = self.layer if self.batch_norm is None else self.batch_norm
         for parameter in (scaled.weight, scaled.bias):
             if parameter is not None:
@@ -93,15 +93,15 @@ class Producer:
 
 @dataclass(eq=False)
 class ScaleGroup:
-    """Tensors that can only be rescaled together: by their channels, all by the same factors."""
+    """Tensors that can only be rescaled together, channel by channel, by the same factors."""
 
     producers: list[Producer] = field(default_factory=list)
     consumers: list[Layer] = field(default_factory=list)
     fixed: bool = False
-    """Something else reads or makes one of the tensors: the model's input, its output, an unknown operation."""
+    """Something else reads or produces one of the tensors: the model's input, its output, an unknown operation."""
 
     def can_rescale(self) -> bool:
-        """Whether the factors are free, and it is certain whose weights take them up."""
+        """Whether the factors can be chosen freely, and it is certain which weights absorb them."""
         channels = {producer.layer.weight.shape[0] for producer in self.producers}
         channels |= {_in_channels(layer) for layer in self.consumers}
         return (
@@ -114,16 +114,16 @@ class ScaleGroup:
 
 
 def equalize(model: nn.Module, crop: int) -> nn.Module:
-    """A copy of a float model that computes the same, with the channel ranges of consecutive layers made equal.
+    """Copy a float model with the channel ranges of consecutive layers made equal; it computes the same function.
 
     Args:
-        model: Float, fused in mode "eval" or not fused; BatchNorm that is not folded takes up the factors, so that
+        model: Float, fused in mode "eval" or not fused; BatchNorm that is not folded absorbs the factors, so
             the model can still be fused for training.
         crop: Side in pixels of the model's input.
 
     Raises:
-        ModelError: If the copy does not compute the same: what the model does with its layers is not what its
-            structure says.
+        ModelError: If the copy computes something else, because the model uses its layers differently from what its
+            structure shows.
     """
     equal = copy.deepcopy(model).eval()
     groups = [group for group in find_scale_groups(equal) if group.can_rescale()]
@@ -136,9 +136,9 @@ def equalize(model: nn.Module, crop: int) -> nn.Module:
 
 
 def find_scale_groups(model: nn.Module) -> list[ScaleGroup]:
-    """What of a model's tensors can be rescaled, from the graph of its operations.
+    """Group a model's tensors by which must be rescaled together, from the graph of its operations.
 
-    A model that torch.fx cannot trace is looked at module by module, each of which keeps its input and its output.
+    A model that torch.fx cannot trace is analysed module by module; each module's input and output stay unscaled.
     """
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     uses: dict[int, int] = {}
@@ -150,7 +150,7 @@ def find_scale_groups(model: nn.Module) -> list[ScaleGroup]:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into fused modules, and into torch's own containers."""
+    """Traces into fused modules and torch's own containers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is taken as a whole."""
@@ -177,7 +177,7 @@ class _ScaleGroups:
         self.graph = graph
         targets = [node.target for node in graph.nodes if node.op == "call_module"]
         repeated = {id(self.modules[str(t)]) for t in targets if targets.count(t) > 1}
-        # The weights of a layer that runs twice, or whose parameters are read beside it, serve two masters.
+        # A layer that runs twice, or whose parameters are also read elsewhere, cannot be rescaled for one use alone.
         read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
         self.untouchable = shared | repeated | {id(self.modules[name]) for name in read if name in self.modules}
         self.group_of: dict[fx.Node, ScaleGroup] = {}
@@ -220,7 +220,7 @@ class _ScaleGroups:
         return isinstance(layer, nn.Conv2d) and len(before.users) == 1 and len(node.all_input_nodes) == 1
 
     def _batch_norm(self, norm: nn.BatchNorm2d, before: fx.Node) -> ScaleGroup:
-        """The layer's output before BatchNorm keeps its range; what is rescaled is BatchNorm's output."""
+        """The layer's output before BatchNorm keeps its range; BatchNorm's output is rescaled instead."""
         (producer,) = self.group_of[before].producers
         fixed = self.group_of[before].fixed or id(norm) in self.untouchable
         self.group_of[before].fixed = True
@@ -270,15 +270,15 @@ def _by_input(layer: Layer, weight: Tensor) -> Tensor:
 
 
 def _equalize(group: ScaleGroup) -> float:
-    """Rescale the channels of a group; how far from 1 the furthest factor was, as a natural logarithm.
+    """Rescale a group's channels; returns how far from 1 the furthest factor was, as a natural logarithm.
 
-    Eq. 11 of the paper, s_i = sqrt(r1_i r2_i) / r2_i, with the largest range where there are several layers.
+    Eq. 11 of the paper, s_i = sqrt(r1_i r2_i) / r2_i, with the largest range if there are several layers.
     """
     out_range = torch.stack([p.weight().flatten(1).abs().amax(1) for p in group.producers]).amax(0)  # (channels,)
     in_range = torch.stack(
         [_by_input(layer, layer.weight.detach().double()).abs().amax((1, 3)).flatten() for layer in group.consumers]
     ).amax(0)  # (channels,)
-    # A channel that is never filled, or never read, has nothing to equalize.
+    # A channel with only zero weights on one side has nothing to equalize.
     dead = (out_range == 0) | (in_range == 0)
     factors = torch.where(dead, 1.0, (out_range / in_range.clamp_min(1e-300)).sqrt())
     for producer in group.producers:
@@ -301,6 +301,6 @@ def _check_same(model: nn.Module, equal: nn.Module, crop: int) -> None:
         change = float((equal(x) - logits).abs().max() / logits.abs().max().clamp_min(1.0))
     if not change <= _MAX_CHANGE:
         raise ModelError(
-            f"Equalization changed the model's logits by {change:.1e} (at most {_MAX_CHANGE:.0e} is rounding): its "
-            "forward() uses layers in a way that their order does not show. Set equalize = false in the recipe."
+            f"Equalization changed the model's logits by {change:.1e} (rounding explains at most {_MAX_CHANGE:.0e}): "
+            "its forward() uses layers in a way that their order does not show. Set equalize = false in the recipe."
         )

@@ -1,7 +1,7 @@
-"""Fake quantization for training, as torch's fused kernel computes it and in less than half the time.
+"""Fake quantization for training: what torch's fused kernel computes, in less than half the time.
 
 torch's kernel handles one value at a time, copies a channels-last tensor to find its range, and loops over the
-channels of a weight. Here the same grids and gradients are put together of operations that use the CPU's vectors.
+channels of a weight. Here the same grids and gradients are built from operations that use the CPU's vector units.
 """
 
 from typing import Any
@@ -19,17 +19,17 @@ class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
     """Fake quantization of an activation on one unsigned grid; its range is a moving average."""
 
     fuses_relu = False
-    """Whether it is given what a ReLU would be given, and does that as well: a grid from 0 has no negative value.
+    """Whether it gets a ReLU's input and does the ReLU as well: a grid from 0 has no negative value.
 
-    It must be the only one who is given it: the gradient overwrites it.
+    Nothing else may use that input: the gradient overwrites it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x`, of any shape, rounded to the grid; while observing, the grid takes `x` in first."""
+        """Round `x`, of any shape, to the grid; while observing, `x` updates the grid first."""
         observer: Any = self.activation_post_process
         if self.observer_enabled.item():
             ends = torch.stack(torch.aminmax(_as_stored(x.detach())))
-            # The range of a tensor is the range of its two ends, which torch's own kernel then averages in.
+            # The range of a tensor is the range of its two ends, which torch's own kernel then folds into the average.
             torch.fused_moving_avg_obs_fake_quant(
                 ends.clamp_min(0) if self.fuses_relu else ends,
                 self.observer_enabled,
@@ -50,10 +50,10 @@ class ActivationFakeQuantize(FusedMovingAvgObsFakeQuantize):
 
 
 class WeightFakeQuantize(FusedMovingAvgObsFakeQuantize):
-    """Fake quantization of a weight on a symmetric int8 grid for each output channel."""
+    """Fake quantization of a weight on one symmetric int8 grid per output channel."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """`weight`, [C, …], rounded to its grids; while observing, they take `weight` in first."""
+        """Round `weight`, [C, …], to its grids; while observing, `weight` updates them first."""
         observer: Any = self.activation_post_process
         if self.observer_enabled.item():
             low, high = weight.detach().flatten(1).aminmax(dim=1)  # (C,)
@@ -63,7 +63,7 @@ class WeightFakeQuantize(FusedMovingAvgObsFakeQuantize):
             else:
                 observer.min_val.add_(observer.averaging_constant * (low - observer.min_val))
                 observer.max_val.add_(observer.averaging_constant * (high - observer.max_val))
-            # As torch's kernel chooses a symmetric grid: each end is reached by its own outermost step.
+            # A symmetric grid as torch's kernel chooses it: each end is reached by its own outermost step.
             scale = torch.maximum(observer.min_val / observer.quant_min, observer.max_val / observer.quant_max)
             self.scale.resize_(scale.shape).copy_(scale.clamp_min(_SMALLEST_SCALE))
             self.zero_point.resize_(scale.shape).zero_()
@@ -72,34 +72,34 @@ class WeightFakeQuantize(FusedMovingAvgObsFakeQuantize):
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """Rounds to a grid of at most 256 steps; the gradient passes inside of it, and nowhere else."""
+    """Rounds to a grid of at most 256 steps; the gradient passes only inside the grid."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, fuses_relu: bool
     ) -> Tensor:
-        """`x` rounded, of the same shape; with `fuses_relu`, relu(x)."""
+        """Round `x`, or with `fuses_relu` relu(x), in the same shape."""
         if fuses_relu and zero_point != quant_min:
             x = x.relu()
         ctx.save_for_backward(x)
         ctx.fuses_relu = fuses_relu
-        # What rounds to the grid's ends is inside; of a ReLU, only what is above 0.
+        # Values that round to the grid's ends are inside; with a ReLU, only those above 0.
         ctx.low = 0.0 if fuses_relu else (quant_min - zero_point - 0.5) * scale
         ctx.high = (quant_max - zero_point + 0.5) * scale
         rounded = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
         if (quant_min, quant_max) != (0, 255):
-            # Of bytes: a pass over a quarter of the memory.
+            # Clamped as bytes: a pass over a quarter of the memory.
             rounded = rounded.clamp((quant_min - zero_point) * scale, (quant_max - zero_point) * scale)
         return rounded.dequantize()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """The gradient by `x`, and none by the grid."""
+        """The gradient with respect to `x`; the grid gets none."""
         (x,) = ctx.saved_tensors
         hardtanh_backward = torch.ops.aten.hardtanh_backward
         if ctx.fuses_relu and gradient.stride() == x.stride():
-            # Nobody else has `x` (see `fuses_relu`), and to write where one has just read takes two thirds of the time.
-            # Not into another layout: the layers before would add the gradient up in another order.
+            # Nothing else uses `x` (see `fuses_relu`), and writing where one just read takes two thirds of the time.
+            # Not into another layout: earlier layers would sum up the gradient in a different order.
             by_x = hardtanh_backward.grad_input(gradient, x, ctx.low, ctx.high, grad_input=x)
         else:
             by_x = hardtanh_backward(gradient, x, ctx.low, ctx.high)
@@ -107,11 +107,11 @@ class _RoundToGrid(torch.autograd.Function):
 
 
 class _RoundToChannelGrids(torch.autograd.Function):
-    """Rounds each channel to its symmetric grid; the gradient passes inside of it, and nowhere else."""
+    """Rounds each channel to its symmetric grid; the gradient passes only inside the grid."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        """`weight` [C, …] rounded, of the same shape; `scale` is [C, 1, …]."""
+        """Round `weight` [C, …], in the same shape; `scale` is [C, 1, …]."""
         steps = weight * scale.reciprocal()
         ctx.save_for_backward(steps)
         ctx.low, ctx.high = quant_min - 0.5, quant_max + 0.5
@@ -119,11 +119,11 @@ class _RoundToChannelGrids(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """The gradient by `weight`, and none by the grid."""
+        """The gradient with respect to `weight`; the grid gets none."""
         (steps,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(gradient, steps, ctx.low, ctx.high), None, None, None
 
 
 def _as_stored(x: Tensor) -> Tensor:
-    """A view of `x` with the dimensions in the order of memory, where that is channels last."""
+    """A view of `x` with its dimensions in memory order, if that is channels last."""
     return x.permute(0, 2, 3, 1) if x.dim() == 4 and not x.is_contiguous() else x

@@ -1,4 +1,4 @@
-"""Observers of activations that torch has not: one that collects for all others, and two that choose ranges."""
+"""Activation observers that torch lacks: one that collects for all others, and two that choose ranges."""
 
 import math
 from typing import Any
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from quantlib.eager.modules import AVERAGING_CONSTANT, HistogramObserver, MovingAverageMinMaxObserver
 
-# Of all values, this fraction lies inside the range: 99.99%, as Wu et al. 2020 (arXiv:2004.09602), section 4.2.
+# The fraction of all values inside the range: 99.99%, as in Wu et al. 2020 (arXiv:2004.09602), section 4.2.
 PERCENTILE = 0.9999
-# Ranges that are tried, as fractions of the largest seen; an optimum lies far above the least of them.
+# Ranges to try, as fractions of the largest seen; the optimum lies far above the smallest of them.
 _FRACTIONS = torch.linspace(0.1, 1.0, 91)
 
-# Values of one activation and batch that enter its histogram. They are taken at even distances, from all channels:
-# MobileNetV2 has 2e8 values for 30 images of 224 px, and counting each takes longer than computing them.
+# The most values of one activation and batch that enter its histogram, evenly spaced over all channels:
+# MobileNetV2 has 2e8 values for 30 images of 224 px, and counting them all takes longer than computing them.
 _MAX_COUNTED = 2**17
 
 
 class ActivationStatistics(HistogramObserver):
-    """Collects what every observer of `preparation` needs, so that one pass over the images feeds all of them."""
+    """Collects what every observer in `preparation` needs, so that one pass over the images feeds all of them."""
 
     average_min: Tensor
     average_max: Tensor
@@ -33,10 +33,10 @@ class ActivationStatistics(HistogramObserver):
         self.register_buffer("average_max", torch.tensor(float("-inf")))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x`, [N, ...], as it is."""
+        """Take in `x`, [N, ...], and return it unchanged."""
         seen = x.detach()
         if seen.dim() == 4 and not seen.is_contiguous():
-            seen = seen.permute(0, 2, 3, 1)  # In the order of memory: torch copies it otherwise.
+            seen = seen.permute(0, 2, 3, 1)  # In memory order: torch copies it otherwise.
         low, high = seen.aminmax()
         if not (low.isfinite() and high.isfinite()):
             seen = seen[seen.isfinite()]
@@ -66,7 +66,7 @@ class ActivationStatistics(HistogramObserver):
         return x
 
     def hand_over(self, observer: Any) -> None:
-        """Bring another observer to where it would be, had it seen the same."""
+        """Give another observer the state it would have, had it seen the same values."""
         average = isinstance(observer, MovingAverageMinMaxObserver)
         observer.min_val = (self.average_min if average else self.min_val).clone()
         observer.max_val = (self.average_max if average else self.max_val).clone()
@@ -75,20 +75,20 @@ class ActivationStatistics(HistogramObserver):
 
 
 def _thin_out(x: Tensor) -> tuple[Tensor, float]:
-    """Some of the values of `x`, at even distances in memory, and how many of all each stands for."""
+    """Some of the values of `x`, evenly spaced in memory, and how many values each one stands for."""
     values = x.flatten()
     stride = max(1, len(values) // _MAX_COUNTED)
     while math.gcd(stride, x.shape[-1]) > 1:
-        stride += 1  # Else some of the channels would be left out.
+        stride += 1  # Otherwise some of the channels would be left out.
     counted = values[::stride]
     return counted, len(values) / len(counted)
 
 
 class PercentileObserver(HistogramObserver):
-    """The range that holds all but the fraction 1 - PERCENTILE of the values, cut off at both ends alike."""
+    """The range that holds all but the fraction 1 - PERCENTILE of the values, cut off equally at both ends."""
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
-        """Least and largest value of the range."""
+        """Smallest and largest value of the range."""
         edges = torch.linspace(float(self.min_val), float(self.max_val), self.bins + 1)
         share = self.histogram.double().cumsum(0) / self.histogram.double().sum()  # (bins,), below each right edge
         cut = (1 - PERCENTILE) / 2
@@ -98,17 +98,17 @@ class PercentileObserver(HistogramObserver):
 
 
 class MSEObserver(HistogramObserver):
-    """The range whose grid has the least squared rounding and clipping error over what was seen.
+    """The range whose grid has the least squared rounding and clipping error over all values seen.
 
     Nagel et al. 2021 (arXiv:2106.08295), section 3.1, eq. 8. torch's HistogramObserver minimizes it too, but for a
-    grid of 256 steps whatever the number of bits, and not down to the optimum.
+    grid of 256 steps whatever the number of bits, and it stops short of the optimum.
     """
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
-        """Least and largest value of the range."""
+        """Smallest and largest value of the range."""
         low, high = self.min_val.double(), self.max_val.double()
         lows, highs = low * _FRACTIONS, high * _FRACTIONS
-        # One end after the other: two rounds are enough, as the ends hardly depend on one another.
+        # One end after the other: two rounds are enough, as the ends hardly depend on each other.
         for _ in range(2):
             if self.max_val > 0:
                 high = highs[self._errors(low.expand_as(highs), highs).argmin()]
@@ -117,7 +117,7 @@ class MSEObserver(HistogramObserver):
         return low.float(), high.float()
 
     def _errors(self, low: Tensor, high: Tensor) -> Tensor:
-        """Summed squared error of each range, low [n] and high [n] to [n]."""
+        """Summed squared error [n] of each range from low [n] to high [n]."""
         step = (float(self.max_val) - float(self.min_val)) / self.bins
         values = float(self.min_val) + step * (torch.arange(self.bins, dtype=torch.float64) + 0.5)  # (bins,)
         quant_min, quant_max = self.quant_min, self.quant_max

@@ -1,4 +1,4 @@
-"""Preparation: observers or fake quantization put into a fused model, as a scheme says."""
+"""Preparation: puts observers or fake quantization into a fused model, as a scheme says."""
 
 import copy
 from collections.abc import Iterable
@@ -33,13 +33,13 @@ OBSERVERS: dict[ObserverName, type[ObserverBase]] = {
 
 
 def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode, *, inplace: bool = False) -> nn.Module:
-    """A fused model, or its copy, with observers (mode "eval") or fake quantization (mode "qat") put in.
+    """Put observers (mode "eval") or fake quantization (mode "qat") into a fused model, or into a copy.
 
     Args:
         fused: Fused in the same mode.
-        scheme: In mode "qat", ranges are moving averages whatever its observer, because the model moves as well.
-        mode: As it was fused.
-        inplace: The model itself, not a copy.
+        scheme: In mode "qat", ranges are moving averages whatever its observer, because the model changes as well.
+        mode: The mode it was fused in.
+        inplace: Change the model itself, not a copy.
 
     Raises:
         ModelError: If the model has none of the scheme's `float_layers`.
@@ -54,7 +54,7 @@ def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode, *, inplace: bool =
 
 
 def observe(fused: nn.Module, float_layers: Iterable[str], *, inplace: bool = False) -> nn.Module:
-    """A model fused in mode "eval", or its copy, with observers that collect for every scheme of these `float_layers`.
+    """Put observers that serve every scheme with these `float_layers` into a model fused in mode "eval", or a copy.
 
     Raises:
         ModelError: If the model has none of the `float_layers`.
@@ -63,7 +63,7 @@ def observe(fused: nn.Module, float_layers: Iterable[str], *, inplace: bool = Fa
     _keep_in_float(model, float_layers)
     for module in model.modules():
         if isinstance(module, FusedModule) and isinstance(module[-1], nn.ReLU):
-            # Nobody else sees what it is given. A pass that writes where it reads took a tenth off calibration.
+            # Nothing else reads its input, and writing the output there took a tenth off calibration time.
             module[-1].inplace = True
     return prepare_ptq(model, ptq_qconfig(observers.ActivationStatistics, True))
 
@@ -101,22 +101,22 @@ class KeptInFloat(nn.Module):
         self.dequant = DeQuantStub()
         self.module = module
         self.quant = QuantStub()
-        # Preparation hands a qconfig down to every module but those that have one already.
+        # Preparation passes a qconfig down to every module except those that already have one.
         module_: Any = module
         module_.qconfig = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the module computes, int8 in and int8 out."""
+        """Run the module in float, int8 in and int8 out."""
         return self.quant(self.module(self.dequant(x)))
 
 
 def find_layers(model: nn.Module, wanted: Iterable[str]) -> list[str]:
-    """Paths of the modules that are named, by dotted path or by class; of those inside one another, the outermost.
+    """Paths of the modules named by dotted path or class; of nested ones, only the outermost.
 
-    A fused module counts as what it was fused from, too.
+    A fused module also counts as each part it was fused from.
 
     Raises:
-        ModelError: If the model has none of one name.
+        ModelError: If the model has no module for one of the names.
     """
     found: dict[str, None] = {}
     for name in wanted:
@@ -126,7 +126,7 @@ def find_layers(model: nn.Module, wanted: Iterable[str]) -> list[str]:
                 path for path, module in model.named_modules() if path and isinstance(module, nn.Conv2d | nn.Linear)
             ]
             raise ModelError(
-                f"float_layers names {name!r}, and the model has no module of that path or class"
+                f"float_layers names {name!r}, but the model has no module with that path or class"
                 f"{suggest(name, known)} Its layers are {', '.join(known[:3])}, …"
             )
         found.update(dict.fromkeys(paths))

@@ -26,11 +26,11 @@ from quantlib.recipe.scheme import Scheme
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What an epoch of training showed, on its own training images."""
+    """Results of one epoch of training, on its own training images."""
 
     epoch: int
     loss: float
-    """Cross-entropy with the labels, or with `distill` Kullback-Leibler divergence from the teacher; nats."""
+    """Cross-entropy with the labels, or with `distill` Kullback-Leibler divergence from the teacher, in nats."""
     train_top1: float
     num_images: int
     observers_frozen: bool
@@ -38,7 +38,7 @@ class EpochMetrics:
 
 
 def start_from(trainable: nn.Module, calibrated: nn.Module, scheme: Scheme) -> nn.Module:
-    """A model for training that computes what a calibrated one does, converted: the same biases, ranges and grids.
+    """A model for training that computes what a calibrated one does once converted: same biases, ranges and grids.
 
     Args:
         trainable: Fused in mode "qat", from the same float model as `calibrated`.
@@ -46,14 +46,14 @@ def start_from(trainable: nn.Module, calibrated: nn.Module, scheme: Scheme) -> n
         scheme: How both are quantized.
 
     Returns:
-        Prepared in mode "qat".
+        A model prepared in mode "qat".
     """
     model = preparation.prepare(trainable, scheme, "qat")
     for path, module in calibrated.named_modules():
         observer = getattr(module, "activation_post_process", None)
         if isinstance(observer, ObserverBase):
             set_range(model.get_submodule(path).activation_post_process, observer)
-        # In a fused module, what holds the bias is the part that was a layer of its own.
+        # In a fused module, the part that used to be a layer of its own holds the bias.
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             parent = calibrated.get_submodule(path.rpartition(".")[0])
             place = path.rpartition(".")[0] if isinstance(parent, FusedModule) else path
@@ -72,17 +72,17 @@ def train_epoch(
     teacher: nn.Module | None = None,
     progress: Progress = silent,
 ) -> EpochMetrics:
-    """Train one epoch in place; a function of the model and the epoch's number alone.
+    """Train one epoch in place; the result depends only on the model and the epoch's number.
 
     Args:
-        model: Prepared in mode "qat"; as the epoch before left it. BatchNorm's freeze is in no state_dict: it is set
-            again here.
+        model: Prepared in mode "qat", as the previous epoch left it. BatchNorm's freeze is not in the state_dict, so it
+            is set again here.
         epoch: 0-based.
         schedule: Batches, learning rate and freezes.
         split: The training images.
-        indices: Those of them to train on, [n] int64.
+        indices: Which of them to train on, [n] int64.
         transform: Applied to each image.
-        teacher: A float model whose logits are to be met; None: the labels are.
+        teacher: A float model whose logits are the target; None: the labels are.
         progress: Called with (batches done, batches in all).
 
     Returns:
@@ -117,7 +117,7 @@ def train_epoch(
 def _step(
     model: nn.Module, learning_rate: float, x: Tensor, labels: Tensor, teacher: nn.Module | None
 ) -> tuple[float, int]:
-    """One step on images x [n, 3, H, W] with labels [n]; its mean loss, and how many images were right."""
+    """Take a step on images x [n, 3, H, W] with labels [n]; returns the mean loss and how many images were right."""
     logits = model(x)
     loss = _loss(logits, labels, x, teacher)
     loss.backward()
@@ -127,20 +127,20 @@ def _step(
 
 @torch.no_grad()
 def _descend(model: nn.Module, learning_rate: float) -> None:
-    """Plain gradient descent, which remembers nothing from step to step.
+    """Plain gradient descent, which keeps no state from step to step.
 
-    torch.optim.SGD does the same, after importing torch's compiler for more than a second.
+    torch.optim.SGD does the same, but first spends more than a second importing torch's compiler.
     """
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.add_(parameter.grad, alpha=-learning_rate)
-            # Now and not before the next backward pass: between the activations of the next forward pass, gradients
-            # would keep the allocator from using its blocks again, which took 0.4 of 4 GB.
+            # Now, not before the next backward pass: in between the activations of the next forward pass, gradients
+            # would keep the allocator from reusing its blocks, which took 0.4 of 4 GB.
             parameter.grad = None
 
 
 def _freeze(model: nn.Module, schedule: Schedule, epoch: int) -> None:
-    """Freeze what is to stay as it is once an epoch is trained; -1: before the first."""
+    """Freeze whatever the schedule freezes after an epoch; -1: before the first."""
     if schedule.freezes_observers(epoch):
         freeze_observers(model)
     if schedule.freezes_batch_norm(epoch):
@@ -158,7 +158,7 @@ def _order(indices: np.ndarray, schedule: Schedule, seed: int) -> np.ndarray:
 
 
 def _loss(logits: Tensor, labels: Tensor, x: Tensor, teacher: nn.Module | None) -> Tensor:
-    """How far logits [n, num_classes] are from the labels [n], or from what a teacher says of the images."""
+    """How far logits [n, num_classes] are from the labels [n], or from what a teacher says about the images."""
     if teacher is None:
         return nn.functional.cross_entropy(logits, labels)
     with torch.no_grad():

@@ -16,8 +16,8 @@ def simulate(prepared: nn.Module, mode: FuseMode, parts: Parts) -> nn.Module:
 
     Args:
         prepared: Calibrated (mode "eval") or quantization-aware trained (mode "qat").
-        mode: In which it was prepared.
-        parts: What is rounded; what is left out stays float, and so shows what the other costs.
+        mode: The mode it was prepared in.
+        parts: What is rounded; the rest stays in float, which shows what the rounded part costs.
     """
     model = copy.deepcopy(prepared).eval()
     switches = {"weights": parts != "activations", "activations": parts != "weights"}

@@ -1,1 +1,1 @@
-"""The recipe: what a run is, checked once."""
+"""The recipe: what a run does, checked once."""

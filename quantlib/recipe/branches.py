@@ -1,4 +1,4 @@
-"""The recipe's branches: one way each to quantize the model."""
+"""The recipe's branches: each is one way to quantize the model."""
 
 from typing import Annotated, Literal, Self
 
@@ -18,20 +18,20 @@ class BranchRecipe(Section):
     name: BranchName
     """The variant's name in the report."""
     qconfig: QConfigName = "accurate"
-    """`accurate` is what keeps accuracy best; the others are torch's own: `default` is min/max per tensor, the rest
-    the engines', weights per channel (qnnpack: per tensor). Each option below takes the place of one of these."""
+    """`accurate` keeps accuracy best; the others are torch's own: `default` is min/max per tensor, the rest are the
+    engines', with weights per channel (qnnpack: per tensor). Each option below overrides one of its settings."""
     observer: ObserverName | None = None
     """How activation ranges are found; absent: as `qconfig` says."""
     weights: WeightGrid | None = None
-    """One scale a weight tensor, or one an output channel; absent: as `qconfig` says."""
+    """One scale per weight tensor, or one per output channel; absent: as `qconfig` says."""
     activation_bits: ActivationBits | Literal["auto"] | None = None
     """8, or 7 where the CPU's int8 arithmetic would saturate; "auto": what this CPU can; absent: as `qconfig` says."""
     equalize: Flag | None = None
-    """Cross-layer equalization first; absent: as `qconfig` says."""
+    """Apply cross-layer equalization first; absent: as `qconfig` says."""
     bias_correction: Flag | None = None
     """Correct each layer's mean output, on the calibration images; absent: as `qconfig` says."""
     float_layers: Annotated[tuple[Line, ...], Field(max_length=MAX_ITEMS)] = ()
-    """Layers that stay float, by dotted path or by class."""
+    """Layers that stay float, by dotted path or class name."""
 
     @property
     def equalizes(self) -> bool:
@@ -44,7 +44,7 @@ class BranchRecipe(Section):
         return PRESETS[self.qconfig].bias_correction if self.bias_correction is None else self.bias_correction
 
     def scheme(self, cpu_bits: ActivationBits) -> Scheme:
-        """What is put into the model.
+        """How the model is quantized.
 
         Args:
             cpu_bits: What "auto" stands for.
@@ -67,41 +67,41 @@ class QATRecipe(BranchRecipe):
     """One quantization-aware training branch."""
 
     start: Literal["calibrated", "float"] = "calibrated"
-    """calibrated: from what PTQ with the same options gives; float: from the float model, its ranges still to be
-    found while training (`observer` and `bias_correction` then have no effect, and are refused)."""
+    """calibrated: start from the result of PTQ with the same options; float: from the float model, finding ranges while
+    training (`observer` and `bias_correction` would then have no effect, and are refused)."""
     epochs: Count = 8
-    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept, or the start where none is better."""
+    """Each epoch is a cached stage, evaluated as an int8 model; the best is kept, or the start if none is better."""
     patience: Count | None = None
-    """Stop after so many epochs without a new best (the start counts as one); absent: train all."""
+    """Stop after this many epochs without a new best (the start counts as a best); absent: train all."""
     batches_per_epoch: Count | None = None
-    """Training batches an epoch; absent: the whole training split."""
+    """Training batches per epoch; absent: the whole training split."""
     batch_size: _BatchOfTwo = 30
-    """Images a training step (BatchNorm needs two at least)."""
+    """Images per training step (BatchNorm needs at least two)."""
     learning_rate: _LearningRate = 1e-4
-    """Learning rate of plain SGD at the start."""
+    """Initial learning rate of plain SGD."""
     learning_rate_decay: LearningRateDecay = "cosine"
     """cosine: to zero at the last epoch's end; constant: none."""
     distill: Flag = True
-    """Learn what the float model says of each image, not the labels."""
+    """Learn the float model's answers to each image instead of the labels."""
     train_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
-    """Like [data] train_scale, for this branch. The nearer to the images that the float model was trained on, the less
-    BatchNorm moves."""
+    """Like [data] train_scale, for this branch. The closer the crops are to the images that the float model was
+    trained on, the less BatchNorm moves."""
     freeze_batch_norm_after_epoch: _LastEpoch = -2
-    """BatchNorm statistics are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the
-    start, as so few images are worse statistics than what the float model brings."""
+    """BatchNorm statistics are frozen at the end of every epoch (counted from 0) above this one; -2: from the start, as
+    so few images give worse statistics than the float model's own."""
     freeze_observer_after_epoch: _LastEpoch = -2
-    """Observers are frozen at the end of each 0-based epoch whose number is greater than this; -2: from the start."""
+    """Observers are frozen at the end of every epoch (counted from 0) above this one; -2: from the start."""
 
     @model_validator(mode="after")
     def _starts_with_ranges(self) -> Self:
         if self.start == "float":
             given = [name for name in ("observer", "bias_correction") if getattr(self, name) is not None]
             if given:
-                raise ValueError(f'{given[0]} is of calibration, and start = "float" skips it: remove one of them')
+                raise ValueError(f'{given[0]} belongs to calibration, which start = "float" skips: remove one of them')
             if self.freeze_observer_after_epoch == -2:
                 raise ValueError(
-                    'start = "float" has no ranges yet: set freeze_observer_after_epoch to the epoch that ends '
-                    "their search"
+                    'start = "float" has no ranges yet: set freeze_observer_after_epoch to -1 or more, so '
+                    "that training can find them"
                 )
         return self
 

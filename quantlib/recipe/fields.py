@@ -1,7 +1,7 @@
-"""The types of a recipe's values: each has bounds, which its JSON schema states as well.
+"""The types of a recipe's values: each has bounds, which its JSON schema also states.
 
-What is outside of them is refused where a run is asked for, by Prefect's server too: it keeps what it took, and a value
-that it cannot tell again keeps every worker from its runs.
+A value outside them is refused when a run is requested, by Prefect's server too. The server keeps what it accepted, and
+a value that it cannot return keeps every worker from its runs.
 """
 
 import re
@@ -15,11 +15,11 @@ MAX_ITEMS = 1000
 _MAX_DEPTH = 3
 _MAX_TEXT = 1000
 
-# pydantic itself refuses half characters (surrogates), which its regular expressions have no name for.
+# pydantic itself refuses half characters (surrogates), which its regular expressions cannot name.
 LINE = r"^[^\x00-\x1f\x7f]*$"
 _LINE_IN_SCHEMA = {"pattern": r"^[^\x00-\x1f\x7f\ud800-\udfff]*$"}
 
-# Strict, so that a value is taken as it is or refused: "3" is no 3, 1 no true, and 2.0 no 2.
+# Strict, so that a value is taken as it is or refused: "3" is not 3, 1 is not true, and 2.0 is not 2.
 Count = Annotated[int, Field(gt=0, le=MAX_INT, strict=True)]
 Pixels = Annotated[int, Field(gt=0, le=16384, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
@@ -30,10 +30,10 @@ PathName = Annotated[str, Field(max_length=4096, pattern=LINE, json_schema_extra
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Keyword arguments that JSON can hold, as they are.
+    """Return keyword arguments unchanged, if JSON can hold them.
 
     Raises:
-        ValueError: If they are too many or too deep, or not of JSON's types.
+        ValueError: If there are too many, or they are nested too deep or not of a JSON type.
     """
     for num_values, (value, depth) in enumerate(_walk(arguments)):
         if depth > _MAX_DEPTH:
@@ -41,18 +41,18 @@ def _check_arguments(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         if num_values > MAX_ITEMS:
             raise ValueError(f"at most {MAX_ITEMS} values are allowed")
         if isinstance(value, str) and (len(value) > _MAX_TEXT or not re.fullmatch(_LINE_IN_SCHEMA["pattern"], value)):
-            raise ValueError(f"a text may be a line of {_MAX_TEXT} characters")
+            raise ValueError(f"a string must be a single line of {_MAX_TEXT} characters at most")
         if isinstance(value, int) and abs(value) > MAX_INT:
             raise ValueError(f"whole numbers may be from {-MAX_INT} to {MAX_INT}")
         if isinstance(value, float) and not abs(value) <= MAX_INT:
             raise ValueError(f"numbers may be from {-MAX_INT} to {MAX_INT}")
         if value is not None and not isinstance(value, str | int | float | list | tuple | dict):
-            raise ValueError(f"{value!r} is neither a text, a number, a truth value, a list nor a table")
+            raise ValueError(f"{value!r} is neither a string, a number, a boolean, a list nor a table")
     return arguments
 
 
 def _walk(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
-    """Every key and value in a value, itself first, with how deep it lies; none below what is too deep."""
+    """Every key and value in a value, itself first, each with its depth; nothing below what is too deep."""
     yield value, depth
     if depth > _MAX_DEPTH:
         return
@@ -66,7 +66,7 @@ def _walk(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
 
 
 def _arguments_schema() -> dict[str, Any]:
-    """What `_check_arguments` allows, but for the number of values."""
+    """Schema of what `_check_arguments` allows, except for the number of values."""
     text = {"type": "string", "maxLength": _MAX_TEXT, **_LINE_IN_SCHEMA}
     number = {"type": "number", "minimum": -MAX_INT, "maximum": MAX_INT}
     scalars = [text, number, {"type": "boolean"}, {"type": "null"}]
@@ -83,4 +83,4 @@ def _table(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments), WithJsonSchema(_arguments_schema())]
-"""Keyword arguments, as a recipe's file can give them."""
+"""Keyword arguments, as a recipe file can give them."""

@@ -1,4 +1,4 @@
-"""The recipe's file: TOML, paths relative to it, and changes from the command line."""
+"""The recipe file: TOML, with paths relative to it, and changes from the command line."""
 
 import tomllib
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: A TOML file. Relative paths in it are relative to its folder.
-        overrides: "KEY=VALUE" each, as `qat.0.epochs=2`; the value is TOML, or else a plain string, and a path
-            in it is relative to the working directory.
+        overrides: Each is "KEY=VALUE", such as `qat.0.epochs=2`. The value is TOML or else a plain string; a path in it
+            is relative to the working directory.
 
     Raises:
         RecipeError: If the file is missing or not TOML, or a key or value is not allowed.
@@ -37,7 +37,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A recipe with some values changed, as `load_recipe` does it.
+    """A recipe with some values changed, in the same way as by `load_recipe`.
 
     Raises:
         RecipeError: If a key or value is not allowed.
@@ -46,7 +46,7 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         return recipe
     tables = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     if recipe.search is not None:
-        # The search has the budget: were it here as well, a new one could not be set in one place.
+        # The search holds the budget: with a copy here, a new one could not be set in one place.
         tables["gate"].pop("max_top1_drop")
     for override in overrides:
         _override(tables, override)
@@ -55,7 +55,7 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 
 def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
-    """Make the paths in a recipe absolute; what is absolute already stays."""
+    """Make the paths in a recipe absolute; those that already are stay as they are."""
     model, data = tables.get("model"), tables.get("data")
     if isinstance(model, dict) and isinstance(model.get("weights"), str) and is_weights_file(model["weights"]):
         model["weights"] = str(folder / Path(model["weights"]).expanduser())

@@ -1,4 +1,4 @@
-"""When quantization-aware training does what."""
+"""The schedule of quantization-aware training."""
 
 import math
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class Schedule:
     """None: all of the training images."""
     batch_size: int
     epochs: int | None
-    """That the decay reaches over; None where there is none: then an epoch is the same whatever their number."""
+    """Epochs that the decay spans; None without decay, when an epoch is the same however many there are."""
     learning_rate: float
-    """At the start."""
+    """Initial learning rate."""
     decay: LearningRateDecay
     """cosine: to zero at the last epoch's end (Loshchilov and Hutter 2016, arXiv:1608.03983, eq. 5)."""
     freeze_batch_norm_after_epoch: int
-    """Frozen at the end of each 0-based epoch whose number is greater."""
+    """BatchNorm is frozen at the end of every epoch (counted from 0) above this one."""
     freeze_observer_after_epoch: int
-    """Observers are frozen at the end of each 0-based epoch whose number is greater."""
+    """Observers are frozen at the end of every epoch (counted from 0) above this one."""
     seed: int
     """Seeds data order, crops and dropout, together with the epoch's number."""
 
@@ -32,7 +32,7 @@ class Schedule:
 
         Args:
             epoch: 0-based.
-            progress: The part of the epoch's steps that are done, in [0, 1).
+            progress: Fraction of the epoch's steps that are done, in [0, 1).
         """
         if self.decay == "constant" or self.epochs is None:
             return self.learning_rate

@@ -1,4 +1,4 @@
-"""What a run is: the recipe, checked once."""
+"""The recipe: what a run does, checked once."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -49,16 +49,16 @@ class Recipe(Section):
     qat: Annotated[tuple[QATRecipe, ...], Field(max_length=_MAX_BRANCHES)] = ()
     """Quantization-aware training branches."""
     search: SearchRecipe | None = None
-    """Variants found by trial, besides these branches or alone; absent: none."""
+    """Variants found by trial, in addition to these branches or alone; absent: none."""
     benchmark: BenchmarkRecipe = BenchmarkRecipe()
     """What is timed."""
     gate: GateRecipe = GateRecipe()
-    """What the winner may lose."""
+    """How much accuracy the winner may lose."""
 
     @model_validator(mode="before")
     @classmethod
     def _share_budget(cls, tables: Any) -> Any:
-        """Give [search] or [gate] the other's budget where it has none of its own."""
+        """Give [search] or [gate] the other's budget if it has none of its own."""
         search = tables.get("search") if isinstance(tables, Mapping) else None
         gate = tables.get("gate", {}) if isinstance(tables, Mapping) else None
         if not isinstance(search, Mapping) or not isinstance(gate, Mapping):
@@ -69,7 +69,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        # Were the gate's wider, the fastest trial inside of it would win: one that the search was to do better than.
+        # With a wider gate, the fastest trial inside it would win: one that the search was meant to improve on.
         if self.search is not None and self.search.max_top1_drop != self.gate.max_top1_drop:
             raise ValueError(
                 f"search.max_top1_drop = {self.search.max_top1_drop} and gate.max_top1_drop = "
@@ -96,7 +96,7 @@ class Recipe(Section):
         if not names and self.search is None:
             raise ValueError("there is nothing to quantize: add a [[ptq]] or a [[qat]] branch, or [search]")
         if self.search is not None and any(name.startswith("search-") for name in names):
-            raise ValueError("names that begin with 'search-' are those of the search's trials: take another")
+            raise ValueError("names that begin with 'search-' are reserved for the search's trials: choose another")
         repeated = sorted({name for name in names if names.count(name) > 1} | ({"float"} & set(names)))
         if repeated:
             raise ValueError(
@@ -119,7 +119,7 @@ def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
 
 
 def _explain(details: Any) -> str:
-    """One line for a pydantic error: where, what was got, what is allowed."""
+    """One line for a pydantic error: where, what was given, what is allowed."""
     where = ".".join(str(part) for part in details["loc"]) or "recipe"
     if details["type"] == "extra_forbidden":
         allowed = _fields_at(details["loc"][:-1])
@@ -132,7 +132,7 @@ def _explain(details: Any) -> str:
         allowed = re.findall(r"'([^']*)'", details["ctx"]["expected"])
         return f"{where} = {got!r} is unknown{suggest(str(got), allowed)} Allowed: {', '.join(allowed)}."
     if details["type"] == "string_unicode" or details.get("ctx", {}).get("pattern") == LINE:
-        message = "a line of text has no line breaks, control characters or half characters"
+        message = "text must be a single line, without control characters or half characters"
     if details["type"] == "value_error" and not isinstance(details["input"], (str, int, float, list, tuple)):
         return f"{where}: {message}."
     got = repr(details["input"])

@@ -17,16 +17,16 @@ class Scheme:
     observer: ObserverName
     """How activation ranges are found."""
     weights: WeightGrid
-    """One scale a weight tensor, or one an output channel."""
+    """One scale per weight tensor, or one per output channel."""
     activation_bits: ActivationBits
-    """7 leave room for the 16-bit sums of CPUs without VNNI, on which 8 saturate."""
+    """7 bits leave room for the 16-bit sums of CPUs without VNNI, on which 8 bits saturate."""
     float_layers: tuple[str, ...] = ()
     """Dotted names or class names of the modules that stay float."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a `qconfig` of the recipe stands for; each option that the recipe gives takes the place of one of these."""
+    """What a `qconfig` of the recipe stands for; each option that the recipe gives overrides one of these."""
 
     observer: ObserverName
     weights: WeightGrid
@@ -35,7 +35,7 @@ class Preset:
     bias_correction: bool = False
 
 
-# torch's own qconfigs, and one that uses all there is here.
+# torch's own qconfigs, and one that uses everything quantlib offers.
 PRESETS: dict[QConfigName, Preset] = {
     "accurate": Preset(
         observer="mse", weights="per_channel", activation_bits="auto", equalize=True, bias_correction=True

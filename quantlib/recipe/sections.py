@@ -1,4 +1,4 @@
-"""The recipe's tables, but for its branches."""
+"""The recipe's tables, except its branches."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -26,13 +26,13 @@ _MAX_BRANCHES = 1000
 
 
 class Section(BaseModel):
-    """A frozen table of the recipe; a key that it does not know is an error."""
+    """A frozen table of the recipe; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
-    """The least and the most of an image that a random crop takes, as they are.
+    """Return the smallest and largest share of an image that a random crop takes, unchanged.
 
     Raises:
         ValueError: If they are out of order.
@@ -43,12 +43,12 @@ def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
 
 
 class TrainingRecipe(Section):
-    """How to train the float model from nothing, when `weights = "train"`."""
+    """How to train the float model from scratch, when `weights = "train"`."""
 
     epochs: Count = 12
     """Passes over the training split."""
     batch_size: _BatchOfTwo = 64
-    """Images a step."""
+    """Images per step."""
     learning_rate: _LearningRate = 0.05
     """Peak learning rate of SGD with Nesterov momentum 0.9 and a one-cycle schedule."""
 
@@ -59,7 +59,7 @@ class ModelRecipe(Section):
     architecture: Line = "mobilenet_v2"
     """A registered name, or "package.module:function", which returns an nn.Module."""
     arguments: Arguments = {}
-    """Keyword arguments of the architecture; `num_classes` is taken from the data where it is not given."""
+    """Keyword arguments of the architecture; `num_classes` is taken from the data if it is not given."""
     weights: PathName
     """A state_dict file; "torchvision:NAME"; or "train"."""
     training: TrainingRecipe = TrainingRecipe()
@@ -72,13 +72,13 @@ class DataRecipe(Section):
     format: Line
     """digits, imagefolder, imagenet, cifar10, or "package.module:function" called as f(root, split)."""
     root: PathName | None = None
-    """The dataset's folder; relative to the recipe's file."""
+    """The dataset's folder, relative to the recipe file."""
     resize: Pixels = 256
     """Shorter side in pixels before the centre crop (evaluation)."""
     crop: Pixels = 224
     """Side in pixels of the model's input."""
     train_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Share of the image's area that a random training crop takes: least and most."""
+    """Share of the image's area that a random training crop takes: smallest and largest."""
     train_flip: Fraction = 0.5
     """Probability that a training image is mirrored."""
 
@@ -95,36 +95,36 @@ class DataRecipe(Section):
 
 
 class EvaluationRecipe(Section):
-    """How accuracy is measured, and which images the run may choose by."""
+    """How accuracy is measured, and which images the run may use to choose."""
 
     batch_size: Count = 50
-    """Images a forward pass."""
+    """Images per forward pass."""
     max_images: Count | None = None
-    """Evaluate only so many validation images, drawn by `seed`; absent: all of them."""
+    """Evaluate only this many validation images, drawn by `seed`; absent: all of them."""
     select_on: Literal["held_out", "validation"] = "held_out"
-    """What QAT's best epoch and the winner are chosen by: training images held out from calibration and
-    training, or the validation split itself (then its figures are optimistic, and the report says so)."""
+    """Images that QAT's best epoch and the winner are chosen on: training images held out from calibration and
+    training, or the validation split itself (its figures are then optimistic, and the report says so)."""
     num_held_out: Count | None = None
-    """Training images held out, with `select_on = "held_out"`; absent: a tenth of them, and 1000 at most."""
+    """Training images held out, with `select_on = "held_out"`; absent: a tenth of them, at most 1000."""
     simulate: Flag = False
-    """Also measure every quantized model with fake quantization in float: both, weights only, activations only. Shows
-    which of the two costs accuracy. Weights only: as they ship, with the biases that were corrected for them.
-    Activations only: with float's weights and biases; of QAT, with those that were trained."""
+    """Also measure every quantized model with fake quantization in float: both, weights only, activations only. This
+    shows which of the two costs accuracy. Weights only: as shipped, with the biases that were corrected for them.
+    Activations only: with the float model's weights and biases; for QAT, with the trained ones."""
     num_examples: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 12
-    """Validation images kept as small pictures in the report, for each variant: of those that it answers otherwise
-    than float. 0: none."""
+    """Validation images kept as small pictures in the report, per variant, out of those that it answers differently
+    from float. 0: none."""
     layers: Flag = False
-    """Also measure every layer of every quantized model (the table `layers`), on 256 of the images that choices are
-    made by: two forward passes for each layer."""
+    """Also measure every layer of every quantized model (the table `layers`), on 256 of the selection images: two
+    forward passes per layer."""
 
 
 class CalibrationRecipe(Section):
     """The training images that activation ranges are taken from."""
 
     batch_size: Count = 30
-    """Images a forward pass."""
+    """Images per forward pass."""
     num_batches: Count = 32
-    """Batches; the images come from the training split, never from validation."""
+    """Number of batches; the images come from the training split, never from validation."""
     transform: Literal["eval", "train"] = "eval"
     """"eval": resize and centre crop; "train": random crops and flips."""
 
@@ -133,52 +133,52 @@ class BenchmarkRecipe(Section):
     """What is timed: every batch size with every number of threads."""
 
     batch_sizes: Annotated[tuple[Count, ...], Field(max_length=64)] = (1,)
-    """Images a call; 1 is always timed, as the report's `latency_p50_ms`."""
+    """Images per call; 1 is always timed, as the report's `latency_p50_ms`."""
     num_threads: Annotated[tuple[Annotated[int, Field(gt=0, le=1024, strict=True)], ...], Field(max_length=64)] = (1,)
-    """Threads of torch; 1 is always timed."""
+    """Number of torch threads; 1 is always timed."""
     runtimes: _Runtimes | None = None
-    """What models are exported for and timed in: torchscript, on each of torch's engines, is always among them;
-    absent: and every runtime for ONNX that is installed."""
+    """Runtimes that models are exported for and timed in; torchscript, on each of torch's engines, is always included;
+    absent: every installed ONNX runtime, too."""
     num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
-    """Timed calls of each model in each runtime, in turn, after a warm-up; ten at least, of slow ones no more."""
+    """Timed calls per model and runtime, in turn, after a warm-up; at least ten, and for slow ones no more."""
 
 
 class SearchRecipe(Section):
-    """Variants that are found by trial: the fastest that loses no more than a budget; `quantlib.search` says how."""
+    """Variants found by trial: the fastest that loses no more than a budget; see `quantlib.search`."""
 
     max_top1_drop: Fraction = 0.002
-    """The budget: what may be lost of top-1 against float, as a fraction. It is the gate's, too: given in [gate], it
+    """The budget: how much top-1 may be lost against float, as a fraction. The gate has the same: given in [gate], it
     may be absent here. Trials are judged on the selection images, the winner by the gate."""
     max_trials: Annotated[int, Field(gt=0, le=_MAX_BRANCHES, strict=True)] = 12
-    """Variants to try at most; each is a branch of the report."""
+    """Most variants to try; each is a branch in the report."""
     max_minutes: Annotated[float, Field(gt=0.0, le=1_000_000.0, strict=True)] = 120.0
-    """No trial begins once the search's stages took so many minutes; one that has begun goes to its end. A stage that
-    is reused counts as long as it took to compute, so that a search that is resumed or repeated ends where it would
-    have ended at once."""
+    """No trial starts once the search's stages have taken this many minutes; one that has started is completed. A
+    reused stage counts as long as it took to compute, so a resumed or repeated search ends where an uninterrupted one
+    would have."""
 
 
 class GateRecipe(Section):
-    """What the winner may lose."""
+    """How much accuracy the winner may lose."""
 
     max_top1_drop: Fraction = 0.01
     """Largest accepted loss of top-1 against float, as a fraction: 0.01 is one point. With a [search]: its budget."""
     confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
-    """How sure the gate must be: it then accepts a variant only where the whole interval of this confidence around
-    its drop is inside; absent: the drop itself is what counts."""
+    """How sure the gate must be: it then accepts a variant only if the whole interval of this confidence around its
+    drop is inside; absent: only the drop itself counts."""
     runtimes: _Runtimes | None = None
-    """What the model may be shipped for: a file is judged, and recommended, in one of these; absent: in any that
+    """Runtimes that the model may be shipped for: a file is judged and recommended in one of them; absent: in any that
     `benchmark.runtimes` times."""
 
     @field_validator("runtimes")
     @classmethod
     def _one_at_least(cls, runtimes: tuple[RuntimeName, ...] | None) -> tuple[RuntimeName, ...] | None:
         if runtimes == ():
-            raise ValueError("name one runtime at least, or leave it out")
+            raise ValueError("name at least one runtime, or leave it out")
         return runtimes
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a recipe's value names a Python function, as "package.module:function"."""
+    """Whether a recipe's value names a Python function, in the form "package.module:function"."""
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
 
 

@@ -7,13 +7,13 @@ from quantlib.recipe.scheme import Scheme
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What a variant is, before anything of it is computed."""
+    """What a variant is, before any of it is computed."""
 
     name: str
     method: str
     """float, ptq or qat."""
     qconfig: str | None = None
-    """None: float, as the next two."""
+    """None for float, like the next two."""
     engine: str | None = None
     scheme: Scheme | None = None
     equalized: bool = False

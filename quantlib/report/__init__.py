@@ -1,1 +1,1 @@
-"""The report: its tables, the verdict, and the pages made of them."""
+"""The report: its tables, the verdict, and the pages made from them."""

@@ -6,23 +6,23 @@ from quantlib.measure import significance
 from quantlib.recipe.sections import GateRecipe
 from quantlib.report.rows import VariantRow
 
-# Of the way from chance to always right: a float model that does not surely come so far has learned nothing, or is
-# given images or labels that it was not trained with.
+# Fraction of the way from chance to always right: a float model that does not surely get this far has learned
+# nothing, or is given images or labels that it was not trained with.
 _NEAR_CHANCE = 0.05
-# An accuracy that is known no better than this, in points to either side, says little.
+# An accuracy known no better than this (3 points to either side) says little.
 _MUCH_NOISE = 0.03
 
 
 def find_caveats(
     variants: Sequence[VariantRow], gate: GateRecipe, num_classes: int, search_best: str | None
 ) -> list[str]:
-    """A sentence for each.
+    """The caveats of a run, one sentence each.
 
     Args:
         variants: The float model first.
-        gate: That they were judged by.
-        num_classes: Of the dataset.
-        search_best: The variant that the search ended with; None where there was none.
+        gate: The gate that judged them.
+        num_classes: Classes of the dataset.
+        search_best: The variant that the search ended with; None if there was no search.
     """
     baseline, winner = variants[0], next((row for row in variants if row.winner), None)
     interval = significance.proportion_interval(round(baseline.top1 * baseline.num_images), baseline.num_images)
@@ -37,8 +37,8 @@ def _near_chance(row: VariantRow, interval: tuple[float, float], num_classes: in
     if interval[0] > chance + _NEAR_CHANCE * (1 - chance):
         return ""
     return (
-        f"The float model is right on {row.top1:.2%} of {row.num_images:,} images, and guessing would be on "
-        f"{chance:.2%}: check the weights, the order of the classes and the size of the images against its training."
+        f"The float model is right on {row.top1:.2%} of {row.num_images:,} images, and guessing would get "
+        f"{chance:.2%}: check that the weights, the order of the classes and the size of the images match its training."
     )
 
 
@@ -53,16 +53,16 @@ def _few_images(row: VariantRow, interval: tuple[float, float]) -> str:
 
 
 def _narrow_gate(row: VariantRow, gate: GateRecipe) -> str:
-    """Where a gate that asks for no confidence accepts what may well lose more than it allows."""
+    """A gate without confidence that accepts a variant which may well lose more than it allows."""
     if gate.confidence is not None or row.top1_drop_high is None or row.top1_drop_low is None:
         return ""
     half = (row.top1_drop_high - row.top1_drop_low) / 2
     if half <= gate.max_top1_drop:
         return ""
     return (
-        f"The gate of {100 * gate.max_top1_drop:.2f} points is narrower than the noise: {row.num_images:,} images tell "
-        f"the change of {row.variant} to within {100 * half:.2f} points. Evaluate more images, or set gate.confidence "
-        "to accept only what is surely inside."
+        f"The gate of {100 * gate.max_top1_drop:.2f} points is narrower than the noise: {row.num_images:,} images show "
+        f"the change of {row.variant} only to within {100 * half:.2f} points. Evaluate more images, or set "
+        "gate.confidence to accept only what is surely inside."
     )
 
 
@@ -71,7 +71,7 @@ def _no_faster(row: VariantRow, baseline: VariantRow) -> str:
         return ""
     return (
         f"{row.variant} is not faster than float, which takes {baseline.latency_p50_ms:.3g} ms in "
-        f"{baseline.runtime}: for so small a model int8 saves size alone, or batches decide."
+        f"{baseline.runtime}: for such a small model int8 only saves size, or pays off only in batches."
     )
 
 

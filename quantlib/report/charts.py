@@ -10,13 +10,13 @@ import plotly.graph_objects as go
 
 from quantlib.report.rows import EpochRow, LatencyRow, Report, StageRow, VariantRow
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers; its blue made lighter
-# so that it stands out on dark, too.
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart; its blue is
+# lighter here, to stand out on dark as well.
 _COLORS = ("#3B8FD4", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _GREY = "#8A8F98"
 _METHOD_COLOR = {"float": _GREY, "ptq": "#3B8FD4", "qat": "#E69F00"}
 _METHOD_SYMBOL = {"float": "square", "ptq": "circle", "qat": "diamond"}
-# Where a point's name can stand: to the right of it, and above.
+# Where a point's name can go: how far to the right, and how far above.
 _SIDES = {
     "top right": (1, 1),
     "top left": (-1, 1),
@@ -27,7 +27,7 @@ _SIDES = {
     "top center": (0, 1),
     "bottom center": (0, -1),
 }
-# Of the narrowest plot, on a phone, of a letter, and of a point in it; pixels.
+# Sizes in pixels: of the narrowest plot, on a phone, and of a letter and a point in it.
 _PLOT_WIDTH, _PLOT_HEIGHT, _LETTER_WIDTH, _LETTER_HEIGHT, _POINT = 270, 230, 7, 14, 12
 _MAX_BARS = 20
 
@@ -47,7 +47,7 @@ class Section:
 def pareto_front(variants: Sequence[VariantRow]) -> list[VariantRow]:
     """The variants that nothing beats in latency and top-1, the fastest first.
 
-    Of those inside the gate, beyond noise, as the verdict compared them; of an old report, or where none is inside, by
+    Among those inside the gate, beyond noise, as the verdict compared them; in an old report, or if none is inside, by
     the plain figures.
     """
     compared = [row for row in variants if row.pareto]
@@ -65,22 +65,22 @@ def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Sec
 
     Args:
         run: What they show.
-        history: (run_id, variant) of all runs of its recipe, this one among them.
+        history: (run_id, variant) of all runs of its recipe, including this one.
     """
-    up_left = "Up and left is better; the line joins what nothing inside the gate beats beyond noise."
-    whisker = "Median of a call, an image; the whisker ends at the 95th percentile, or above the chart."
+    up_left = "Up and left is better; the line joins the variants that nothing inside the gate beats beyond noise."
+    whisker = "Median call, per image; the whisker ends at the 95th percentile, or above the chart."
     own = _in_own_runtime(run.latency, run.variants)
     found = [
         _section("tradeoff", "Accuracy against latency", up_left, _tradeoff(run.variants)),
-        _section("sizes", "Size", "Of the file to ship.", _sizes(run.variants)),
+        _section("sizes", "Size", "Of each variant's file.", _sizes(run.variants)),
         _section("latency", "Latency", whisker, _latencies(own, lambda row: row.variant)),
     ]
     runtimes = [row for row in run.latency if row.variant == run.best.variant]
     if len({row.runtime for row in runtimes}) > 1:
-        note = f"Of {run.best.variant}, in every runtime that this machine has."
+        note = f"{run.best.variant} in every runtime that this machine has."
         found.append(_section("runtimes", "Runtimes", note, _latencies(runtimes, lambda row: row.runtime)))
     if run.epochs:
-        note = "Of the converted int8 model. Lines mark the first epoch evaluated with frozen statistics."
+        note = "The converted int8 model. Lines mark the first epoch evaluated with frozen statistics."
         found.append(_section("epochs", "QAT by epoch", note, _epochs(run.epochs, run.variants)))
     if len({name for name, _ in history}) > 1:
         found.append(_section("history-top1", "History: top-1", "All runs of this recipe.", _history(history)))
@@ -92,13 +92,13 @@ def sections(run: Report, history: Sequence[tuple[str, VariantRow]]) -> list[Sec
 
 
 def _section(name: str, title: str, note: str, figure: go.Figure) -> Section:
-    # "<" would end the script element that the JSON stands in.
+    # "<" would end the script element that holds the JSON.
     text = json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
     return Section(name, title, note, text, int(figure.layout.height or 340))
 
 
 def _figure(traces: Sequence[Any], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> go.Figure:
-    """A figure without colours of its own but the traces': the page sets them, light or dark."""
+    """A figure with no colours but the traces': the page sets the others, light or dark."""
     plain = {"automargin": True, "fixedrange": True, "zeroline": False}
     figure = go.Figure(
         list(traces),
@@ -136,12 +136,12 @@ def _tradeoff(variants: Sequence[VariantRow]) -> go.Figure:
 
 
 def _name_sides(variants: Sequence[VariantRow], low: float, high: float) -> dict[str, str]:
-    """On which side of its point each variant's name stands, so that no name lies upon another, or upon a point.
+    """On which side of its point each variant's name goes, so that no name covers another name or a point.
 
     Args:
         variants: The points, over latencies from zero.
-        low: The least top-1 of the axis.
-        high: The greatest.
+        low: The lowest top-1 of the axis.
+        high: The highest.
     """
     slowest = max(row.latency_p50_ms for row in variants)
     points = [
@@ -149,7 +149,7 @@ def _name_sides(variants: Sequence[VariantRow], low: float, high: float) -> dict
     ]
     taken: list[tuple[float, ...]] = [
         (x, y, _POINT, _POINT) for x, y in points
-    ]  # (middle, width and height) of whatever is drawn.
+    ]  # (middle, width and height) of everything drawn.
     sides = {}
     for row, (x, y) in zip(variants, points, strict=True):
         width, height = _LETTER_WIDTH * (len(row.variant) + 2 * row.winner), _LETTER_HEIGHT
@@ -177,7 +177,7 @@ def _points_of(rows: Sequence[VariantRow], method: str, sides: Sequence[str]) ->
         mode="markers+text",
         textposition=sides,
         cliponaxis=False,
-        # Where one lies upon another, both are seen.
+        # Where points overlap, both can be seen.
         marker={"size": _POINT, "color": _METHOD_COLOR[method], "symbol": _METHOD_SYMBOL[method], "opacity": 0.7},
         name=method,
         hovertemplate="%{text}<br>%{x:.2f} ms<br>top-1 %{y:.2%}<extra></extra>",
@@ -203,7 +203,7 @@ def _in_own_runtime(latency: Sequence[LatencyRow], variants: Sequence[VariantRow
 
 
 def _latencies(latency: Sequence[LatencyRow], name_of: Callable[[LatencyRow], str]) -> go.Figure:
-    """Bars by batch size and threads, in ms an image so that batches can be compared."""
+    """Bars by batch size and threads, in ms per image so that batches can be compared."""
     traces = []
     for place, name in enumerate(dict.fromkeys(map(name_of, latency))):
         rows = [row for row in latency if name_of(row) == name]
@@ -223,13 +223,13 @@ def _latencies(latency: Sequence[LatencyRow], name_of: Callable[[LatencyRow], st
                 hovertemplate="%{fullData.name}, %{x}: %{y:.3f} ms<extra></extra>",
             )
         )
-    # The whisker of an outlier would make all bars flat.
+    # An outlier's whisker would flatten all bars.
     longest = max((row.p50_ms / row.batch_size for row in latency), default=1.0)
-    return _figure(traces, {}, {"title": {"text": "ms an image"}, "range": [0, 1.5 * longest]}, barmode="group")
+    return _figure(traces, {}, {"title": {"text": "ms per image"}, "range": [0, 1.5 * longest]}, barmode="group")
 
 
 def _epochs(epochs: Sequence[EpochRow], variants: Sequence[VariantRow]) -> go.Figure:
-    """A line a branch, from the int8 model that it started from, at -1."""
+    """One line per branch, beginning at -1 with the int8 model it started from."""
     starts = {row.variant: (-1, row.top1_start, bool(row.kept_start)) for row in variants if row.top1_start is not None}
     names = list(dict.fromkeys(row.variant for row in epochs))
     traces, shapes = [], []
@@ -256,7 +256,7 @@ def _epochs(epochs: Sequence[EpochRow], variants: Sequence[VariantRow]) -> go.Fi
             if first is not None:
                 shapes.append(_line_at(first, _COLORS[place % len(_COLORS)]))
                 frozen.setdefault((what.replace("_", " "), first), []).append(variant)
-    # One below the other, and once for all branches that it is true of.
+    # One below the other, each once for all branches it applies to.
     notes = [
         {
             "x": first,
@@ -282,7 +282,7 @@ def _history(
     value: Callable[[VariantRow], float] = lambda row: row.top1,
     axis: str = "top-1",
 ) -> go.Figure:
-    """A line a variant over the recipe's runs."""
+    """One line per variant over the recipe's runs."""
     traces = []
     variants = dict.fromkeys(row.variant for _, row in history)
     for place, variant in enumerate(variants):
@@ -323,7 +323,7 @@ def _stages(stages: Sequence[StageRow]) -> go.Figure:
 
 
 def _top1_axis(values: Sequence[float]) -> dict[str, Any]:
-    """An axis that holds the values with room around them: around one value alone, Plotly shows -1 to 1."""
+    """An axis that holds the values with room around them: around a single value, Plotly shows -1 to 1."""
     room = max(0.1 * (max(values) - min(values)), 0.005)
     bounds = [max(0.0, min(values) - room), min(1.0 + room, max(values) + room)]
     return {"title": {"text": "top-1"}, "tickformat": ".2%", "range": bounds}
@@ -334,7 +334,7 @@ def _color(place: int, variant: str) -> str:
 
 
 def _height(num_bars: int) -> int:
-    """Pixels."""
+    """Height in pixels."""
     return 110 + 24 * num_bars
 
 
@@ -343,5 +343,5 @@ def _threads(count: int) -> str:
 
 
 def _text(text: str) -> str:
-    """Plotly reads a little HTML in its texts: what comes from a recipe is no markup."""
+    """Escape a text: Plotly reads some HTML in texts, and what comes from a recipe is not markup."""
     return html.escape(text)

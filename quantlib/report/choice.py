@@ -14,7 +14,7 @@ class Choice:
     """One of several files, and why."""
 
     place: int
-    """Which."""
+    """Its index."""
     reason: str
 
 
@@ -26,7 +26,7 @@ class Contender:
     samples_ms: Sequence[float]
     """Times for one image on one thread, in the same rounds as the others'."""
     selection: np.ndarray
-    """[N], bool: on which of the selection images it is right."""
+    """[N], bool: which of the selection images it gets right."""
     size_bytes: int
 
     @property
@@ -35,27 +35,27 @@ class Contender:
         return float(np.median(self.samples_ms))
 
     def is_slower(self, other: "Contender") -> bool:
-        """Beyond the noise of timing."""
+        """Whether it is slower beyond the noise of timing."""
         return significance.is_slower(self.samples_ms, other.samples_ms)
 
     def is_less_accurate(self, other: "Contender") -> bool:
-        """Beyond chance."""
+        """Whether it is less accurate beyond chance."""
         return significance.is_less_accurate(self.selection, other.selection)
 
     def is_beaten_by(self, other: "Contender") -> bool:
-        """Beyond noise: in speed or accuracy, and in the other not behind."""
+        """Whether another is better in speed or accuracy, and not worse in the remaining one, beyond noise."""
         slower, less_accurate = self.is_slower(other), self.is_less_accurate(other)
         return (slower and not other.is_less_accurate(self)) or (less_accurate and not other.is_slower(self))
 
 
 def choose(contenders: Sequence[Contender]) -> Choice:
-    """Which of several files to ship: a fastest, of those an accurate one, of those the smallest, then the first.
+    """Choose which of several files to ship: the fastest, then the most accurate, then the smallest, then the first.
 
-    As fast as the fastest is whatever is not slower beyond the noise of timing; as accurate as the most accurate of
-    these, on the selection images, whatever is not less accurate beyond chance.
+    A file counts as fast as the fastest unless it is slower beyond the noise of timing, and as accurate as the most
+    accurate of those, on the selection images, unless it is less accurate beyond chance.
 
     Args:
-        contenders: In the order of the recipe, one at least.
+        contenders: In the order of the recipe, at least one.
     """
     places = range(len(contenders))
     fastest = min(places, key=lambda place: contenders[place].p50_ms)
@@ -67,7 +67,7 @@ def choose(contenders: Sequence[Contender]) -> Choice:
 
 
 def _reason(contenders: Sequence[Contender], chosen: int, fast: Sequence[int], accurate: Sequence[int]) -> str:
-    """Why a file was chosen, as "as fast as qat and tutorial (within noise), as accurate, smallest"."""
+    """Why a file was chosen, such as "as fast as qat and tutorial (within noise), as accurate, smallest"."""
     if len(contenders) == 1:
         return "the only file inside the gate"
     if len(fast) == 1:
@@ -89,7 +89,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def fastest_runtime(samples_ms: Mapping[Runtime, Sequence[float]]) -> Runtime:
-    """The runtime that a file is fastest in: of those that are so within noise, the first.
+    """The runtime that a file is fastest in: the first of those that are equally fast within noise.
 
     Args:
         samples_ms: By runtime, in the order of preference; taken in the same rounds.

@@ -1,4 +1,4 @@
-"""Why a variant loses accuracy: what was measured of its layers, which of them cost most, and what to try."""
+"""Why a variant loses accuracy: the measurements of its layers, which of them cost most, and what to try."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +8,8 @@ from typing import Any
 from quantlib.report.rows import LayerRow, Report, VariantRow
 
 NUM_WORST = 3
-# A range that cuts off more than this has been chosen too narrow; the best one for rounding and clipping together
-# cuts off a few values in ten thousand.
+# A range that cuts off more than this is too narrow; the best one for rounding and clipping together cuts off a few
+# values in ten thousand.
 _MUCH_CLIPPED = 1e-3
 
 
@@ -19,13 +19,13 @@ class Diagnosis:
 
     row: VariantRow
     worst: tuple[LayerRow, ...]
-    """The layers that cost most, the costliest first; empty where layers were not measured."""
+    """The layers that cost most, the costliest first; empty if layers were not measured."""
     advice: tuple[str, ...]
-    """What to try, as lines of the recipe; empty where the variant is as accurate as float."""
+    """What to try, as lines of the recipe; empty if the variant is as accurate as float."""
 
 
 def layer_rows(variant: str, measured_on: str, parts: Iterable[Sequence[Mapping[str, Any]]]) -> list[LayerRow]:
-    """A variant's rows from what was summed up over parts of the images.
+    """A variant's layer rows, from sums over parts of the images.
 
     Args:
         variant: Its name.
@@ -65,13 +65,13 @@ def _layer_row(variant: str, measured_on: str, parts: Sequence[Mapping[str, Any]
 def costliest(layers: Iterable[LayerRow]) -> list[LayerRow]:
     """Layers by what each costs alone, the costliest first.
 
-    By divergence from float's answers: it tells layers apart that change the top-1 of no image, or of one by chance.
+    By divergence from float's answers: it also ranks layers that change the top-1 of no image, or of one by chance.
     """
     return sorted(layers, key=lambda row: row.divergence_only, reverse=True)
 
 
 def diagnose(report: Report) -> list[Diagnosis]:
-    """Every quantized variant of a run that something is known of."""
+    """Diagnose every quantized variant of a run that there are measurements for."""
     found = []
     for row in report.variants:
         worst = tuple(costliest(layer for layer in report.layers if layer.variant == row.variant)[:NUM_WORST])
@@ -89,11 +89,11 @@ def _advice(row: VariantRow, worst: Sequence[LayerRow]) -> list[str]:
         tries.append('equalize = true, or weights = "per_channel": channels of uneven range share one scale')
     clipped = any((layer.saturation or 0.0) > _MUCH_CLIPPED for layer in worst)
     if clipped and row.observer == "minmax":
-        tries.append("more images in [calibration]: values lie outside of all that it saw")
+        tries.append("more images in [calibration]: values lie outside the ranges that it saw")
     elif clipped:
-        tries.append('observer = "minmax": the ranges cut off much')
+        tries.append('observer = "minmax": the ranges cut off too many values')
     elif row.observer == "minmax":
-        tries.append('observer = "mse": ranges of least error')
+        tries.append('observer = "mse": ranges with the least error')
     if not row.bias_corrected and row.method == "ptq":
         tries.append("bias_correction = true")
     if row.method == "ptq":

@@ -29,7 +29,7 @@ class Disagreement:
     num_broken: int
     """Images that float gets right and the variant does not."""
     num_mended: int
-    """The other way round."""
+    """Images that the variant gets right and float does not."""
     worse: tuple[Confusion, ...]
     """Confusions that are more frequent than with float, the worst first."""
     broken: tuple[int, ...]
@@ -37,11 +37,11 @@ class Disagreement:
 
 
 def compare(predictions: pa.Table, variant: str) -> Disagreement:
-    """A variant's answers beside float's.
+    """Compare a variant's answers with float's.
 
     Args:
         predictions: The table `predictions` of one run.
-        variant: Another than "float".
+        variant: Any but "float".
     """
     labels, float_answers = _answers(predictions, "float")
     _, answers = _answers(predictions, variant)

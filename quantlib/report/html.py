@@ -1,6 +1,6 @@
 """A run's report as one HTML page, made from the Parquet tables alone.
 
-The page asks the network for nothing: plotly's JavaScript is part of it, and a content policy forbids the rest.
+The page loads nothing from the network: plotly's JavaScript is part of it, and a content policy forbids the rest.
 """
 
 import base64
@@ -40,11 +40,11 @@ def write_html(reports: Path, file: Path, run_id: str | None = None) -> None:
 
     Args:
         reports: Folder of all runs' tables.
-        file: Replaced where it exists.
+        file: The page; replaced if it exists.
         run_id: The run; None: the newest.
 
     Raises:
-        StoreError: If no run has finished, or there is none of that name.
+        StoreError: If no run has finished, or there is none with that name.
     """
     write_atomically(file, render(reports, run_id).encode())
 
@@ -53,12 +53,12 @@ def render(reports: Path, run_id: str | None = None) -> str:
     """The page of one run; see `write_html`.
 
     Raises:
-        StoreError: If no run has finished, or there is none of that name.
+        StoreError: If no run has finished, or there is none with that name.
     """
     damage: list[StoreError] = []
     history = read_variants(reports, damage.append)
     if run_id is not None:
-        # Damage of the run itself is an error; that of others only leaves them out.
+        # Damage to the run itself is an error; other damaged runs are only left out.
         read_table(reports, "variants", run_id)
     elif damage and not history:
         raise damage[0]
@@ -116,14 +116,14 @@ def _rows(reports: Path, table: str, row: Callable[..., Row], run_id: str) -> tu
 
 
 def _disagreements(reports: Path, run: Report) -> list[Disagreement]:
-    """Every quantized variant's, the one to ship first."""
+    """Every quantized variant's disagreement with float, the one to ship first."""
     predictions = read_table(reports, "predictions", run.run_id)
     rows = sorted((row for row in run.variants if row.method != "float"), key=lambda row: row is not run.best)
     return [compare(predictions, row.variant) for row in rows]
 
 
 def _runs(history: list[tuple[str, VariantRow]]) -> list[tuple[str, VariantRow]]:
-    """Each run with the variant that won it, or that came nearest; the newest first."""
+    """Each run with the variant that won it or came closest; the newest run first."""
     groups: dict[str, list[VariantRow]] = {}
     for name, row in history:
         groups.setdefault(name, []).append(row)

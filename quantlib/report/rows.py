@@ -1,4 +1,4 @@
-"""The rows of the report's tables, and what follows from them.
+"""The rows of the report's tables, and what is derived from them.
 
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
@@ -11,13 +11,13 @@ from quantlib.measure.examples import Example
 
 @dataclass(frozen=True, kw_only=True)
 class VariantRow:
-    """The float model, or one quantized model: a file of it, in the runtime that the file is meant for.
+    """The float model, or one quantized model: one file, in the runtime that the file is meant for.
 
-    Accuracy, size, latency and verdict are all of that file (`artifact_path`) in that runtime (`runtime`); the table
-    `files` has the others. Of float, accuracy is that of TorchScript, which every drop is measured from; its latency is
-    that of its fastest file.
+    Accuracy, size, latency and verdict all refer to that file (`artifact_path`) in that runtime (`runtime`); the table
+    `files` has the others. Float's accuracy is TorchScript's, which every drop is measured from; its latency is that of
+    its fastest file.
 
-    A column with a default was added to the table after others: it is null in runs reported before.
+    A column with a default was added to the table later: it is null in runs reported before that.
     """
 
     recipe: str
@@ -27,47 +27,46 @@ class VariantRow:
     qconfig: str | None
     engine: str | None
     observer: str | None = None
-    """How activation ranges were found; null for float, as the next three."""
+    """How activation ranges were found; null for float, like the next three."""
     weights: str | None = None
     """per_tensor or per_channel."""
     activation_bits: int | None = None
-    """7 or 8; 8 saturate on an x86 CPU without VNNI."""
+    """7 or 8; 8 bits saturate on an x86 CPU without VNNI."""
     float_layers: list[str] | None = None
     """What was kept in float, as the recipe names it."""
     equalized: bool | None = None
     bias_corrected: bool | None = None
     top1: float
-    """Fraction of the validation images, as are the other accuracies without another word."""
+    """Fraction of the validation images, like the other accuracies unless noted."""
     top5: float
     loss: float
     """Mean cross-entropy in nats."""
     num_images: int
     top1_drop: float
-    """Float's top1 less this one's."""
+    """Float's top1 minus this one's."""
     top1_drop_low: float | None = None
     """Ends of the 95% interval of the drop, image by image on the same images."""
     top1_drop_high: float | None = None
     p_value: float | None = None
-    """Exact McNemar test: how likely a model as accurate as float differs from it by this much or more."""
+    """Exact McNemar test: how likely it is that a model as accurate as float differs by this much or more."""
     top1_selection: float
     """On the selection images."""
     selected_on: str
-    """Which those are: held_out (training images) or validation."""
+    """Where those come from: held_out (training images) or validation."""
     top1_simulated: float | None
     """With fake quantization in float, of weights and activations."""
     top1_weights_only: float | None
     top1_activations_only: float | None
     best_epoch: int | None
-    """0-based; the epoch of QAT that this is; null where QAT kept its start."""
+    """The QAT epoch that this is, 0-based; null where QAT kept its start."""
     top1_start: float | None = None
     """Top-1 of the int8 model that QAT started from."""
     kept_start: bool | None = None
-    """Whether no epoch of QAT was better than its start, on the selection images: then this is the
-    start."""
+    """Whether no epoch of QAT was better than its start, on the selection images: then this is the start."""
     size_bytes: int
     runtime: str | None = None
     """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime or openvino.
-    Null in runs reported before: TorchScript on `engine`."""
+    Null in older runs: TorchScript on `engine`."""
     latency_p50_ms: float
     """A batch of one image, one thread."""
     speedup: float
@@ -86,8 +85,8 @@ class VariantRow:
     reason: str | None = None
     """Why the winner was chosen; null for the others."""
     pareto: bool | None = None
-    """Whether nothing that is inside the gate beats it beyond noise: is faster and as accurate, or as fast and more
-    accurate, on the selection images. Null where it is not inside."""
+    """Whether nothing inside the gate beats it beyond noise, by being faster and as accurate, or as fast and more
+    accurate, on the selection images. Null if it is not inside."""
     artifact_sha256: str
     artifact_path: str
     torchscript_path: str | None = None
@@ -97,7 +96,7 @@ class VariantRow:
     onnx_top1: float | None = None
     """Top-1 of the ONNX file in its fastest runtime; the table `files` says which."""
     onnx_refusal: str | None = None
-    """Why there is no such file, where there could be one."""
+    """Why there is no ONNX file, where there could be one."""
     torch_version: str
     cpu_model: str
     created_at: datetime
@@ -111,19 +110,19 @@ class VariantRow:
 
     @property
     def change(self) -> str:
-        """Change of top-1 against float, in points, as "-0.50"."""
+        """Change of top-1 against float, in points, such as "-0.50"."""
         return points(-self.top1_drop)
 
     @property
     def interval(self) -> str:
-        """The 95% interval of the change, as "-1.10 to +0.10"; empty in old reports."""
+        """The 95% interval of the change, such as "-1.10 to +0.10"; empty in old reports."""
         if self.top1_drop_low is None or self.top1_drop_high is None:
             return ""
         return f"{points(-self.top1_drop_high)} to {points(-self.top1_drop_low)}"
 
     @property
     def evidence(self) -> str:
-        """How sure the change is, as "95% interval -1.10 to +0.10, p = 0.25"; empty in old reports."""
+        """How sure the change is, such as "95% interval -1.10 to +0.10, p = 0.25"; empty in old reports."""
         return f"95% interval {self.interval}, p = {self.p_value:.2g}" if self.p_value is not None else ""
 
     @property
@@ -153,7 +152,7 @@ class FileRow:
     """torchscript-ENGINE, onnxruntime or openvino."""
     top1: float
     top1_drop: float
-    """Float's top1 less this one's."""
+    """Float's top1 minus this one's."""
     top1_drop_low: float
     """Ends of the 95% interval of the drop, image by image on the same images."""
     top1_drop_high: float
@@ -164,7 +163,7 @@ class FileRow:
     latency_p50_ms: float
     """A batch of one image, one thread."""
     speedup: float
-    """Against the fastest that float is in any runtime that the recipe allows."""
+    """Against float in its fastest runtime that the recipe allows."""
     gate: str
     """inside, outside or undecided."""
     num_images_to_decide: int | None
@@ -175,7 +174,7 @@ class FileRow:
 
 @dataclass(frozen=True, kw_only=True)
 class NoteRow:
-    """What is to be known of the run, a sentence."""
+    """Something to know about the run, in one sentence."""
 
     kind: str
     """warning: the figures may mislead; note: the rest."""
@@ -195,7 +194,7 @@ class EpochRow:
     top1: float
     """Top-1 of the converted int8 model on the validation images."""
     top1_selection: float
-    """Top-1 on the images that the best epoch is chosen by."""
+    """Top-1 on the selection images, which decide the best epoch."""
     best: bool
     observers_frozen: bool
     batch_norm_frozen: bool
@@ -209,19 +208,19 @@ class LayerRow:
     layer: str
     """Its dotted path in the fused model."""
     type: str
-    """Its class, as ConvReLU2d."""
+    """Its class, such as ConvReLU2d."""
     weight_min: float | None
-    """Least value of the float weight, BatchNorm folded in; null where it has none."""
+    """Smallest value of the float weight, BatchNorm folded in; null if it has none."""
     weight_max: float | None
     activation_min: float | None
-    """Ends of its output's int8 grid; null where its output is not quantized."""
+    """Ends of its output's int8 grid; null if its output is not quantized."""
     activation_max: float | None
     sqnr_db: float | None
     """Signal-to-quantization-noise ratio of its output where every layer is int8, against float."""
     saturation: float | None
     """Fraction of its output's values that the grid cuts off."""
     top1_float: float | None = None
-    """On these images: what the two below are to be compared with."""
+    """On these images: a reference for the figures below."""
     top1_int8: float | None = None
     """When every layer is int8."""
     top1_only: float
@@ -232,7 +231,7 @@ class LayerRow:
     """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
     num_images: int
     measured_on: str
-    """Where these images come from: held_out (training images) or validation, as the selection images do."""
+    """Where these images come from: held_out (training images) or validation, like the selection images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +258,8 @@ class PredictionRow:
     image_index: int
     """Its place among the images that were evaluated: in the dataset's order, or as `evaluation.max_images` drew it."""
     image: str | None
-    """Its file, below the dataset's folder, or its number in a dataset that has no files; absent where the dataset was
-    changed before the run was over."""
+    """Its file, relative to the dataset's folder, or its number in a dataset that has no files; absent if the dataset
+    was changed before the run was over."""
     label: int
     top5: list[int]
 
@@ -279,7 +278,7 @@ class StageRow:
     """One stage of the run."""
 
     stage: str
-    """The task run's name, as calibrate-per_channel."""
+    """The task run's name, such as calibrate-per_channel."""
     key: str
     cached: bool
     seconds: float
@@ -289,7 +288,7 @@ class StageRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run found."""
+    """The results of a run."""
 
     run_id: str
     variants: tuple[VariantRow, ...]
@@ -297,28 +296,28 @@ class Report:
     latency: tuple[LatencyRow, ...]
     stages: tuple[StageRow, ...]
     classes: tuple[ClassRow, ...] = ()
-    """Empty in runs reported before it was added, as is the next one."""
+    """Empty in runs reported before it was added, like the next one."""
     examples: tuple[Example, ...] = ()
     layers: tuple[LayerRow, ...] = ()
-    """Empty where the recipe does not ask for them."""
+    """Empty if the recipe does not ask for them."""
     files: tuple[FileRow, ...] = ()
     """Files of the quantized variants."""
     notes: tuple[NoteRow, ...] = ()
-    """What is to be said of the run that no other table says."""
+    """What to know about the run that no other table says."""
 
     @property
     def winner(self) -> VariantRow | None:
-        """The model to ship, where one is inside the gate."""
+        """The model to ship, if one is inside the gate."""
         return next((row for row in self.variants if row.winner), None)
 
     @property
     def warnings(self) -> list[str]:
-        """Why the figures may mislead, a sentence each."""
+        """Why the figures may mislead, one sentence each."""
         return [note.text for note in self.notes if note.kind == "warning"]
 
     @property
     def remarks(self) -> list[str]:
-        """What else is to be known, of the run and of single variants, a sentence each."""
+        """What else to know about the run and single variants, one sentence each."""
         kept = [
             f"{row.variant}: no epoch of training was better than the model it started from, "
             f"so that is what was kept ({row.top1:.2%})."
@@ -335,7 +334,7 @@ class Report:
 
     @property
     def best(self) -> VariantRow:
-        """The winner, or where there is none the quantized model that loses least."""
+        """The winner or, if there is none, the quantized model that loses least."""
         quantized = [row for row in self.variants if row.method != "float"]
         return self.winner or max(quantized, key=lambda row: row.top1_selection)
 

@@ -1,4 +1,4 @@
-"""A run's result as Markdown, for the dashboard: the verdict, the variants, what changed since the run before."""
+"""A run's result as Markdown, for the dashboard: the verdict, the variants, what changed since the previous run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def summarize(report: Report, reports: Path) -> str:
     """The run's page on the dashboard.
 
     Args:
-        report: Of the run.
+        report: The run's report.
         reports: Folder of all runs' tables; this run's may be among them.
     """
     recipe = report.variants[0].recipe
@@ -44,15 +44,15 @@ def summarize(report: Report, reports: Path) -> str:
 
 
 def find_previous(reports: Path, recipe: str, run_id: str) -> str | None:
-    """The newest finished run of a recipe before another; found by name, so that no table is read."""
-    # As `tasks.execution` names runs: the time, the recipe, eight hexadecimal digits.
+    """The newest finished run of a recipe before the given one; found by name, so no table is read."""
+    # How `tasks.execution` names runs: the time, the recipe, eight hexadecimal digits.
     ours = re.compile(rf"run_id=(\d{{8}}-\d{{6}}-{re.escape(recipe)}-[0-9a-f]{{8}})")
     found = [ours.fullmatch(place.name) for place in (reports / "variants").glob("run_id=*")]
     return max((match[1] for match in found if match and match[1] < run_id), default=None)
 
 
 def headline(report: Report) -> str:
-    """The verdict in a line, as "Ship minmax in onnxruntime: -0.50 points of top-1, 3.1x as fast"."""
+    """The verdict in one line, such as "Ship minmax in onnxruntime: -0.50 points of top-1, 3.1x as fast"."""
     best = report.best
     where = f" in {best.runtime}" if best.runtime else ""
     figures = f"{best.change} points of top-1, {best.speedup:.2f}x as fast"
@@ -117,7 +117,7 @@ def _plots(report: Report) -> list[str]:
 
 
 def _changes(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each variant that came, went, or is another model than before; and the winner where it changed."""
+    """A line for each variant that is new, gone or a different model, and for the winner if it changed."""
     old = {row["variant"]: row for row in before}
     lines = []
     winners = [next((name for name, won in pairs if won), "none") for pairs in _winners(variants, before)]
@@ -128,18 +128,18 @@ def _changes(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]
             lines.append(f"`{row.variant}` is new.")
         elif row.artifact_sha256 != old[row.variant]["artifact_sha256"]:
             lines.append(
-                f"`{row.variant}` is another model: {points(row.top1 - old[row.variant]['top1'])} points of top-1, "
+                f"`{row.variant}` is a different model: {points(row.top1 - old[row.variant]['top1'])} points of top-1, "
                 f"latency {old[row.variant]['latency_p50_ms']:.2f} to {row.latency_p50_ms:.2f} ms."
             )
         elif row.top1 != old[row.variant]["top1"]:
             change = points(row.top1 - old[row.variant]["top1"])
             lines.append(f"`{row.variant}` is the same model, measured differently: {change} points of top-1.")
     lines += [f"`{name}` is gone." for name in old if name not in {row.variant for row in variants}]
-    return "\n".join(f"- {line}" for line in lines) or "Every model is the same, and as accurate."
+    return "\n".join(f"- {line}" for line in lines) or "Every model is the same, and as accurate as before."
 
 
 def _winners(variants: Sequence[VariantRow], before: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, bool]]]:
-    """(variant, whether it won) of the run before, and of this one."""
+    """(variant, whether it won) of the previous run, then of this one."""
     return [
         [(row["variant"], row["winner"]) for row in before],
         [(row.variant, row.winner) for row in variants],

@@ -1,4 +1,4 @@
-"""Small plots as SVG, for places that show pictures and run no code, as the dashboard's artifacts."""
+"""Small plots as SVG, for places that show pictures and run no code, such as the dashboard's artifacts."""
 
 import base64
 import html
@@ -33,7 +33,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Values to write at the axis."""
+        """Values to label on the axis."""
         return [self.low + (self.high - self.low) * n / (_NUM_TICKS - 1) for n in range(_NUM_TICKS)]
 
 
@@ -55,7 +55,7 @@ def plot(x: Axis, y: Axis, series: Mapping[str, Sequence[tuple[float, float]]], 
             parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="5" fill="{color}"/>' for a, b in at]
         a, b = at[-1]
-        # Inside the picture, and neighbours on different sides.
+        # Keep names inside the picture, and those of neighbours on different sides.
         anchor = "end" if a > _WIDTH / 2 else "start"
         parts.append(_text(a + (-8 if anchor == "end" else 8), b + (-8, 16)[place % 2], name, anchor))
     style = 'font-family="sans-serif" font-size="12" fill="#1b1f24"'

@@ -68,13 +68,13 @@ def write(
 ) -> None:
     """Write a run's tables as folder/TABLE/run_id=RUN/part-0.parquet, each whole or not at all.
 
-    `variants` comes last: where it is, the rest is.
+    `variants` comes last: if it is there, so is the rest.
 
     Args:
-        folder: Of all runs' reports.
+        folder: Folder of all runs' reports.
         report: A run that was written before is replaced.
         predictions: Every variant's, on the validation images.
-        images: What these are called; None: nobody knows.
+        images: Names of those images; None: unknown.
     """
     tables = {
         "epochs": _table("epochs", report.epochs),
@@ -119,13 +119,13 @@ def _table(name: str, rows: Iterable[Any]) -> pa.Table:
 def read_table(
     folder: Path, name: str, run_id: str | None = None, damaged: Callable[[StoreError], None] | None = None
 ) -> pa.Table:
-    """One table of all runs, or of one, with the column run_id; empty where no run has finished.
+    """One table of all runs, or of one, with the column run_id; empty if no run has finished.
 
     Args:
-        folder: Of all runs' reports.
-        name: Of the table.
-        run_id: Of the one run; only its file is read.
-        damaged: Told of each run whose file is damaged, in the place of an error; the others are read.
+        folder: Folder of all runs' reports.
+        name: Name of the table.
+        run_id: The one run; only its file is read.
+        damaged: Called for each run whose file is damaged, instead of raising; the others are read.
 
     Raises:
         StoreError: If a file is damaged.
@@ -145,13 +145,13 @@ def read_table(
 
 
 def read_layers(folder: Path, run_id: str) -> tuple[LayerRow, ...]:
-    """What one run measured of layers."""
+    """The layers that one run measured."""
     names = {field.name for field in fields(LayerRow)}
     return tuple(LayerRow(**{n: row[n] for n in names}) for row in read_table(folder, "layers", run_id).to_pylist())
 
 
 def read_variants(folder: Path, damaged: Callable[[StoreError], None] | None = None) -> list[tuple[str, VariantRow]]:
-    """(run_id, variant) of all runs, the newest run first, variants in the recipe's order; as `read_table`."""
+    """(run_id, variant) of all runs, the newest run first, variants in the recipe's order; see `read_table`."""
     names = {field.name for field in fields(VariantRow)}
     rows = [
         (row["run_id"], VariantRow(**{name: row[name] for name in names}))

@@ -1,7 +1,7 @@
-"""The verdict: what was measured of each variant, the rows that say so, and which file to ship for which runtime.
+"""The verdict: each variant's measurements, the rows that report them, and which file to ship for which runtime.
 
-A verdict is about a file in a runtime: runtimes round in different places, so the same file has another accuracy in
-each, and another speed.
+A verdict is about a file in a runtime: runtimes round in different places, so the same file has a different
+accuracy, and a different speed, in each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ from quantlib.recipe.variant import Variant
 from quantlib.report.choice import Contender, choose
 from quantlib.report.rows import EpochRow, FileRow, LatencyRow, VariantRow
 
-# What latencies are compared at: batch size, and threads.
+# The setting that latencies are compared at: batch size, and threads.
 _SETTING = (1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What was measured of an epoch of quantization-aware training."""
+    """Measurements of an epoch of quantization-aware training."""
 
     metrics: Mapping[str, Any]
     """`quantlib.quantize.qat.EpochMetrics` as JSON."""
@@ -36,35 +36,35 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file of a variant in the runtime that it is fastest in, of those that the recipe allows."""
+    """A file of a variant, in the fastest of the runtimes that the recipe allows."""
 
     path: str
     sha256: str
     size_bytes: int
     runtime: str
     validation: Predictions
-    """Its answers in that runtime; of float, those of TorchScript."""
+    """Its answers in that runtime; for float, those of TorchScript."""
     selection: Predictions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured of a variant."""
+    """Measurements of a variant."""
 
     variant: Variant
     files: Sequence[File]
-    """Those that the recipe allows to be shipped; TorchScript on its engine where it allows none."""
+    """Those that the recipe allows to ship; TorchScript on its engine if it allows none."""
     available: bool = True
     """Whether it allows any."""
     layers: Sequence[Sequence[Mapping[str, Any]]] = ()
-    """`quantlib.measure.sensitivity.LayerSums` of every layer as JSON, per part of the images; empty: not asked for."""
+    """`quantlib.measure.sensitivity.LayerSums` of every layer as JSON, per part of the images; empty: not requested."""
     simulated: Mapping[str, Predictions]
-    """By what was fake-quantized: both, weights, activations; empty where that was not asked for."""
+    """By what was fake-quantized: both, weights, activations; empty if that was not requested."""
     epochs: tuple[Epoch, ...]
     start_validation: Predictions | None = None
     """Answers of the int8 model that QAT started from, if it did."""
     kept_start: bool | None = None
-    """Whether that is what this is, as no epoch was better."""
+    """Whether this is that model, because no epoch was better."""
     samples_ms: Mapping[tuple[str, int, int], Sequence[float]]
     """By (runtime, batch size, threads); those of one setting were taken in the same rounds, over all variants."""
     torchscript_path: str
@@ -89,7 +89,7 @@ class Verdict:
 
     _files: tuple["_Entry", ...]
     _chosen: tuple["_Entry", ...]
-    """For each variant; float's is the first."""
+    """One per variant; float's is the first."""
     _winner: "_Entry | None"
     _reason: str | None
 
@@ -126,7 +126,7 @@ class Verdict:
 def judge(variants: Sequence[Measured], gate: GateRecipe) -> Verdict:
     """Judge every file, choose one for each variant, and the one to ship.
 
-    A variant's row is about the file that wins, or that would of its own: of those inside the gate where there is one.
+    A variant's row is about the winning file, or the one that would win among its own, inside the gate if any is.
 
     Args:
         variants: The float model first.
@@ -185,10 +185,10 @@ class _Entry:
 
     @cached_property
     def _judged(self) -> tuple[str, int | None]:
-        """Whether it is inside the gate, outside, or undecided; then, about how many images would tell."""
+        """Whether it is inside the gate, outside, or undecided; then, about how many images would decide."""
         if self.measured is self.baseline:
             return "inside", None
-        # A drop of exactly the gate is not to be lost to float64's rounding; one image is far more than this.
+        # A drop of exactly the gate must not fail through float64's rounding; one image is far more than this.
         limit = self.gate.max_top1_drop + 1e-9
         if self.gate.confidence is None:
             return ("inside" if self._drop().drop <= limit else "outside"), None
@@ -227,7 +227,7 @@ class _Entry:
         )
 
     def variant_row(self, run_info: RunInfo, *, float_ms: float, reason: str | None, pareto: bool | None) -> VariantRow:
-        """The variant's row; with a reason, the winner's."""
+        """The variant's row; the winner's if there is a reason."""
         measured, file, variant = self.measured, self.file, self.measured.variant
         scheme = variant.scheme
         paired, by_runtime = self._drop(), _latencies(measured)

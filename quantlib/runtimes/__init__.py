@@ -1,1 +1,1 @@
-"""What opens and runs an exported model: the runtimes and int8 engines of this machine."""
+"""The runtimes and int8 engines of this machine, which open and run exported models."""

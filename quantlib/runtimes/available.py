@@ -29,7 +29,7 @@ def activation_bits(engine: str) -> ActivationBits:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What runs an exported model."""
+    """A runtime, which runs exported models."""
 
     name: str
     """torchscript, torchscript-ENGINE, onnxruntime or openvino."""
@@ -44,16 +44,16 @@ class Runtime:
 def find_onnx_runtimes(
     wanted: Collection[str] | None = None, shipped_for: Collection[str] | None = None
 ) -> tuple[Runtime, ...]:
-    """The runtimes for ONNX files that are installed, the one that is mostly faster first.
+    """The installed runtimes for ONNX files, the usually faster one first.
 
-    None without the package `onnx`, which writes the files.
+    Empty without the package `onnx`, which writes the files.
 
     Args:
-        wanted: `benchmark.runtimes`: names of those that must be there, torchscript apart; None: any will do.
-        shipped_for: `gate.runtimes`: of those, too.
+        wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any will do.
+        shipped_for: `gate.runtimes`: these must be installed, too.
 
     Raises:
-        MachineError: If one of them is not.
+        MachineError: If one of them is not installed.
     """
     installed = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name) is not None]
     if importlib.util.find_spec("onnx") is None:
@@ -80,7 +80,7 @@ def torchscript_on(engine: str | None) -> str:
 
 
 def engines() -> tuple[str, ...]:
-    """The int8 engines of torch that are made for this kind of CPU; the one that torch itself prefers comes first."""
+    """The int8 engines of torch for this kind of CPU, the one that torch itself prefers first."""
     return ("x86", "fbgemm", "onednn") if platform.machine().lower() in {"x86_64", "amd64"} else ("qnnpack", "onednn")
 
 
@@ -97,7 +97,7 @@ def find_engine(name: str) -> str:
     """
     if name in {"auto", default_engine()}:
         return default_engine()
-    # Importing torch takes seconds, and is not needed for the engine that it surely has.
+    # Importing torch takes seconds, and is not needed for the engine that it always has.
     return resolve_engine(name)
 
 

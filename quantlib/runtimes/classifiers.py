@@ -1,4 +1,4 @@
-"""What runs an exported model: TorchScript on each of torch's int8 engines, ONNX Runtime, OpenVINO."""
+"""Classifiers that run an exported model: TorchScript on each of torch's int8 engines, ONNX Runtime, OpenVINO."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TorchScriptClassifier:
     """A TorchScript file, frozen. It runs on as many threads as torch is set to.
 
     Args:
-        path: Of the file.
-        engine: What int8 weights are packed for; float models do without.
+        path: The file.
+        engine: The engine that int8 weights are packed for; float models need none.
 
     Raises:
         MachineError: If this machine lacks the engine.
@@ -57,21 +57,21 @@ class ONNXRuntimeClassifier:
     """An ONNX file in ONNX Runtime.
 
     Args:
-        path: Of the file.
-        num_threads: Of its own; 0: as many as there are cores.
+        path: The file.
+        num_threads: Its own threads; 0: as many as there are cores.
     """
 
     layout = torch.contiguous_format
 
     def __init__(self, path: Path, num_threads: int) -> None:
-        # Its import puts an id of the device into the user's cache, and some seconds later reports to Microsoft.
+        # Importing it puts a device id into the user's cache, and reports to Microsoft some seconds later.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # Errors: it warns of every shape that it cannot know.
+        options.log_severity_level = 3  # Errors only: it warns about every shape that it cannot know.
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name
 
@@ -84,18 +84,18 @@ class OpenVINOClassifier:
     """An ONNX file in OpenVINO.
 
     Args:
-        path: Of the file.
-        num_threads: Of its own; 0: as many as it likes.
+        path: The file.
+        num_threads: Its own threads; 0: as many as it likes.
     """
 
     layout = torch.contiguous_format
 
     def __init__(self, path: Path, num_threads: int) -> None:
-        # OpenVINO's import reports itself to Google; where this module is missing it does not, and works the same.
+        # Importing OpenVINO reports to Google; without this module it does not, and works the same.
         cast("dict[str, Any]", sys.modules).setdefault("openvino_telemetry", None)
         import openvino
 
-        # What is float stays float32: OpenVINO would take bfloat16 where the CPU has it.
+        # Float stays float32: OpenVINO would use bfloat16 if the CPU has it.
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if num_threads:
             settings["INFERENCE_NUM_THREADS"] = num_threads
@@ -105,16 +105,16 @@ class OpenVINOClassifier:
     def __call__(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
         outputs = self.request.infer([images.contiguous().numpy()], share_inputs=True, share_outputs=True)
-        return torch.from_numpy(outputs[0].copy())  # It writes the next answer into the same memory.
+        return torch.from_numpy(outputs[0].copy())  # The next output is written into the same memory.
 
 
 def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
-    """An exported model in a runtime.
+    """Open an exported model in a runtime.
 
     Args:
         path: A TorchScript or an ONNX file.
         runtime: torchscript, torchscript-ENGINE, onnxruntime or openvino.
-        num_threads: Of an ONNX runtime; 0: as many as it likes. TorchScript runs on torch's.
+        num_threads: Threads of an ONNX runtime; 0: as many as it likes. TorchScript runs on torch's.
 
     Raises:
         ModelError: If the file cannot be read, or is not for that runtime.

@@ -1,6 +1,6 @@
-"""Hashes of Python code that comments, docstrings and layout do not change.
+"""Hashes of Python code that ignore comments, docstrings and layout.
 
-A stage's key holds the hash of the code that does its work, so that editing it computes the stage again.
+A stage's key holds the hash of the code that does its work, so editing it makes the stage compute again.
 """
 
 import ast
@@ -17,7 +17,7 @@ def hash_tree(tree: ast.AST) -> str:
 
 
 def imported_modules(tree: ast.AST, package: str = "") -> Iterator[str]:
-    """Names that a syntax tree imports, wherever in it; of `from a import b`, both a and a.b.
+    """Names that a syntax tree imports, anywhere in it; for `from a import b`, both a and a.b.
 
     Imports under `if TYPE_CHECKING:` are left out: they do not run.
 
@@ -39,11 +39,11 @@ def imported_modules(tree: ast.AST, package: str = "") -> Iterator[str]:
 def module_hashes(name: str) -> dict[str, str]:
     """A hash for a module, and for each module of the same project that it imports, directly or through others.
 
-    Nothing is imported for it but what finds the first module.
+    Nothing is imported except what is needed to find the first module.
 
     Args:
-        name: Dotted. Of the same project is what lies below the folder that its top-level package lies in; for an
-            installed module, what lies in the same top-level package.
+        name: Dotted. The same project is everything below the folder that holds its top-level package; for an
+            installed module, everything in the same top-level package.
 
     Raises:
         ModuleNotFoundError: If there is no such module.
@@ -67,7 +67,7 @@ def module_hashes(name: str) -> dict[str, str]:
         hashes[module] = hash_tree(tree)
         parent = module.rpartition(".")[0]
         waiting += imported_modules(tree, module if source.name == "__init__.py" else parent)
-        # Importing a module runs the packages that it lies in.
+        # Importing a module runs the packages that contain it.
         waiting += [parent] if parent else []
     return hashes
 

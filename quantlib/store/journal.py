@@ -1,11 +1,11 @@
-"""The journal of runs: what each was to do, how far it came, and whether its process still lives.
+"""The journal of runs: what each should do, how far it got, and whether its process is still alive.
 
 runs/RUN/run.json        what the run is: its recipe, its flow, its process
-runs/RUN/stages.jsonl    each stage it met, a line when it starts and a line when it is done
-runs/RUN/outcome.json    how it ended; not there for a run that goes on, or that died
-runs/RUN/lock            held by the run's process: the kernel frees it, however the process ends
+runs/RUN/stages.jsonl    each stage it reached: one line when it starts and one when it is done
+runs/RUN/outcome.json    how it ended; missing for a run that is still going, or that died
+runs/RUN/lock            held by the run's process: the kernel releases it, however the process ends
 
-Runs are read for as long as their folders lie there: whatever became of an old one, it is told, and stops nothing.
+Runs are read for as long as their folders exist: whatever happened to an old one is reported, and stops nothing.
 """
 
 import json
@@ -53,11 +53,11 @@ class RunFile:
     """quantize, ptq or qat."""
     recipe: dict[str, Any]
     started_at: Date
-    """ISO 8601, UTC; of the first attempt."""
+    """Start of the first attempt: ISO 8601, UTC."""
     host: str
     pid: int
     flow_run_id: Annotated[str, AfterValidator(_check_uuid)] | None
-    """Prefect's, of the last attempt."""
+    """Prefect's id of the last attempt."""
 
 
 class StageLine(TypedDict):
@@ -67,7 +67,7 @@ class StageLine(TypedDict):
     key: str
     at: NotRequired[str]
     cached: NotRequired[bool]
-    """Only where the run has what the stage gives: whether that was reused."""
+    """Only once the run has the stage's result: whether that was reused."""
 
 
 class _Outcome(TypedDict):
@@ -81,16 +81,16 @@ _RUN_FILE, _STAGE_LINE, _OUTCOME = TypeAdapter(RunFile), TypeAdapter(StageLine),
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands."""
+    """The status of a run."""
 
     file: RunFile
     state: State
     num_stages: int
-    """Stages it is done with."""
+    """Stages that are done."""
     stage: str
-    """The last one it met."""
+    """The last stage it reached."""
     keys: frozenset[str]
-    """Keys of all stages that it met."""
+    """Keys of all stages that it reached."""
     message: str
     """First line of the error of a failed run; what is damaged in a damaged one."""
 
@@ -99,7 +99,7 @@ class RunStatus:
         """The run's recipe.
 
         Raises:
-            RecipeError: If it was written by a release whose recipes differ.
+            RecipeError: If it was written by a release with different recipes.
         """
         return parse_recipe(self.file.recipe)
 
@@ -108,7 +108,7 @@ class Journal:
     """The folder of one run.
 
     Args:
-        folder: Made when the run begins.
+        folder: Created when the run begins.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,10 +121,10 @@ class Journal:
 
     @contextmanager
     def record(self, flow: str, recipe: Recipe, flow_run_id: str | None) -> Iterator[None]:
-        """Begin or resume the run, and note how it ended.
+        """Begin or resume the run, and note how it ends.
 
         Raises:
-            RecipeError: If the run's process still lives.
+            RecipeError: If the run's process is still alive.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self._lock()
@@ -153,7 +153,7 @@ class Journal:
         self._append({"label": label, "key": key, "at": _now()})
 
     def stage_finished(self, label: str, key: str, *, cached: bool) -> None:
-        """Note that the run has what a stage gives."""
+        """Note that the run has a stage's result."""
         self._append({"label": label, "key": key, "at": _now(), "cached": cached})
 
     def stages(self) -> list[StageLine]:
@@ -165,7 +165,7 @@ class Journal:
         return [line for line in map(_parse, lines) if line is not None]
 
     def status(self) -> RunStatus | None:
-        """How the run stands; None where the folder holds no run."""
+        """The run's status; None if the folder holds no run."""
         if not os.path.lexists(self.folder / "run.json"):
             return None
         stages, file, message = self.stages(), self._unreadable(), ""
@@ -173,7 +173,7 @@ class Journal:
         try:
             file = _RUN_FILE.validate_python(self._read("run.json"))
             if file.run_id != self.run_id:
-                raise ValueError("it is of another run")  # noqa: TRY301 (told as all other damage)
+                raise ValueError("it belongs to another run")  # noqa: TRY301 (reported like all other damage)
             if os.path.lexists(self.folder / "outcome.json"):
                 outcome = _OUTCOME.validate_python(self._read("outcome.json"), strict=True)
                 state, message = outcome["state"], outcome["message"]
@@ -191,7 +191,7 @@ class Journal:
         )
 
     def _unreadable(self) -> RunFile:
-        """In the place of a run.json that says nothing: what the folder itself tells."""
+        """A stand-in for an unreadable run.json, from what the folder itself shows."""
         changed = datetime.fromtimestamp(self.folder.stat().st_mtime, UTC).isoformat()
         return RunFile(self.run_id, "", {}, changed, "", 0, None)
 
@@ -215,7 +215,7 @@ class Journal:
         write_atomically(self.folder / name, seal(content))
 
     def _read(self, name: str) -> dict[str, Any]:
-        """What was written.
+        """The fields that were written to a file of the run.
 
         Raises:
             OSError: If there is no such file, or it cannot be read.
@@ -229,7 +229,7 @@ class Journal:
     def _append(self, line: StageLine) -> None:
         file_path = lockable(self.folder / "stages.jsonl")
         with explaining_full_disk(self.folder), file_path.open("a", encoding="utf-8") as file:
-            # The break before it ends a line that a crash has cut short.
+            # The leading line break ends a line that a crash has cut short.
             file.write(f"\n{json.dumps(line)}\n")
 
 
@@ -245,7 +245,7 @@ def find_run(folder: Path, run_id: str) -> RunStatus:
     """A run by its name.
 
     Raises:
-        RecipeError: If there is none of that name.
+        RecipeError: If there is none with that name.
     """
     runs = read_runs(folder)
     named = next((run for run in runs if run.file.run_id == run_id), None)
@@ -259,8 +259,8 @@ def find_unfinished(folder: Path, run_id: str | None) -> RunStatus:
     """The run to resume.
 
     Args:
-        folder: Of all runs.
-        run_id: Which; None: the newest that crashed or failed. One that is completed and named makes its report again.
+        folder: The folder of all runs.
+        run_id: The run; None: the newest that crashed or failed. A completed run that is named makes its report again.
 
     Raises:
         RecipeError: If there is none.
@@ -277,7 +277,7 @@ def find_unfinished(folder: Path, run_id: str | None) -> RunStatus:
         raise RecipeError(f"No run {run_id!r}. Unfinished runs: {names}; `quantflow runs` lists all.")
     if named.state == "damaged":
         raise RecipeError(
-            f"Run {run_id!r} is damaged ({named.message}): run its recipe again, what it has computed is reused."
+            f"Run {run_id!r} is damaged ({named.message}): run its recipe again; what it has computed is reused."
         )
     if named.state == "running":
         raise RecipeError(f"Run {run_id!r} is still running: wait for it, or stop its process first.")
@@ -296,7 +296,7 @@ def _parse(line: bytes) -> StageLine | None:
 
 
 def _first_line(error: Exception) -> str:
-    """What is damaged, in a line."""
+    """What is damaged, in one line."""
     if isinstance(error, ValidationError):
         details = error.errors()[0]
         where = ".".join(str(part) for part in details["loc"])

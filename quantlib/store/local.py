@@ -1,7 +1,7 @@
 """Content-addressed artifacts on disk, and the records that say which stage made which.
 
     blobs/ab/abcdef…     an artifact, named by the SHA-256 of its bytes, read-only
-    records/KEY.json     what the stage with this key made, and out of what
+    records/KEY.json     what the stage with this key made, and from what
 
 Everything is written to a temporary file, flushed to the disk, then renamed: a reader sees a whole file or none. The
 umask decides who may read it.
@@ -26,16 +26,16 @@ class Store:
     """Artifacts and records below one folder.
 
     Args:
-        folder: Made when it is first written to.
+        folder: Created when it is first written to.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # (size, mtime, inode) of each blob that was read whole and found right: hashing it again tells nothing new.
+        # (size, mtime, inode) of each blob that was read whole and found right, so that it need not be hashed again.
         self._verified: dict[str, tuple[int, int, int]] = {}
 
     def put(self, kind: str, content: bytes) -> Ref:
-        """Store bytes; the same bytes are stored once."""
+        """Store bytes; identical bytes are stored once."""
         return self.write(kind, lambda file: file.write(content))
 
     def put_json(self, kind: str, value: Any) -> Ref:
@@ -68,7 +68,7 @@ class Store:
         return ref
 
     def path(self, ref: Ref) -> Path:
-        """The artifact's file, after its bytes were checked.
+        """The artifact's file, after checking its bytes.
 
         Raises:
             StoreError: If it is missing or damaged.
@@ -81,7 +81,7 @@ class Store:
                 if status.st_size != ref.size or _hash_file(blob) != ref.sha256:
                     raise StoreError(
                         f"Artifact {blob} is damaged: its content is no longer what was written. "
-                        "Run the recipe again: the stage that made it is computed again."
+                        "Run the recipe again to recompute the stage that made it."
                     )
                 self._verified[ref.sha256] = seen
         except OSError as error:
@@ -100,7 +100,7 @@ class Store:
             raise _unreadable(self._blob(ref.sha256), error) from None
 
     def copy_out(self, ref: Ref, place: Path) -> Path:
-        """Give an artifact a file of its own at `place`, which outlives it in the store.
+        """Copy an artifact to a file at `place`, which outlives it in the store.
 
         Raises:
             StoreError: If it is missing or damaged.
@@ -117,47 +117,47 @@ class Store:
         return True
 
     def add_record(self, record: Record) -> None:
-        """Keep what a stage made. Its artifacts must be stored before."""
+        """Store a stage's record. Its artifacts must already be stored."""
         with _new_file(self.folder / "records") as file:
             file.write(seal(asdict(record)))
             file.flush()
             _publish(file, self._record(record.key), read_only=True)
 
     def find_record(self, key: str) -> Record | None:
-        """The record under `key`, or None where it or one of its artifacts is missing or damaged."""
+        """The record under `key`, or None if it or one of its artifacts is missing or damaged."""
         record = self.read_record(key)
         if record is None or not all(self.holds(ref) for ref in record.outputs):
             return None
         return record
 
     def read_record(self, key: str) -> Record | None:
-        """The record under `key`, or None where it is missing or damaged; its artifacts are not looked at."""
+        """The record under `key`, or None if it is missing or damaged; its artifacts are not checked."""
         try:
             fields = unseal(read_file(self._record(key)))
             outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
             record = Record(outputs=outputs, **fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            # Damaged in whatever way: the stage is computed again, and that writes it again.
+            # However it is damaged, the stage is computed again, which rewrites it.
             return None
         return record if record.key == key else None
 
     def records(self) -> Iterator[Record]:
-        """Every record that can be read, in no order; their artifacts are not looked at."""
+        """Every record that can be read, in no particular order; their artifacts are not checked."""
         for path in (self.folder / "records").glob("*.json"):
             record = self.read_record(path.stem)
             if record is not None:
                 yield record
 
     def remove_record(self, key: str) -> None:
-        """Forget what a stage made; its artifacts stay. Only inside `freeing`."""
+        """Delete a stage's record; its artifacts stay. Only inside `freeing`."""
         self._record(key).unlink(missing_ok=True)
         self.lock_file(key).unlink(missing_ok=True)
 
     def remove_blobs_except(self, kept: set[str]) -> list[int]:
-        """Remove every artifact but those with these hashes, and what a crash left unfinished. Only inside `freeing`.
+        """Delete all artifacts except those with these hashes, and what a crash left unfinished. Only inside `freeing`.
 
         Returns:
-            The size in bytes of each that was removed.
+            The size in bytes of each deleted file.
         """
         sizes = []
         for path in [*(self.folder / "blobs").rglob("*"), *(self.folder / "records").glob(".writing-*")]:
@@ -169,28 +169,28 @@ class Store:
 
     @contextmanager
     def freeing(self) -> Iterator[None]:
-        """Nobody else is inside `in_use` inside the block.
+        """Keep every process out of `in_use` during the block.
 
         Raises:
-            MachineError: If somebody is.
+            MachineError: If a process is in it.
         """
         try:
             with self._lock_uses(fcntl.LOCK_EX | fcntl.LOCK_NB):
                 yield
         except BlockingIOError:
             raise MachineError(
-                "A flow is running on this home, and may need what would be freed: try again when it has ended."
+                "A flow is running on this home, and may need what would be deleted: try again when it has ended."
             ) from None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Nothing is freed from the store inside the block; any number of processes may be inside one."""
+        """Nothing is deleted from the store during the block; any number of processes may be in one."""
         with self._lock_uses(fcntl.LOCK_SH):
             yield
 
     @contextmanager
     def _lock_uses(self, operation: int) -> Iterator[None]:
-        """Hold a flock(2), which the kernel frees when the process ends in whatever way."""
+        """Hold a flock(2), which the kernel releases however the process ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         file = os.open(lockable(self.folder / "in-use"), flags, 0o666)
@@ -219,6 +219,5 @@ class Store:
 
 def _unreadable(blob: Path, error: OSError) -> StoreError:
     return StoreError(
-        f"Artifact {blob} cannot be read ({error.strerror}). "
-        "Run the recipe again: the stage that made it is computed again."
+        f"Artifact {blob} cannot be read ({error.strerror}). Run the recipe again to recompute the stage that made it."
     )

@@ -1,4 +1,4 @@
-"""What the store holds, for which runs, and what can be freed of it."""
+"""What the store holds, for which runs, and what can be deleted from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ class Entry:
     size: int
     """Bytes of its artifacts; artifacts that other records share are counted in each."""
     runs: tuple[str, ...]
-    """Those that used it, the newest first."""
+    """Runs that used it, the newest first."""
     last_used: datetime
 
 
 @dataclass(frozen=True)
 class Freed:
-    """What was freed."""
+    """What was deleted."""
 
     num_records: int
     num_blobs: int
@@ -35,7 +35,7 @@ def list_entries(store: Store, runs: Sequence[RunStatus]) -> list[Entry]:
     """Every record of the store, the most recently used first.
 
     Args:
-        store: Looked into.
+        store: The store to read.
         runs: All runs of the home, the newest first.
     """
     entries = []
@@ -48,7 +48,7 @@ def list_entries(store: Store, runs: Sequence[RunStatus]) -> list[Entry]:
 
 
 def find_damage(store: Store) -> tuple[int, list[tuple[Record, Ref]]]:
-    """How many artifacts there should be; and each that is missing or damaged, with a record that names it."""
+    """How many artifacts there should be, and each missing or damaged one with a record that names it."""
     by_artifact = {ref: record for record in store.records() for ref in record.outputs}
     return len(by_artifact), [(record, ref) for ref, record in by_artifact.items() if not store.holds(ref)]
 
@@ -61,17 +61,17 @@ def free(
     max_size: int | None = None,
     keep_runs: int | None = None,
 ) -> Freed:
-    """Free records, and the artifacts that no record names any more.
+    """Delete records, and the artifacts that no record names any more.
 
     Args:
-        store: Freed from.
+        store: The store to delete from.
         runs: All runs of the home, the newest first.
-        unused_for: Free what no run has used for so long.
-        max_size: Free the least recently used until the artifacts take no more bytes than this.
-        keep_runs: Free what neither the newest so many runs use, nor one that is unfinished.
+        unused_for: Delete what no run has used for this long.
+        max_size: Delete the least recently used until the artifacts take no more bytes than this.
+        keep_runs: Delete what is used neither by this many of the newest runs nor by an unfinished one.
 
     Raises:
-        MachineError: If a flow is running: it may need what would be freed.
+        MachineError: If a flow is running: it may need what would be deleted.
     """
     with store.freeing():
         entries = list_entries(store, runs)

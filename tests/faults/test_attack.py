@@ -1,4 +1,4 @@
-"""The attacks of tests/attack.py with small numbers: nothing different, nothing twice, no hang, no traceback."""
+"""The attacks of tests/attack.py on a small scale: nothing different, nothing twice, no hang, no traceback."""
 
 import attack
 import damages

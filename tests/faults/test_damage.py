@@ -42,7 +42,7 @@ def check_repair(home, expected, record, path, damage):
     assert repaired.error == ""
     assert repaired.variants == expected.variants
     ran = {label for label, cached in repaired.stages.items() if not cached}
-    # Two stages can make the same artifact; side by side, both may find it damaged.
+    # Two stages can make the same artifact; running in parallel, both may find it damaged.
     labels = {label for label, key in harness.keys_done(home).items() if key in makers}
     assert ran <= labels | {"benchmark"}, f"{record.stage}, {damage}"
     assert ran, f"{record.stage}, {damage}: not noticed"
@@ -52,7 +52,7 @@ def check_repair(home, expected, record, path, damage):
 
 
 def artifacts(home):
-    """Each artifact once, with the first record that names it in the flow's order."""
+    """Each artifact once, with the first record in the flow's order that names it."""
     store = Store(home / "store")
     by_key = {record.key: record for record in store.records()}
     seen = {}
@@ -92,5 +92,5 @@ def test_a_damaged_record_makes_its_stage_run_again_and_nothing_else(damage, hom
         assert f"{key}.json is a folder, where a file belongs. Remove it" in repaired.error
         return
     assert repaired.variants == expected.variants
-    # Of the branches that share it, whichever came first.
+    # Whichever of the branches that share it came first.
     assert [keys[label] for label, cached in repaired.stages.items() if not cached] == [key]

@@ -1,4 +1,4 @@
-"""A disk that fills up: a clear error, no damage, and the run goes on once there is room."""
+"""A disk that fills up: a clear error, no damage, and the run resumes once there is room."""
 
 import subprocess
 import sys
@@ -25,14 +25,14 @@ def small_disk(tmp_path, request):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_disk_is_named_harms_nothing_and_the_run_goes_on_when_there_is_room(small_disk, undisturbed):
+def test_a_full_disk_is_named_harms_nothing_and_the_run_resumes_when_there_is_room(small_disk, undisturbed):
     _, expected = undisturbed
     home = small_disk / "home"
     full = harness.run(home)
     assert "MachineError: The disk is full" in full.error
     assert find_damage(Store(home / "store"))[1] == []
     done = harness.keys_done(home)
-    assert done, "the disk was full too early for this test to mean anything"
+    assert done, "the disk filled up too early for this test to mean anything"
 
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     resumed = harness.run(home, run_id=harness.run_id_of(home))

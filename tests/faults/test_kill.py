@@ -1,4 +1,4 @@
-"""kill -9 anywhere: the next run goes on from there, with the same result, and clears away what was left half-made."""
+"""kill -9 anywhere: the next run resumes from there, with the same result, and removes what was left half-written."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_a_killed_run_is_resumed_with_the_same_result(number, undisturbed, tmp_p
     assert list(home.rglob(".writing-*")) == []
 
 
-def test_a_write_that_was_cut_short_is_cleared_away_by_the_next_run_and_one_that_goes_on_is_not(home_copy):
+def test_a_write_that_was_cut_short_is_removed_by_the_next_run_and_one_in_progress_is_not(home_copy):
     write = "from pathlib import Path; from quantlib.store.local import Store; import sys, time; " + (
         "Store(Path(sys.argv[1])).write('model', lambda file: (file.write(b'half'), print('begun', flush=True), "
         "time.sleep(600)))"
@@ -60,13 +60,13 @@ def test_a_write_that_was_cut_short_is_cleared_away_by_the_next_run_and_one_that
     assert list(home_copy.rglob(".writing-*")) == []
 
 
-def test_what_a_killed_run_left_in_tmpdir_is_cleared_away_by_the_next(tmp_path):
+def test_what_a_killed_run_left_in_tmpdir_is_removed_by_the_next(tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "tmp").mkdir()
     own = own_environment(TMPDIR=str(tmp_path / "tmp"), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "flows.cli.commands", "run", "tiny.toml", "--home", "home"]
     (tmp_path / "home" / "prefect").mkdir(parents=True)
-    # As another run on the same home holds it: the second keeps Prefect's files in TMPDIR.
+    # Held as by another run on the same home: the second run keeps Prefect's files in TMPDIR.
     with FileLock(tmp_path / "home" / "prefect" / "server.lock"):
         first = subprocess.Popen(command, cwd=tmp_path, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         records = tmp_path / "home" / "store" / "records"

@@ -1,4 +1,4 @@
-"""Runs beside each other on one home compute each stage once, and wait for nobody who is dead."""
+"""Parallel runs on one home compute each stage once, and never wait for a dead process."""
 
 import time
 from collections import Counter
@@ -7,7 +7,7 @@ import harness
 
 
 def computed(home):
-    """How often each stage was computed, by key: what branches share is computed by whichever comes first."""
+    """How often each stage was computed, by key: whichever branch comes first computes a shared stage."""
     return Counter(line["key"] for line in harness.stage_lines(home) if line.get("cached") is False)
 
 
@@ -32,7 +32,7 @@ def test_the_others_take_over_from_one_that_is_killed_inside_a_stage(undisturbed
     outcomes = [harness.finish(process) for process in others]
     assert [outcome.error for outcome in outcomes] == [""] * 3
     assert all(outcome.variants == expected.variants for outcome in outcomes)
-    # What the killed one had finished, nobody computed again; everything else was computed once.
+    # What the killed run had finished was not computed again; everything else was computed once.
     assert computed(home) == computed(untouched)
 
 
@@ -44,5 +44,5 @@ def num_waiting(home, label):
 def wait_until(condition):
     deadline = time.monotonic() + 240
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
+        assert time.monotonic() < deadline, "timed out waiting for the condition"
         time.sleep(0.1)

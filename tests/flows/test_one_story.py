@@ -1,10 +1,9 @@
-"""The terminal, the page, the dashboard and the tables say the same of a run."""
+"""The terminal, the page, the dashboard and the tables say the same about a run."""
 
 import json
 import re
 from dataclasses import replace
 from html import unescape
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -35,7 +34,7 @@ WINNER = variant_row(
     top1_selection=0.79,
     size_bytes=1_000_000,
 )
-# In the table it beats the winner in accuracy and in speed: within noise.
+# In the table it beats the winner in accuracy and speed, but only within noise.
 RIVAL = variant_row("large", runtime="openvino", pareto=True, latency_p50_ms=1.0, top1=0.7479, size_bytes=2_000_000)
 FOUND = Report(
     run_id="20260501-030000-tiny-0000000a",
@@ -60,26 +59,26 @@ SAID = (
 
 
 @pytest.fixture
-def reports(tmp_path: Path) -> Path:
+def reports(tmp_path):
     answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
     tables.write(tmp_path, FOUND, {row.variant: answers for row in FOUND.variants})
     return tmp_path
 
 
-def test_terminal_page_and_dashboard_say_the_same(reports: Path) -> None:
+def test_terminal_page_and_dashboard_say_the_same(reports):
     page = unescape(html.render(reports))
     for text in (conclusion(FOUND, 0.01), page, summary.summarize(FOUND, reports)):
         assert [said for said in SAID if said not in text] == []
 
 
-def test_the_tables_hold_all_of_it(reports: Path) -> None:
+def test_the_tables_hold_all_of_it(reports):
     row = pd.read_parquet(reports / "variants").set_index("variant").loc["small"]
     shown = (row.top1_drop, row.top1_drop_low, row.top1_drop_high, row.p_value, row.speedup, row.reason, row.runtime)
     assert shown == (0.0042, -0.0021, 0.0105, 0.25, 3.14, WINNER.reason, "openvino")
     assert list(pd.read_parquet(reports / "notes").text) == ["40 validation images are few.", "The search ended."]
 
 
-def test_the_star_lies_on_the_line_of_what_was_compared(reports: Path) -> None:
+def test_the_star_lies_on_the_line_of_what_was_compared(reports):
     page = html.render(reports)
     figure = re.search(r'data-chart="chart-tradeoff">(.*?)</script>', page, re.DOTALL)
     assert figure is not None
@@ -96,7 +95,7 @@ def test_the_star_lies_on_the_line_of_what_was_compared(reports: Path) -> None:
     assert starred == [(WINNER.latency_p50_ms, WINNER.top1)]
 
 
-def test_a_damaged_report_is_named_the_others_are_shown_and_the_page_of_one_is_refused(reports: Path) -> None:
+def test_a_damaged_report_is_named_the_others_are_shown_and_the_page_of_one_is_refused(reports):
     answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
     other = replace(FOUND, run_id="20260502-030000-tiny-0000000b")
     tables.write(reports, other, {row.variant: answers for row in other.variants})
@@ -110,7 +109,7 @@ def test_a_damaged_report_is_named_the_others_are_shown_and_the_page_of_one_is_r
     assert shown.exit_code == 1
     assert other.run_id in shown.stdout
     assert FOUND.run_id not in shown.stdout
-    assert f"`quantflow resume {FOUND.run_id}` makes it again" in shown.stderr
+    assert f"`quantflow resume {FOUND.run_id}` rebuilds it" in shown.stderr
     page = CliRunner().invoke(main, ["report", "--home", str(home), "--html", str(home / "x"), "--run", FOUND.run_id])
     assert page.exit_code == 1
     assert "is damaged" in page.stderr

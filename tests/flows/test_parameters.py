@@ -49,7 +49,7 @@ def test_the_form_of_each_flow_describes_every_field(flow):
         for field, details in definition["properties"].items()
     ]
     assert len(fields) > len(Recipe.model_fields)
-    # What refers to a section takes over the section's description.
+    # A reference to a section inherits the section's description.
     bare = [f"{section}.{field}" for section, field, details in fields if not {"description", "$ref"} & set(details)]
     assert bare == []
     assert all(definition["description"] for definition in schema["definitions"].values())
@@ -62,7 +62,7 @@ def test_the_form_of_each_flow_bounds_every_value(flow):
 
 
 def unbounded(schema, where):
-    """Where in a JSON schema a value may be as large as one likes."""
+    """Places in a JSON schema where a value may be arbitrarily large."""
     needed = {
         "string": {"maxLength", "pattern"},
         "integer": {"minimum", "maximum"},
@@ -90,7 +90,7 @@ def unbounded(schema, where):
         yield from unbounded(schema["items"], f"{where}[]")
 
 
-def test_deployments_are_made_anew_where_a_field_of_the_recipe_changes_in_whatever_module(monkeypatch):
+def test_deployments_are_made_again_when_a_field_of_the_recipe_changes_in_any_module(monkeypatch):
     before = dashboard.digest_deployments()
     assert dashboard.digest_deployments() == before
     schema = Recipe.model_json_schema()

@@ -1,4 +1,4 @@
-"""No command asks anything of the network, or writes anywhere but to its home, to TMPDIR and where it was told to."""
+"""No command uses the network, or writes anywhere but to its home, to TMPDIR and where it was told to."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ def furnished(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to give commands in."""
+    """A folder to run commands in."""
     return furnished(tmp_path_factory.mktemp("place"))
 
 
@@ -45,7 +45,7 @@ def users_home(tmp_path):
 
 
 def given(name, place, users_home):
-    """A command; how it is run: as a person does who has set nothing, and whose home is empty."""
+    """A command and how to run it: as a person who has set nothing, and whose home is empty."""
     places = {"HOME": str(users_home), "TMPDIR": str(place / "tmp")}
     own = own_environment(without=("XDG_", "ORT_", "DO_NOT_TRACK"), OMP_NUM_THREADS="1", **places)
     home = [] if name == "recipes" else ["--home", "home"]
@@ -59,7 +59,7 @@ def test_the_users_home_stays_empty(place, users_home, name):
     assert list(users_home.rglob("*")) == []
 
 
-def test_what_a_run_writes_is_for_nobody_else_where_the_umask_says_so(tmp_path, users_home):
+def test_what_a_run_writes_is_private_if_the_umask_says_so(tmp_path, users_home):
     command, options = given("run", furnished(tmp_path), users_home)
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, umask=0o077, **options)
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_what_a_run_writes_is_for_nobody_else_where_the_umask_says_so(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.skipif(traces.MISSING is not None, reason=str(traces.MISSING))
 @pytest.mark.parametrize("name", COMMANDS)
-def test_nothing_is_asked_of_the_network_and_nothing_is_written_elsewhere(place, users_home, tmp_path, name):
+def test_the_network_is_not_used_and_nothing_is_written_elsewhere(place, users_home, tmp_path, name):
     command, options = given(name, place, users_home)
     if name == "dashboard":
         command = ["timeout", "--preserve-status", "--signal", "INT", "60", *command]
@@ -79,13 +79,13 @@ def test_nothing_is_asked_of_the_network_and_nothing_is_written_elsewhere(place,
     assert seen.returncode in ({2} if name == "resume" else {0}), seen.said
     assert seen.foreign() == []
     assert list(users_home.rglob("*")) == []
-    # Compiled modules, and the database that a new home begins with, are kept where quantflow is installed.
+    # Compiled modules, and the initial database of a new home, are kept where quantflow is installed.
     allowed = (place, PROJECT, Path(sys.prefix), Path("/dev"), Path("/proc"))
     written = {(place / path).resolve() for path in seen.written()}
     assert [path for path in written if not any(path.is_relative_to(folder) for folder in allowed)] == []
 
 
-def test_the_trace_notices_what_is_asked_and_written(tmp_path):
+def test_the_trace_notices_network_calls_and_writes(tmp_path):
     if traces.MISSING is not None:
         pytest.skip(traces.MISSING)
     program = (

@@ -49,17 +49,17 @@ def test_prefect_shows_reused_stages_as_cached_and_computed_ones_as_completed(un
     home, first = undisturbed
     names = {label: "Cached" if cached else "Completed" for label, cached in first.stages.items()}
     assert states_in_prefect(home, len(names)) == names
-    assert set(names.values()) == {"Completed", "Cached"}  # Two branches that calibrate alike share it.
+    assert set(names.values()) == {"Completed", "Cached"}  # Two branches that calibrate alike share that stage.
     again = harness.run(home_copy)
     assert states_in_prefect(home_copy, len(again.stages)) == dict.fromkeys(again.stages, "Cached")
 
 
 def states_in_prefect(home, num_stages):
-    """What Prefect shows of the home's newest run: the state of each stage's task run, by its name."""
+    """What Prefect shows for the home's newest run: the state of each stage's task run, by name."""
     flow_run = read_runs(home / "runs")[0].file.flow_run_id
     deadline = time.monotonic() + 60
     with httpx.Client(base_url=os.environ["PREFECT_API_URL"]) as client:
-        # Prefect takes states from a queue: the last ones are seen a little later.
+        # Prefect takes states from a queue: the last ones appear a little later.
         while time.monotonic() < deadline:
             body = {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200}
             runs = client.post("/task_runs/filter", json=body).json()
@@ -80,7 +80,7 @@ def test_each_table_is_read_by_pyarrow_pandas_and_duckdb_in_one_glob(table, undi
     with_duckdb = duckdb.sql(f"SELECT * FROM '{place}/*/*.parquet'").fetchall()
     assert set(with_arrow.column_names) == columns == set(with_pandas.columns)
     assert len(with_arrow) == len(with_pandas) == len(with_duckdb)
-    # Layers are not asked for here, and of examples there are none where float and int8 agree.
+    # Layers are not requested here, and there are no examples if float and int8 agree.
     assert len(with_arrow) > 0 or table in {"layers", "examples"}
 
 
@@ -176,7 +176,7 @@ def test_every_stage_is_named_after_its_branch_and_reported_with_its_key(undistu
 def test_prefect_shows_the_data_dependencies_each_once_and_no_other(undisturbed, home_copy):
     home, _ = undisturbed
     harness.run(home_copy)
-    for place in (home, home_copy):  # Computed, and reused.
+    for place in (home, home_copy):  # Computed, then reused.
         found = edges_in_prefect(place)
         labels = [run["name"] for run in found]
         assert len(labels) == len(set(labels)) > 40
@@ -188,11 +188,11 @@ def test_prefect_shows_the_data_dependencies_each_once_and_no_other(undisturbed,
             shown[run["name"]] = set(inputs)
         names = {run["id"]: run["name"] for run in found}
         for label, makers in expected.items():
-            # A stage may be fed by one of several that made the same bytes, as an epoch that changed nothing.
+            # Several stages may have made the same bytes, such as an epoch that changed nothing; any one may be shown.
             sources = {names[source] for source in shown[label]}
             assert sources <= set().union(*makers), (label, sources, makers)
             assert all(sources & each for each in makers), label
-        # Prefect's graph repeats an edge for each input of the task before, and its interface draws none above 500.
+        # Prefect's graph repeats an edge for each input of the previous task, and its interface draws none above 500.
         assert sum(map(len, shown.values())) <= num_edges_drawn(place) < 2 * sum(map(len, shown.values())) < 400
 
 
@@ -216,7 +216,7 @@ def edges_in_prefect(home):
 
 
 def edges_of(home):
-    """For each stage of the newest run, and each artifact that its key names: the stages that made that artifact."""
+    """For each stage of the newest run, and each artifact named in its key: the stages that made that artifact."""
     store = Store(home / "store")
     records = {line["label"]: store.read_record(line["key"]) for line in harness.newest_stage_lines(home)}
     makers = {}

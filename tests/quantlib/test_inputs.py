@@ -1,13 +1,11 @@
-"""What a run reads from outside: found, checked, identified."""
+"""A run's inputs: found, checked, identified."""
 
 import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,27 +13,26 @@ from PIL import Image
 
 from quantlib import inputs
 from quantlib.data import datasets, loading
-from quantlib.data.images import Split
 from quantlib.data.split import SplitInput, Subset
 from quantlib.errors import DataError, ModelError, RecipeError
-from quantlib.inputs import Inputs, find_inputs
-from quantlib.recipe.schema import Recipe, parse_recipe
+from quantlib.inputs import find_inputs
+from quantlib.recipe.schema import parse_recipe
 from quantlib.store import codehash
 
 module_numbers = itertools.count()
 
 
 @pytest.fixture
-def find(own_folder: Path, tmp_path: Path) -> Callable[..., Inputs]:
-    """Finds the inputs of a recipe for `own_folder` (36 images to train on, 18 to validate), some keys changed."""
+def find(own_folder, tmp_path):
+    """Finds the inputs of a recipe for `own_folder` (36 training and 18 validation images), with some keys changed."""
 
-    def call(root: Path = own_folder, cache: str = "splits", **changes: Any) -> Inputs:
+    def call(root=own_folder, cache="splits", **changes):
         return find_inputs(_recipe(root, **changes), tmp_path / cache)
 
     return call
 
 
-def _recipe(root: Path | None, **changes: Any) -> Recipe:
+def _recipe(root, **changes):
     tables: dict[str, Any] = {
         "name": "test",
         "model": {"weights": "train"},
@@ -53,7 +50,7 @@ def _recipe(root: Path | None, **changes: Any) -> Recipe:
 # Checks
 
 
-def test_a_recipe_that_asks_for_every_image_is_fine(find: Callable[..., Inputs]) -> None:
+def test_a_recipe_that_asks_for_every_image_is_fine(find):
     found = find()
 
     assert (found.train.num_images, found.val.num_images) == (36, 18)
@@ -62,32 +59,32 @@ def test_a_recipe_that_asks_for_every_image_is_fine(find: Callable[..., Inputs])
     assert found.model.fingerprint == "train"
 
 
-def test_class_folders_that_differ_are_named(find: Callable[..., Inputs], own_folder: Path) -> None:
+def test_class_folders_that_differ_are_named(find, own_folder):
     (own_folder / "val" / "red").rename(own_folder / "val" / "rot")
 
     with pytest.raises(DataError, match="they differ in red, rot"):
         find()
 
 
-def test_a_class_that_validation_lacks_is_named(find: Callable[..., Inputs], own_folder: Path) -> None:
+def test_a_class_that_validation_lacks_is_named(find, own_folder):
     shutil.rmtree(own_folder / "val" / "red")
 
     with pytest.raises(DataError, match="train has 3 classes and val has 2; they differ in red"):
         find()
 
 
-def test_another_number_of_classes_than_the_datas_is_refused(find: Callable[..., Inputs]) -> None:
+def test_a_number_of_classes_other_than_the_datas_is_refused(find):
     with pytest.raises(ModelError, match=r"num_classes = 10, and the data has 3 classes"):
         find(model={"arguments": {"num_classes": 10}})
     find(model={"arguments": {"num_classes": 3}})
 
 
-def test_missing_weights_are_named(find: Callable[..., Inputs], tmp_path: Path) -> None:
+def test_missing_weights_are_named(find, tmp_path):
     with pytest.raises(ModelError, match=r"No weights file .*w\.pth"):
         find(model={"weights": str(tmp_path / "w.pth")})
 
 
-def test_weights_are_identified_by_their_bytes(find: Callable[..., Inputs], tmp_path: Path) -> None:
+def test_weights_are_identified_by_their_bytes(find, tmp_path):
     paths = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
     for path, content in zip(paths, (b"same", b"same", b"other"), strict=True):
         path.write_bytes(content)
@@ -98,18 +95,18 @@ def test_weights_are_identified_by_their_bytes(find: Callable[..., Inputs], tmp_
     assert same == "0967115f2813a3541eaef77de9d9d5773f1c0c04314b0bbfe4ff3b3b1c55b5d5"  # echo -n same | sha256sum
 
 
-def test_torchvisions_weights_are_identified_by_name(find: Callable[..., Inputs]) -> None:
+def test_torchvisions_weights_are_identified_by_name(find):
     assert find(model={"weights": "torchvision:DEFAULT"}).model.fingerprint == "torchvision:DEFAULT"
 
 
-def test_more_than_half_held_out_is_refused(find: Callable[..., Inputs]) -> None:
+def test_more_than_half_held_out_is_refused(find):
     fewer = {"calibration": {"num_batches": 1}, "qat": [], "evaluation": {"num_held_out": 18}}
     find(**fewer)
     with pytest.raises(RecipeError, match=r"num_held_out = 19 of 36 training images.*Set it to 18 or less"):
         find(**fewer | {"evaluation": {"num_held_out": 19}})
 
 
-def test_more_calibration_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:
+def test_more_calibration_images_than_there_are_is_refused(find):
     with pytest.raises(RecipeError, match=r"14 batches of 2 = 28 images, and the training split has 26"):
         find(calibration={"num_batches": 14})
     start_float = {
@@ -122,22 +119,22 @@ def test_more_calibration_images_than_there_are_is_refused(find: Callable[..., I
     find(calibration={"num_batches": 14}, ptq=[], qat=[start_float])  # nothing is calibrated
 
 
-def test_more_qat_images_than_there_are_is_refused(find: Callable[..., Inputs]) -> None:
+def test_more_qat_images_than_there_are_is_refused(find):
     branches = [{"name": "a", "batch_size": 26}, {"name": "b", "batch_size": 3, "batches_per_epoch": 9}]
 
-    with pytest.raises(RecipeError, match=r"qat\.1 asks for 27 images an epoch, and the training split has 26"):
+    with pytest.raises(RecipeError, match=r"qat\.1 asks for 27 images per epoch, and the training split has 26"):
         find(qat=branches)
     with pytest.raises(RecipeError, match=r"qat\.0 asks for 27 images"):
         find(qat=[{"name": "a", "batch_size": 27}])
 
 
-def test_a_missing_dataset_is_named(find: Callable[..., Inputs], tmp_path: Path) -> None:
+def test_a_missing_dataset_is_named(find, tmp_path):
     with pytest.raises(DataError, match=r"No folder .*nowhere"):
         find(root=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_file_where_a_split_should_be_is_named(find: Callable[..., Inputs], own_folder: Path, split: str) -> None:
+def test_a_file_where_a_split_should_be_is_named(find, own_folder, split):
     shutil.rmtree(own_folder / split)
     (own_folder / split).touch()
 
@@ -146,7 +143,7 @@ def test_a_file_where_a_split_should_be_is_named(find: Callable[..., Inputs], ow
 
 
 @pytest.mark.parametrize("name", ["lost.jpg", "lost.txt"])
-def test_a_link_that_leads_nowhere_is_named(find: Callable[..., Inputs], own_folder: Path, name: str) -> None:
+def test_a_link_that_leads_nowhere_is_named(find, own_folder, name):
     (own_folder / "train" / "red" / name).symlink_to("nowhere")
 
     with pytest.raises(DataError, match=rf"red/{name} cannot be read"):
@@ -156,16 +153,16 @@ def test_a_link_that_leads_nowhere_is_named(find: Callable[..., Inputs], own_fol
 # Selections
 
 
-def test_held_out_and_training_images_share_none_and_are_all(find: Callable[..., Inputs]) -> None:
+def test_held_out_and_training_images_share_none_and_are_all(find):
     found = find()
     held_out, training = (loading.select(selection)[1].tolist() for selection in (found.held_out, found.training))
 
     assert len(held_out) == 10
     assert sorted(held_out + training) == list(range(36))
-    assert held_out != sorted(held_out)  # of all classes, and not the first folder's
+    assert held_out != sorted(held_out)  # from all classes, not just the first folder's
 
 
-def test_choosing_on_validation_holds_nothing_back(find: Callable[..., Inputs]) -> None:
+def test_choosing_on_validation_holds_nothing_back(find):
     found = find(evaluation={"select_on": "validation"})
 
     assert (found.held_out.start, found.held_out.stop) == (0, 0)
@@ -174,21 +171,23 @@ def test_choosing_on_validation_holds_nothing_back(find: Callable[..., Inputs]) 
 
 
 @pytest.mark.parametrize("max_images", [None, 18, 100])
-def test_validation_is_every_image_in_the_datasets_order(find: Callable[..., Inputs], max_images: int | None) -> None:
+def test_validation_is_every_image_in_the_datasets_order(find, max_images):
     found = find(evaluation={"max_images": max_images})
 
     assert found.validation.split.name == "val"
     assert loading.select(found.validation)[1].tolist() == list(range(18))
 
 
-def test_a_part_of_the_validation_images_is_drawn_and_not_of_the_first_classes(find: Callable[..., Inputs]) -> None:
+def test_part_of_the_validation_images_is_drawn_from_all_classes_not_just_the_first(
+    find,
+):
     split, numbers = loading.select(find(evaluation={"max_images": 9}).validation)
 
     assert len(set(numbers.tolist())) == 9
     assert set(split.labels[numbers]) == set(split.labels)
 
 
-def test_parts_are_the_selection_in_order() -> None:
+def test_parts_are_the_selection_in_order():
     split = SplitInput("digits", "train", None, "", 100, ("a",))
     selection = Subset(split, 3, 10, 45)
 
@@ -203,11 +202,11 @@ def test_parts_are_the_selection_in_order() -> None:
 # Fingerprints
 
 
-def _fingerprints(found: Inputs) -> tuple[str, str]:
+def _fingerprints(found):
     return found.train.fingerprint, found.val.fingerprint
 
 
-def test_a_changed_image_changes_its_splits_fingerprint_alone(find: Callable[..., Inputs], own_folder: Path) -> None:
+def test_a_changed_image_changes_its_splits_fingerprint_alone(find, own_folder):
     train, val = _fingerprints(find())
     Image.new("RGB", (40, 40)).save(own_folder / "val" / "red" / "01.png")
 
@@ -215,9 +214,7 @@ def test_a_changed_image_changes_its_splits_fingerprint_alone(find: Callable[...
     assert find().val.fingerprint != val
 
 
-def test_a_changed_byte_in_a_file_of_the_same_size_changes_the_fingerprint(
-    find: Callable[..., Inputs], own_folder: Path
-) -> None:
+def test_a_changed_byte_in_a_file_of_the_same_size_changes_the_fingerprint(find, own_folder):
     before = find().val.fingerprint
     path = own_folder / "val" / "red" / "01.png"
     content = bytearray(path.read_bytes())
@@ -228,9 +225,7 @@ def test_a_changed_byte_in_a_file_of_the_same_size_changes_the_fingerprint(
 
 
 @pytest.mark.parametrize("change", ["rename", "move to another class", "remove", "add"])
-def test_what_images_there_are_and_where_decides_the_fingerprint(
-    find: Callable[..., Inputs], own_folder: Path, change: str
-) -> None:
+def test_which_images_exist_and_where_decides_the_fingerprint(find, own_folder, change):
     before = find().train.fingerprint
     path = own_folder / "train" / "red" / "01.png"
     match change:
@@ -247,15 +242,13 @@ def test_what_images_there_are_and_where_decides_the_fingerprint(
     assert find(**fewer).train.fingerprint != before
 
 
-def test_a_copy_elsewhere_has_the_same_fingerprint(
-    find: Callable[..., Inputs], own_folder: Path, tmp_path: Path
-) -> None:
+def test_a_copy_elsewhere_has_the_same_fingerprint(find, own_folder, tmp_path):
     copy = shutil.copytree(own_folder, tmp_path / "some" / "other place")
 
     assert _fingerprints(find(root=copy)) == _fingerprints(find())
 
 
-def test_a_touched_file_keeps_the_fingerprint(find: Callable[..., Inputs], own_folder: Path) -> None:
+def test_a_touched_file_keeps_the_fingerprint(find, own_folder):
     before = _fingerprints(find())
     for path in own_folder.glob("*/*/*"):
         os.utime(path, (time.time() + 100, time.time() + 100))
@@ -263,10 +256,10 @@ def test_a_touched_file_keeps_the_fingerprint(find: Callable[..., Inputs], own_f
     assert _fingerprints(find()) == before
 
 
-def test_files_are_read_once(find: Callable[..., Inputs], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_once(find, monkeypatch):
     first = find()
 
-    def read(path: str, *_: object) -> str:
+    def read(path, *_):
         raise AssertionError(f"{path} was read again")
 
     monkeypatch.setattr(inputs, "_hash_file", read)
@@ -278,7 +271,7 @@ def test_files_are_read_once(find: Callable[..., Inputs], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"classes": 3}', b'{"classes": [], "more": 1}'])
-def test_a_damaged_note_is_made_anew(find: Callable[..., Inputs], tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_note_is_made_again(find, tmp_path, damage):
     first = find()
     notes = list((tmp_path / "splits").iterdir())
     for note in notes:
@@ -288,16 +281,14 @@ def test_a_damaged_note_is_made_anew(find: Callable[..., Inputs], tmp_path: Path
     assert all(note.read_bytes() != damage for note in notes)
 
 
-def test_progress_counts_the_files_of_each_split(own_folder: Path, tmp_path: Path) -> None:
+def test_progress_counts_the_files_of_each_split(own_folder, tmp_path):
     calls: list[tuple[int, int]] = []
     find_inputs(_recipe(own_folder), tmp_path / "splits", lambda *call: calls.append(call))
 
     assert calls == [(36, 36), (18, 18)]
 
 
-def test_digits_are_identified_by_the_library_that_carries_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digits_are_identified_by_the_library_that_carries_them(tmp_path, monkeypatch):
     recipe = _recipe(None, data={"format": "digits"})
     before = _fingerprints(find_inputs(recipe, tmp_path))
     monkeypatch.setattr(inputs, "_library", lambda _: "99.0")
@@ -307,18 +298,16 @@ def test_digits_are_identified_by_the_library_that_carries_them(
     assert len({*before, *after}) == 4
 
 
-def test_a_root_is_nothing_to_the_digits(own_folder: Path, tmp_path: Path) -> None:
+def test_a_root_does_not_affect_the_digits(own_folder, tmp_path):
     with_root = find_inputs(_recipe(own_folder, data={"format": "digits"}), tmp_path)
 
     assert _fingerprints(with_root) == _fingerprints(find_inputs(_recipe(None, data={"format": "digits"}), tmp_path))
 
 
-def test_files_that_opening_unpacks_are_part_of_the_fingerprint(
-    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_opening_unpacks_are_part_of_the_fingerprint(own_folder, tmp_path, monkeypatch):
     open_split, kept = datasets.open_split, own_folder.rename(tmp_path / "archive")
 
-    def unpack(data_format: str, root: str, split: str) -> Split:
+    def unpack(data_format, root, split):
         if not own_folder.exists():
             shutil.copytree(kept, own_folder)
         return open_split(data_format, root, split)
@@ -335,24 +324,22 @@ def test_files_that_opening_unpacks_are_part_of_the_fingerprint(
 
 
 @pytest.fixture
-def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module that can be imported, each time the same one, and gives its name."""
+def users_module(tmp_path, monkeypatch):
+    """Writes an importable module, always the same one, and returns its name."""
     folder = tmp_path / "users"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     name = f"users_input_{next(module_numbers)}"
 
-    def write(source: str) -> str:
+    def write(source):
         (folder / f"{name}.py").write_text(source)
-        codehash.module_hashes.cache_clear()  # as in a new process
+        codehash.module_hashes.cache_clear()  # like a new process
         return name
 
     return write
 
 
-def test_a_users_architecture_is_identified_by_its_code(
-    find: Callable[..., Inputs], users_module: Callable[[str], str]
-) -> None:
+def test_a_users_architecture_is_identified_by_its_code(find, users_module):
     first, same, other = (
         find(model={"architecture": f"{users_module(source)}:net"}).model.code
         for source in ("def net(): return 1", "def net(): return 1  # a comment", "def net(): return 2")
@@ -362,16 +349,14 @@ def test_a_users_architecture_is_identified_by_its_code(
     assert find().model.code == ""
 
 
-def test_a_users_dataset_is_identified_by_its_code_and_its_files(
-    users_module: Callable[[str], str], own_folder: Path, tmp_path: Path
-) -> None:
+def test_a_users_dataset_is_identified_by_its_code_and_its_files(users_module, own_folder, tmp_path):
     source = (
         "from torchvision.datasets import ImageFolder\n"
         "def dataset(root, split):\n"
         "    return ImageFolder(f'{root}/{split}')\n"
     )
 
-    def find(text: str) -> str:
+    def find(text):
         recipe = _recipe(own_folder, data={"format": f"{users_module(text)}:dataset"})
         return find_inputs(recipe, tmp_path / "splits").val.fingerprint
 
@@ -382,14 +367,14 @@ def test_a_users_dataset_is_identified_by_its_code_and_its_files(
     assert len({first, other, find(source)}) == 3
 
 
-def test_users_code_that_is_not_there_is_named(find: Callable[..., Inputs]) -> None:
+def test_users_code_that_is_not_there_is_named(find):
     with pytest.raises(RecipeError, match=r"model\.architecture = 'no_such_module:net' cannot be imported"):
         find(model={"architecture": "no_such_module:net"})
     with pytest.raises(RecipeError, match=r"data\.format = 'no_such_module:data' cannot be imported"):
         find(data={"format": "no_such_module:data"})
 
 
-def test_architecture_arguments_are_identified_in_any_order(find: Callable[..., Inputs]) -> None:
+def test_architecture_arguments_are_identified_in_any_order(find):
     first, second = (
         find(model={"arguments": arguments}).model.arguments
         for arguments in ({"width_mult": 0.5, "num_classes": 3}, {"num_classes": 3, "width_mult": 0.5})
@@ -398,18 +383,18 @@ def test_architecture_arguments_are_identified_in_any_order(find: Callable[..., 
     assert first == second
 
 
-def test_what_was_passed_over_is_told(find: Callable[..., Inputs], own_folder: Path) -> None:
+def test_skipped_files_are_reported(find, own_folder):
     assert find().remarks == []
     folder = next((own_folder / "train").iterdir())
     for name in ("a.heic", "b.txt"):
         (folder / name).write_bytes(b"")
-    for _ in range(2):  # From the note, too.
+    for _ in range(2):  # The second time from the note.
         assert find().remarks == [
-            "2 files in the train split's folders are no images, or of a kind that is not read: they were passed over."
+            "2 files in the train split's folders are not images, or of a kind that is not read: they were skipped."
         ]
 
 
-def test_a_note_that_was_altered_is_made_anew(find: Callable[..., Inputs], tmp_path: Path) -> None:
+def test_an_altered_note_is_made_again(find, tmp_path):
     right = find()
     for note in (tmp_path / "splits").iterdir():
         note.write_text(note.read_text().replace('"num_images": ', '"num_images": 1'))
@@ -421,12 +406,12 @@ def test_a_note_that_was_altered_is_made_anew(find: Callable[..., Inputs], tmp_p
     assert find() == right
 
 
-def test_a_single_training_image_is_told_so(own_folder: Path) -> None:
-    with pytest.raises(RecipeError, match="has 1 image, and two at least are needed"):
+def test_a_single_training_image_is_refused(own_folder):
+    with pytest.raises(RecipeError, match="has 1 image, and at least two are needed"):
         inputs._check_train_size(_recipe(own_folder), 1, 1)
 
 
-def test_a_misspelt_layer_is_found_before_any_stage(find: Callable[..., Inputs]) -> None:
+def test_a_misspelt_layer_is_found_before_any_stage(find):
     with pytest.raises(ModelError, match=r"names 'features.1.cnov.0.0.0'.*did you mean 'features.1.conv.0.0.0'"):
         find(ptq=[{"name": "p", "float_layers": ["features.1.cnov.0.0.0"]}])
     assert find(ptq=[{"name": "p", "float_layers": ["features.1.conv.0.0.0"]}])

@@ -1,4 +1,4 @@
-"""What the search tries next: decided by the trials so far alone."""
+"""What the search tries next, decided only by the trials so far."""
 
 import pytest
 
@@ -14,7 +14,7 @@ RECIPE = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits
 
 
 def _search(outcomes, high=1.0, **settings):
-    """The trials of a search where `outcomes` has the drop of each by the end of its name; and who was ranked."""
+    """A search, its trials and the ranked names; `outcomes` gives each trial's drop by the end of its name."""
     search, trials, ranked = SearchRecipe(**settings), [], []
 
     def rank(name):

@@ -1,4 +1,4 @@
-"""What is not finished yet, and what is left of it when its process is killed."""
+"""Unfinished files and folders, and what is left of them when their process is killed."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ with made as found:
 
 @pytest.fixture
 def hold():
-    """Starts processes that make a temporary file or folder, and go on: (process, path)."""
+    """Starts processes that make a temporary file or folder and keep running: (process, path)."""
     started = []
 
     def start(kind, folder):
@@ -65,7 +65,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_holds_is_not(
 
 
 def test_nothing_but_our_own_is_removed(home, tmp_path):
-    # The second is a home that somebody has put there.
+    # The second is a home that somebody put there.
     for name in ("quantflow-x", "quantflow-home/store", "other"):
         (tmp_path / "tmp" / name).mkdir(parents=True)
     (tmp_path / "tmp" / "quantflow-link").symlink_to(home)

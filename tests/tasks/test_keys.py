@@ -30,7 +30,7 @@ STAGES = {
     for value in vars(module).values()
     if isinstance(value, Stage)
 }
-# Prints the code that every stage's key holds, for the quantlib that Python finds first.
+# Prints the code in every stage's key, for the quantlib that Python finds first.
 PRINT_CODE = """
 import json, sys
 from pathlib import Path
@@ -75,7 +75,7 @@ def code_of_edits(tmp_path_factory):
 
 
 def modules_behind(stage, graph):
-    """The modules that a stage's work imports, found by another tool than the one that is tested."""
+    """The modules that a stage's work imports, found by a different tool than the one under test."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(stage.work)))
     names = {
         f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in graph.modules else node.module
@@ -84,7 +84,7 @@ def modules_behind(stage, graph):
         for alias in node.names
     }
     found = names | {m for name in names for m in graph.find_upstream_modules(name)}
-    # Importing a module runs the packages that it lies in.
+    # Importing a module runs its parent packages.
     return found | {name.rsplit(".", n)[0] for name in found for n in range(name.count(".") + 1)}
 
 
@@ -188,11 +188,11 @@ def test_where_data_lies_and_what_a_run_is_called_are_not_in_the_key():
     )
 
 
-def _fuse(job, model: Ref, mode: str, *, branch: str) -> Ref:
+def _fuse(job, model, mode, *, branch):
     return model
 
 
-def _equalize(job, model: Ref, mode: str, *, branch: str) -> Ref:
+def _equalize(job, model, mode, *, branch):
     return model
 
 

@@ -16,14 +16,13 @@ from quantlib.models.source import ModelInput
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.variant import Variant
 from quantlib.runtimes.available import torch_runtime
-from quantlib.store.artifacts import Ref
 from tasks.data import decode
 from tasks.execution import start_run
 from tasks.model import fuse, load_float
 from tasks.quantize import calibrate, choose_epoch, has_stalled
 from tasks.refs import BenchmarkTarget, CandidateRefs, EpochRefs, VariantRefs
 from tasks.report import _measured, read_samples
-from tasks.stage import Job, stage
+from tasks.stage import stage
 
 RECIPE = parse_recipe(
     {"name": "stages", "model": {"weights": "train"}, "data": {"format": "digits"}, "ptq": [{"name": "p"}]}
@@ -34,7 +33,7 @@ SOURCE = ModelInput("mobilenet_v2", TINY, "train", "train", "")
 
 @pytest.fixture
 def run(tmp_path):
-    """A run in an empty home, outside of any flow."""
+    """A run in an empty home, outside any flow."""
     with start_run("quantize", RECIPE, None, tmp_path / "home") as run:
         yield run
 
@@ -70,7 +69,7 @@ def test_a_stage_that_fails_leaves_no_record_and_is_tried_again(run, monkeypatch
     assert not isinstance(reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None), State)
 
 
-def _work(job: Job, model: Ref) -> Ref:
+def _work(job, model):
     return model
 
 
@@ -115,7 +114,7 @@ def test_a_decoded_shard_holds_the_images_that_were_selected(run, tmp_path):
 
 
 def _answers(run, *num_correct):
-    """References to predictions for ten images, so many of them right."""
+    """References to predictions for ten images, one list per number of right ones."""
     return [
         (run.store.put("predictions", predictions.save(Predictions(np.zeros(10, int), wrong, np.zeros(10, "f4")))),)
         for wrong in (np.arange(10)[:, None] >= count for count in num_correct)

@@ -10,13 +10,13 @@ from tasks.tracking import ProgressArtifacts, artifact_key
 class Clock:
     now = 0.0
 
-    def __call__(self) -> float:
+    def __call__(self):
         return self.now
 
 
 @pytest.fixture
 def told(monkeypatch):
-    """What the server was told: ("new", label, percent) and ("update", percent)."""
+    """Calls to the server: ("new", label, percent) and ("update", percent)."""
     calls: list[tuple] = []
 
     def create(percent, description):
@@ -41,7 +41,7 @@ def test_a_short_stage_makes_no_artifact(told):
     assert told == []
 
 
-def test_a_long_stage_is_told_every_few_seconds_and_at_its_end(told):
+def test_a_long_stage_is_reported_every_few_seconds_and_at_its_end(told):
     clock = Clock()
     progress = ProgressArtifacts(NullListener(), clock)
     progress.stage_started("calibrate")

@@ -16,9 +16,9 @@ from flows.cli import commands, outcome
 
 @pytest.fixture
 def quantflow(tmp_path, monkeypatch):
-    """Runs a command line in an empty folder; gives (exit status, what it said)."""
+    """Runs a command line in an empty folder; returns (exit status, output)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")  # So that no table breaks a word.
+    monkeypatch.setenv("COLUMNS", "200")  # Wide enough that no table breaks a word.
     for name in ("QUANTFLOW_HOME", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -139,7 +139,7 @@ def test_an_engine_that_this_cpu_lacks_is_an_error_that_names_those_it_has(recip
     assert "this machine's torch has x86" in said
 
 
-def test_an_unknown_recipe_names_those_there_are(quantflow):
+def test_an_unknown_recipe_is_an_error_that_lists_the_known_ones(quantflow):
     status, said = quantflow("run", "digit")
     assert status == outcome.WRONG_INPUT
     assert "did you mean 'digits'?" in said
@@ -159,11 +159,11 @@ def test_every_recipe_is_listed(quantflow):
         assert name in said
 
 
-def test_a_reader_that_has_seen_enough_is_no_failure():
+def test_a_pipe_that_its_reader_closed_is_not_an_error():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "flows.cli.commands", "recipes"]
-    for environment in (os.environ, os.environ | {"PYTHONUNBUFFERED": "1"}):  # It fails at the end, or at once.
+    for environment in (os.environ, os.environ | {"PYTHONUNBUFFERED": "1"}):  # Fails at the end, or immediately.
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment)
         assert done.stderr == ""
     os.close(writer)
@@ -180,7 +180,7 @@ def test_an_empty_home_is_not_an_error(command, quantflow):
     assert "quantflow run" in said
 
 
-def test_nothing_to_resume_is_said(quantflow):
+def test_nothing_to_resume_is_reported(quantflow):
     status, said = quantflow("resume")
     assert status == outcome.WRONG_INPUT
     assert "Nothing to resume" in said
@@ -209,13 +209,13 @@ def test_freeing_without_saying_what_is_refused(home_copy, quantflow):
     ("number", "says"),
     [
         (errno.ENOSPC, "The disk is full"),
-        (errno.EROFS, "can only be read: choose another with --home"),
+        (errno.EROFS, "is read-only: choose another with --home"),
         (errno.EACCES, "change its permissions"),
         (errno.ENAMETOOLONG, "A name is too long"),
         (errno.EISDIR, "A folder is where a file is needed"),
     ],
 )
-def test_what_the_operating_system_refuses_is_no_failure_of_quantflow(number, says, monkeypatch, tmp_path):
+def test_an_error_of_the_operating_system_is_not_reported_as_a_bug(number, says, monkeypatch, tmp_path):
     def refuse(_):
         raise OSError(number, os.strerror(number), "/some/file")
 
@@ -227,7 +227,7 @@ def test_what_the_operating_system_refuses_is_no_failure_of_quantflow(number, sa
     assert "bug in quantflow" not in found.stderr
 
 
-def test_a_home_that_can_only_be_read_is_told(tmp_path):
+def test_a_read_only_home_is_reported(tmp_path):
     command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
@@ -237,10 +237,10 @@ def test_a_home_that_can_only_be_read_is_told(tmp_path):
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
     assert found.exit_code == 2
-    assert f"can only be read: choose another with --home: {tmp_path}/home" in found.stderr
+    assert f"is read-only: choose another with --home: {tmp_path}/home" in found.stderr
 
 
-def test_a_name_that_is_too_long_and_a_lock_that_is_a_folder_are_told(tmp_path):
+def test_a_name_that_is_too_long_and_a_lock_that_is_a_folder_are_reported(tmp_path):
     found = CliRunner().invoke(commands.main, ["run", "--home", str(tmp_path / ("x" * 300))])
     assert found.exit_code == 2
     assert "A name is too long" in found.stderr

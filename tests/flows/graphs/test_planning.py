@@ -12,7 +12,7 @@ def test_a_finished_recipe_would_reuse_every_stage(home_copy, undisturbed, equal
     assert [stage for stage in planned if not stage.reused] == []
 
 
-def test_whichever_record_is_missing_its_stage_would_run_and_the_plan_goes_on(home_copy, equally_fast):
+def test_whichever_record_is_missing_its_stage_would_run_and_the_plan_continues(home_copy, equally_fast):
     recipe = parse_recipe(harness.RECIPE)
     for label, key in harness.keys_done(home_copy).items():
         record = home_copy / "store" / "records" / f"{key}.json"

@@ -1,4 +1,4 @@
-"""The search as a run: its trials are branches like any other, and a killed one goes on."""
+"""The search as a run: its trials are branches like any other, and a killed search is resumed."""
 
 import hashlib
 import re
@@ -32,7 +32,7 @@ TRIALS = ["search-1-minmax", "search-2-equalized"]
 
 @pytest.fixture(scope="module")
 def searched(prefect_server, tmp_path_factory):
-    """The home of a search of two trials that was killed in the second, and gone on with."""
+    """The home of a search of two trials that was killed in the second, then resumed."""
     home = tmp_path_factory.mktemp("search") / "home"
     killed = harness.start_run(home, recipe=RECIPE, hold_at="before convert-search-2-equalized")
     while not killed.held.exists():
@@ -59,13 +59,13 @@ def test_the_best_so_far_is_saved_at_every_step(searched):
     models = home / "models" / harness.run_id_of(home)
     assert saved == (models / "search-1-minmax.pt").read_bytes()
     variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
-    best = variants.loc[TRIALS].top1_selection.idxmax()  # Of equals, the first.
+    best = variants.loc[TRIALS].top1_selection.idxmax()  # The first among equals.
     assert hashlib.sha256((models / "search-best.pt").read_bytes()).hexdigest() == (
         hashlib.sha256(Path(variants.torchscript_path[best]).read_bytes()).hexdigest()
     )
 
 
-def test_a_killed_search_goes_on_where_it_stopped(searched):
+def test_a_killed_search_is_resumed_where_it_stopped(searched):
     _, outcome, _ = searched
     assert outcome.stages["evaluate-search-1-minmax-held_out"]
     assert not outcome.stages["convert-search-2-equalized"]
@@ -84,10 +84,10 @@ def test_a_plan_of_a_new_search_ends_with_its_first_trial(tmp_path):
     assert not any("search-2" in label for label in labels)
 
 
-def test_time_that_reused_stages_once_took_counts(searched, tmp_path):
+def test_the_time_that_reused_stages_once_took_counts(searched, tmp_path):
     home, outcome, _ = searched
     records = {record.key: record.seconds for record in Store(home / "store").records()}
-    # What is evaluated once all was timed is no part of the search.
+    # What is evaluated after the timing is not part of the search.
     searching = {k: key for k, key in harness.keys_done(home).items() if not re.search("-(pt|onnx)(-held_out)?$", k)}
     seconds = sum(records[key] for label, key in searching.items() if "search-1" in label)
     recipe = RECIPE | {"search": RECIPE["search"] | {"max_minutes": 0.9 * seconds / 60}}
@@ -112,7 +112,7 @@ def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
 
 @pytest.fixture
 def loop(monkeypatch):
-    """Runs the loop with trials that have a drop each, by the end of their names; what it saved and measured."""
+    """Runs the loop with a drop for each trial, by the end of its name; returns what it saved and measured."""
     monkeypatch.setattr(flow, "seconds_of", lambda store, keys: 0.0)
 
     def run(drops, keys=list, **settings):
@@ -177,7 +177,7 @@ def test_the_layers_of_the_trial_that_is_refined_are_measured_once_and_reported(
     assert [variant.variant.name for variant in variants if variant.layers] == ["search-3-corrected"]
 
 
-def test_a_budget_that_cannot_be_met_is_missed_by_so_much(loop):
+def test_a_budget_that_cannot_be_met_says_by_how_much_it_is_missed(loop):
     _, note, _, _ = loop({"mse": 0.005})
     assert "11 trials 0.30 points outside its budget of 0.20; its best is search-5-mse, -0.50 points" in note
 

@@ -1,4 +1,4 @@
-"""What Prefect's API refuses to store: what it could not tell again."""
+"""Prefect's API refuses to store what it could not return again."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def create_flow(prefect_server):
-    """(status, answer) of a raw request to keep a flow."""
+    """(status, answer) of a raw request to create a flow."""
 
-    def create(body: bytes):
+    def create(body):
         address = f"{os.environ['PREFECT_API_URL']}/flows/"
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
         try:
@@ -24,11 +24,11 @@ def create_flow(prefect_server):
     return create
 
 
-def nested(depth: int) -> bytes:
+def nested(depth):
     return b'{"name": "nested", "labels": ' + b'{"a": ' * depth + b"1" + b"}" * depth + b"}"
 
 
-def named_flows() -> list[str]:
+def named_flows():
     request = urllib.request.Request(
         f"{os.environ['PREFECT_API_URL']}/flows/filter", b"{}", {"Content-Type": "application/json"}
     )
@@ -45,12 +45,12 @@ def named_flows() -> list[str]:
         ('{"name": "half \\ud800"}'.encode("utf-16"), "half a character"),
         (b'{"name": "large", "labels": {"a": 1' + b"0" * 30 + b"}}", "64 bits"),
         (b'{"name": "large", "labels": {"a": 1e999}}', "finite"),
-        (b'{"name": "large", "labels": {"a": NaN}}', "no number of JSON"),
+        (b'{"name": "large", "labels": {"a": NaN}}', "not a number in JSON"),
         (nested(300), "nested"),
         (nested(100_000), "nested"),
     ],
 )
-def test_what_cannot_be_told_again_is_refused_and_not_stored(create_flow, body, fault):
+def test_what_cannot_be_returned_again_is_refused_and_not_stored(create_flow, body, fault):
     status, answer = create_flow(body)
     assert status == 422, answer
     assert fault in json.loads(answer)["detail"]

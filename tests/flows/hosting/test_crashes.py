@@ -1,4 +1,4 @@
-"""A run whose process was killed is told to Prefect, which would show it as Running for ever."""
+"""A run whose process was killed is reported to Prefect, which would show it as Running forever."""
 
 import os
 import subprocess

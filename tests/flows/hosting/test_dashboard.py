@@ -1,4 +1,4 @@
-"""The dashboard as people use it, in processes of its own: one for the whole file, since it takes seconds to start."""
+"""The dashboard as people use it, in its own processes: one for the whole file, since it takes seconds to start."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def dashboard(tmp_path_factory):
     found = Dashboard(folder, {"PYTHONPATH": str(CONNECTIONS), "CONNECTIONS_FILE": str(folder / "connections")})
     found.start()
     yield found
-    assert found.stop() == [], "processes outlive the dashboard"
+    assert found.stop() == [], "processes outlived the dashboard"
 
 
 def test_a_dashboard_is_found_while_it_runs_and_no_longer(tmp_path):
@@ -138,7 +138,7 @@ def test_a_port_that_is_taken_is_refused(dashboard, tmp_path):
 
 
 @running
-def test_a_run_that_fails_tells_whom_the_documentation_says(dashboard):
+def test_a_run_that_fails_sends_the_documented_notification(dashboard):
     documented = (PROJECT / "docs" / "operations.md").read_text()
     (program,) = re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", documented, re.DOTALL | re.MULTILINE)
     with receiver() as (url, told):
@@ -147,7 +147,7 @@ def test_a_run_that_fails_tells_whom_the_documentation_says(dashboard):
         subprocess.run([sys.executable, "-c", set_up], env=environment, check=True, timeout=120)
         run = dashboard.begin("ptq", "model.weights=missing.pth")
         dashboard.wait(run, {"Failed"})
-        until(lambda: bool(told), 60, lambda: "nobody was told")
+        until(lambda: bool(told), 60, lambda: "nobody was notified")
     assert told == [{"text": "tiny is Failed"}]
 
 
@@ -164,7 +164,7 @@ def test_no_process_tries_an_address_but_loopback(dashboard):
 @pytest.mark.parametrize("attempt", ["connect(('192.0.2.1', 9))", "sendto(b'', ('192.0.2.1', 9))"])
 def test_the_watch_notices_another_address(attempt, tmp_path):
     file = tmp_path / "connections"
-    # Of a datagram's socket: whether anything leaves this machine is no matter.
+    # A datagram socket: it does not matter whether anything leaves this machine.
     program = f"import contextlib, socket\nwith contextlib.suppress(OSError): socket.socket(type=2).{attempt}"
     environment = {"PYTHONPATH": str(CONNECTIONS), "CONNECTIONS_FILE": str(file)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
@@ -172,14 +172,14 @@ def test_the_watch_notices_another_address(attempt, tmp_path):
     assert line.startswith("192.0.2.1\tsocket.")
 
 
-def foreign(lines: list[str]) -> list[str]:
-    """What was noted of other addresses than loopback's."""
+def foreign(lines):
+    """Lines about addresses other than loopback."""
     return [line for line in lines if line.split("\t")[0] not in {"127.0.0.1", "::1", "localhost", "None", "started"}]
 
 
 @contextmanager
 def receiver():
-    """An address on loopback, and what is sent to it."""
+    """A loopback address, and what is sent to it."""
     told = []
 
     class Receiver(BaseHTTPRequestHandler):
@@ -197,12 +197,12 @@ def receiver():
         server.shutdown()
 
 
-def _first_scheduled(dashboard, deployment) -> str:
-    """The first run of a deployment that a schedule has started."""
+def _first_scheduled(dashboard, deployment):
+    """The first run of a deployment started by a schedule."""
 
     def started():
         found = dashboard.runs(deployment_id={"any_": [deployment]}, state={"type": {"not_any_": ["SCHEDULED"]}})
         return [run["id"] for run in found if run["auto_scheduled"]]
 
-    until(lambda: bool(started()), 120, lambda: "no run was started by the schedule")
+    until(lambda: bool(started()), 120, lambda: "the schedule started no run")
     return started()[-1]

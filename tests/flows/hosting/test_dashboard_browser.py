@@ -19,7 +19,7 @@ from quantlib.report.html import write_html
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser.MISSING is not None, reason=str(browser.MISSING))]
 
 
-# With `make screenshots`: where they go.
+# Where `make screenshots` puts the pictures.
 DOCS = os.environ.get("QUANTFLOW_SCREENSHOTS")
 
 
@@ -27,7 +27,7 @@ DOCS = os.environ.get("QUANTFLOW_SCREENSHOTS")
 def dashboard(tmp_path_factory):
     found = Dashboard(tmp_path_factory.mktemp("dashboard"))
     if DOCS:
-        found.recipe = Path("digits")  # What it finds is worth looking at, and takes a minute.
+        found.recipe = Path("digits")  # Its results are worth looking at; it takes a minute.
     found.start()
     yield found
     found.stop()
@@ -51,7 +51,7 @@ def window():
 
 @pytest.fixture
 def shoot(window, dashboard, tmp_path):
-    """Takes a screenshot: into docs/ with `make screenshots`, else one that is forgotten."""
+    """Takes a screenshot: kept in docs/ with `make screenshots`, otherwise discarded."""
 
     def take(name):
         window.rename(str(dashboard.home), "~/.quantflow")
@@ -60,8 +60,8 @@ def shoot(window, dashboard, tmp_path):
     return take
 
 
-def errors(window) -> list[str]:
-    """The console's, without the icons that Prefect's interface does not have: its own, and that of no state yet."""
+def errors(window):
+    """Console errors, except for icons that Prefect's interface lacks: its own, and that of no state yet."""
     return [line for line in window.errors() if not any(icon in line for icon in ("favicon.ico", "ico/undefined.svg"))]
 
 
@@ -74,10 +74,10 @@ def test_a_page_that_asks_another_host_is_noticed(window, tmp_path, host):
 
 
 def test_the_deployments_are_listed_with_their_schedules(dashboard, window, shoot):
-    window.size(1600, 600)  # A narrower page counts the schedules, and does not say them.
+    window.size(1600, 600)  # A narrower page shows only the number of schedules.
     window.open(f"{dashboard.url}/deployments")
     window.wait_for("3 Deployments")
-    # The worker is seen; and each flow is named twice, as a tag and below its deployment, where it is asked for later.
+    # The worker is ready; each flow is named twice, as a tag and below its deployment, which loads later.
     shown = window.wait_until(
         lambda text: "Not Ready" not in text and all(text.count(flow) >= 2 for flow in ("quantize", "ptq", "qat"))
     )
@@ -91,8 +91,8 @@ def test_the_deployments_are_listed_with_their_schedules(dashboard, window, shoo
 
 def test_the_form_of_a_deployment_describes_the_recipe(dashboard, window, shoot):
     window.open(f"{dashboard.url}/deployments/deployment/{dashboard.deployments()['quantize']['id']}/run")
-    window.wait_for("The name of a ready recipe, or the file of one")
-    assert "each as qat.0.epochs=2" in window.text()
+    window.wait_for("The name or file of an existing recipe")
+    assert "each in the form qat.0.epochs=2" in window.text()
     shoot("form")
     assert errors(window) == []
 
@@ -103,7 +103,7 @@ def test_a_run_is_followed_to_its_end_and_the_next_shows_its_stages_cached(dashb
     window.open(f"{dashboard.url}/runs/flow-run/{runs[1]}")
     window.wait_for("Completed")
     window.click("Task Runs")
-    # Newest first: the report, then the stages, of which each has its state beside it.
+    # Newest first: the report, then the stages, each with its state beside it.
     shown = window.wait_for("benchmark")
     assert shown.count("\nCached\n") > 5
     shoot("run")
@@ -118,7 +118,7 @@ def test_the_graph_of_a_finished_run_has_its_arrows(dashboard, runs, window, tmp
     time.sleep(5)  # It is drawn stage by stage.
     window.screenshot(tmp_path / "with.png")
     hide = "[...document.querySelectorAll('label')].find(l => l.innerText.trim() === 'Hide dependency arrows')"
-    # The interface hides them by itself where they are too many.
+    # The interface hides them by default if there are too many.
     assert window.script(f"return {hide}.control.checked") is False
     window.script(f"{hide}.control.click()")
     time.sleep(5)
@@ -126,7 +126,7 @@ def test_the_graph_of_a_finished_run_has_its_arrows(dashboard, runs, window, tmp
     canvas = "const c = document.querySelector('canvas').getBoundingClientRect(); return [c.x, c.y, c.right, c.bottom]"
     graph = window.script(canvas)
     images = [Image.open(tmp_path / name).convert("L").crop(graph) for name in ("with.png", "without.png")]
-    # The menu lies over the right end of both.
+    # The menu covers the right end of both.
     assert np.mean(np.asarray(ImageChops.difference(*images)) > 30) > 0.005
 
 
@@ -135,7 +135,7 @@ def test_the_result_is_an_artifact_with_a_table(dashboard, runs, window, shoot):
     window.open(f"{dashboard.url}/artifacts/artifact/{artifact['id']}")
     window.wait_for("speed-up")
     assert window.script("return document.querySelectorAll('table').length") >= 1
-    # Its plots are part of it, and are shown.
+    # Its plots are embedded in it, and shown.
     drawn = "return [...document.images].filter(i => i.src.startsWith('data:image/svg') && i.naturalWidth > 0).length"
     assert window.script(drawn) == 2
     assert "stages were reused" in window.text()
@@ -143,7 +143,7 @@ def test_the_result_is_an_artifact_with_a_table(dashboard, runs, window, shoot):
     assert errors(window) == []
 
 
-# Tries what a page can: requests that a browser sends without asking first, those that it asks for, and sockets.
+# Tries what a page can: requests sent without a preflight, preflighted requests, and sockets.
 ATTACK = """
 const api = %s, flow = name => JSON.stringify({name: %s + name}), json = {"Content-Type": "application/json"};
 const socket = path => new Promise((opened, failed) => {
@@ -169,7 +169,7 @@ return Promise.all(done).then(names => names.filter(name => name !== null));
 
 @contextmanager
 def somebody_elses_page():
-    """The port of a web server whose one page is empty."""
+    """The port of a web server with a single empty page."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -187,25 +187,25 @@ def somebody_elses_page():
         server.shutdown()
 
 
-def flows_named(dashboard, start: str) -> list[str]:
+def flows_named(dashboard, start):
     names = [flow["name"] for flow in dashboard.call("/flows/filter")]
     return [name for name in names if name.startswith(f"{start} ")]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "evil.example"])
-def test_somebody_elses_page_reaches_nothing(dashboard, host):
+def test_another_sites_page_reaches_nothing(dashboard, host):
     attack, allowed = (
         ATTACK % (json.dumps(f"{dashboard.url}/api"), json.dumps(f"{by} ")) for by in (host, f"own {host}")
     )
     with somebody_elses_page() as port, browser.browse("evil.example") as window:
         window.open(f"http://{host}:{port}")
-        # A browser cannot tell a page whether these two were refused: the flows tell.
+        # A page cannot learn from its browser whether these two were refused: the list of flows shows it.
         assert set(window.script(attack)) <= {"unasked", "beacon"}
         assert flows_named(dashboard, host) == []
-        # Under a name of its own that was made to point here, it would be the server's own page.
+        # Under its own name, made to resolve here, it would be the server's own page.
         window.open(f"http://evil.example:{dashboard.url.rpartition(':')[2]}")
         assert window.text().startswith("Refused: ")
-        # It is followed where it links to the dashboard, and what is then shown is the dashboard's own.
+        # A link to the dashboard is followed, and what is then shown is the dashboard's own page.
         window.open(f"http://{host}:{port}")
         window.script(f"location.href = {json.dumps(dashboard.url)}")
         window.wait_for("Work Queues")
@@ -229,7 +229,7 @@ def test_the_html_report_draws_every_chart_without_errors(dashboard, runs, windo
     # Images that int8 answers differently from float.
     pictures = "return [...document.querySelectorAll('figure img')].map(i => i.complete && i.naturalWidth)"
     assert min(window.script(pictures)) > 0
-    # Nothing is wider than the window but what scrolls by itself.
+    # Nothing is wider than the window except what scrolls on its own.
     assert window.script("return document.documentElement.scrollWidth") <= width
     light = window.script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light is not dark

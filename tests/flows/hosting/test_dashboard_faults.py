@@ -1,4 +1,4 @@
-"""Whatever dies, a run can be retried from the dashboard soon, and goes on from its finished stages."""
+"""Whatever dies, a run can soon be retried from the dashboard, and resumes from its finished stages."""
 
 import signal
 import time
@@ -7,7 +7,7 @@ import pytest
 from dashboard_driver import Dashboard, until
 
 pytestmark = pytest.mark.slow
-# The deadline; how long it really took is printed: `pytest -s`.
+# The deadline; `pytest -s` prints how long it actually took.
 SECONDS = 120
 
 
@@ -53,17 +53,17 @@ def test_a_run_that_died_can_be_retried_and_repeats_no_finished_stage(dashboard,
     seconds = time.monotonic() - died
     assert seconds < SECONDS
     print(f"\n{fault.__name__}: retry possible after {seconds:.1f} s")
-    # At once: what tells of the death a second time must not take this back.
+    # Retried immediately: a second report of the death must not undo this.
     dashboard.retry(run)
     dashboard.wait(run)
     dashboard.wait_for_tasks(run, "Cached", 12)
-    # Each stage is completed once, over both attempts.
+    # Over both attempts, each stage completes once.
     assert dashboard.tasks(run)["Completed"] <= num_records(dashboard) - before
-    # What the dead attempt was in the middle of does not stay Running for ever.
+    # What the dead attempt was working on does not stay Running forever.
     until(lambda: dashboard.tasks(run)["Running"] == 0, SECONDS, lambda: str(dashboard.tasks(run)))
 
 
-def num_records(dashboard) -> int:
+def num_records(dashboard):
     return len(list((dashboard.home / "store" / "records").glob("*.json")))
 
 
@@ -73,23 +73,23 @@ def test_a_run_outlives_its_worker(dashboard):
     dashboard.signal("flows.hosting.worker")
     dashboard.wait(run)
     assert dashboard.run(run)["run_count"] == 1
-    # The worker is there again.
+    # The worker is back.
     dashboard.wait(dashboard.begin("ptq"))
 
 
 @pytest.mark.parametrize("part", ["flows.hosting.server", "flows.hosting.worker"])
-def test_what_stands_still_is_started_again(dashboard, part):
+def test_a_part_that_hangs_is_restarted(dashboard, part):
     pid = dashboard.signal(part, signal.SIGSTOP)
-    # As long as `quantflow dashboard` waits for a sign of life, and as it needs to start it.
-    until(lambda: pid not in dashboard.processes(), 300, lambda: f"{part} still stands")
+    # Covers how long `quantflow dashboard` waits for a sign of life, plus the restart.
+    until(lambda: pid not in dashboard.processes(), 300, lambda: f"{part} still hangs")
     dashboard.wait(dashboard.begin("ptq"))
 
 
-def test_deployments_are_made_though_what_makes_them_is_killed(tmp_path):
+def test_deployments_are_made_even_if_the_process_that_makes_them_is_killed(tmp_path):
     found = Dashboard(tmp_path)
     found.process = found.command("dashboard", "--home", str(found.home), "--port", "0")
 
-    def is_killed() -> bool:
+    def is_killed():
         try:
             return bool(found.signal("prefect --no-prompt deploy"))
         except StopIteration:
@@ -102,7 +102,7 @@ def test_deployments_are_made_though_what_makes_them_is_killed(tmp_path):
     assert found.stop() == []
 
 
-def test_what_a_killed_dashboard_left_in_tmpdir_is_cleared_away_by_the_next_run(tmp_path):
+def test_what_a_killed_dashboard_left_in_tmpdir_is_removed_by_the_next_run(tmp_path):
     (tmp_path / "tmp").mkdir()
     found = Dashboard(tmp_path, {"TMPDIR": str(tmp_path / "tmp")})
     found.start()
@@ -110,7 +110,7 @@ def test_what_a_killed_dashboard_left_in_tmpdir_is_cleared_away_by_the_next_run(
     records = found.home / "store" / "records"
     until(lambda: len(list(records.glob("*.json"))) > 6, SECONDS, lambda: "no stage is done")
     found.kill()
-    # It holds the environment that the run was given.
+    # This file holds the environment that the run was given.
     assert list((tmp_path / "tmp").rglob("workspace.json")) != []
     found.start()
     found.wait(found.begin("ptq"))

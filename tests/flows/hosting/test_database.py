@@ -21,7 +21,7 @@ getattr(database, sys.argv[1])(pathlib.Path(sys.argv[2]))
 
 
 def call(name, templates, **environment):
-    """In a process of its own, as a server does it: Prefect's settings are read once."""
+    """Call a function in its own process, as a server does: Prefect reads its settings once."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     command = [sys.executable, "-c", CALL, name, str(templates)]
     subprocess.run(command, env=own | environment, check=True, timeout=120)
@@ -34,14 +34,14 @@ def prepare(home, templates, **environment):
 
 
 def migrate(home):
-    """Prefect's own way, on what there is."""
+    """Migrate a home's database with Prefect's own command."""
     upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
     subprocess.run(upgrade, env=os.environ | {"PREFECT_HOME": str(home)}, check=True, capture_output=True, timeout=120)
     return home / "prefect.db"
 
 
 def schema(file):
-    """The revision, and what there is; the migrations do not repeat the order of constraints."""
+    """The revision, and the names of all objects; migrations do not reproduce the order of constraints."""
     with closing(sqlite3.connect(file)) as database:
         (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
         return revision, sorted(database.execute("SELECT type, name FROM sqlite_master"))
@@ -49,7 +49,7 @@ def schema(file):
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
-    """What `make setup` keeps."""
+    """The folder that `make setup` writes."""
     folder = tmp_path_factory.mktemp("environment") / "templates"
     call("write_template", folder)
     return folder
@@ -85,14 +85,14 @@ def test_a_run_writes_no_template(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_database_that_is_there_is_left_alone(templates, tmp_path):
+def test_an_existing_database_is_left_alone(templates, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "prefect.db").write_bytes(b"mine")
     assert prepare(tmp_path / "home", templates).read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("url", ["postgresql+asyncpg://user@127.0.0.1:1/name", "sqlite+aiosqlite:////nowhere/own.db"])
-def test_another_database_than_a_homes_own_is_prefects_matter(url, templates, tmp_path):
+def test_a_database_other_than_the_homes_own_is_left_to_prefect(url, templates, tmp_path):
     database = prepare(tmp_path / "home", templates, PREFECT_API_DATABASE_CONNECTION_URL=url)
     assert not database.exists()
 
@@ -117,5 +117,5 @@ def test_a_database_with_one_damaged_page_is_found(tmp_path):
         check_database(file)
 
 
-def test_no_database_yet_is_no_damage(tmp_path):
+def test_a_missing_database_is_not_damage(tmp_path):
     check_database(tmp_path / "prefect.db")

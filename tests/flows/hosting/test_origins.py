@@ -1,4 +1,4 @@
-"""Whom a server on loopback answers: raw requests, as a browser sends them for somebody else's page."""
+"""Whom a server on loopback answers: raw requests, as a browser sends them for another site's page."""
 
 import http.client
 import json
@@ -51,7 +51,7 @@ def address(prefect_server):
 
 
 def ask(address, path, headers=(), method="GET", body=None):
-    """(status, headers, body) of the answer to a request with exactly these headers, but for a Host that is missing."""
+    """(status, headers, body) of the answer to a request with exactly these headers, plus Host if it is missing."""
     connection = http.client.HTTPConnection(address, timeout=30)
     fields = list(headers.items()) if isinstance(headers, dict) else list(headers)
     connection.putrequest(method, path, skip_host=any(name == "Host" for name, _ in fields), skip_accept_encoding=True)
@@ -61,7 +61,7 @@ def ask(address, path, headers=(), method="GET", body=None):
         connection.putheader("Content-Length", str(len(body)))
     connection.endheaders(body)
     answer = connection.getresponse()
-    # A connection that was upgraded has no end.
+    # An upgraded connection has no end.
     found = answer.status, answer.headers, b"" if answer.status == 101 else answer.read()
     connection.close()
     return found
@@ -83,7 +83,7 @@ def test_clients_without_an_origin_and_its_own_pages_are_answered(address):
     for name in ("127.0.0.1", "localhost", "LOCALHOST"):
         assert ask(address, "/api/health", {"Host": f"{name}:{port}"})[0] == 200
     for name in ("127.0.0.1", "localhost"):
-        # The interface calls 127.0.0.1 from wherever it was opened.
+        # The interface calls 127.0.0.1 wherever it was opened.
         own = {"Origin": f"http://{name}:{port}"}
         assert ask(address, "/api/health", own)[0] == 200
         assert ask(address, "/api/flows/", own | PREFLIGHT, "OPTIONS")[0] == 200
@@ -115,7 +115,7 @@ def test_no_other_origin_is_answered(address, origin):
 @pytest.mark.parametrize("host", FOREIGN_HOSTS)
 def test_no_other_host_is_answered(address, host):
     foreign = {"Host": filled(host, address)}
-    # A page whose name was made to point here has that name as its origin, and sends none with GET.
+    # A page whose name was made to resolve here has that name as its origin, and sends no origin with GET.
     for own_origin in ({}, {"Origin": f"http://{foreign['Host']}"}):
         for method, path in (("GET", "/api/health"), ("OPTIONS", "/api/flows/"), ("POST", "/api/flows/")):
             assert ask(address, path, foreign | own_origin, method)[0] == 403, f"{method} {path}"

@@ -1,4 +1,4 @@
-"""Processes that a command starts: they end with it, show that they live, and their logs are read."""
+"""Processes that a command starts: they end with it, show that they are alive, and their logs are read."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_a_child_ends_with_its_parent_whenever_that_dies(tmp_path, begins, dies)
         time.sleep(0.1)
 
 
-def test_a_child_that_ends_is_started_again_and_not_for_ever(tmp_path):
+def test_a_child_that_ends_is_restarted_but_not_forever(tmp_path):
     child = Child("late", [sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), tmp_path / "log")
     assert not child.watch()
     pids = [child.process.pid]
@@ -49,7 +49,7 @@ def test_a_child_that_ends_is_started_again_and_not_for_ever(tmp_path):
         pids.append(child.process.pid)
     assert len(set(pids)) == 5
     kill(child)
-    with pytest.raises(MachineError, match="late ends over and over"):
+    with pytest.raises(MachineError, match="late keeps exiting"):
         child.watch()
 
 
@@ -67,7 +67,7 @@ def test_a_pulse_is_asked_for_when_half_of_the_time_has_passed(monkeypatch):
         now[0] = float(second)
         lives[0] = second < 12
         silent.append(pulse.is_silent())
-    assert asked[:2] == [6.0, 12.0]  # Each answer counts from when it was given.
+    assert asked[:2] == [6.0, 12.0]  # Time counts from the last answer.
     assert silent.index(True) + 1 == 17
 
 
@@ -82,7 +82,7 @@ def test_an_error_that_a_log_repeats_is_found_once(tmp_path):
         assert errors.news() == []
         file.write("  File x, line 3\npkg.HTTPError: 500 for http://127.0.0.1:4201/a")
         file.flush()
-        assert errors.news() == []  # The line is not whole yet.
+        assert errors.news() == []  # The line is not complete yet.
         file.write("pi\n")
         file.flush()
         assert errors.news() == ["pkg.HTTPError: 500 for http://127.0.0.1:4201/api"]
@@ -91,5 +91,5 @@ def test_an_error_that_a_log_repeats_is_found_once(tmp_path):
         assert errors.news() == []
 
 
-def test_a_log_that_is_not_there_yet_repeats_nothing(tmp_path):
+def test_a_log_that_does_not_exist_yet_repeats_nothing(tmp_path):
     assert RepeatedErrors(tmp_path / "worker.log").news() == []

@@ -1,4 +1,4 @@
-"""Runs whose process is gone, beside a server that is played: which are marked, and when."""
+"""Runs whose process is gone, with a fake server: which are marked as crashed, and when."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from quantlib.store.journal import Journal
 
 
 class Server:
-    """Knows one unfinished run, and notes what it is told of it."""
+    """Knows one unfinished run, and records the states reported for it."""
 
     def __init__(self, **run):
         state = SimpleNamespace(type=StateType.RUNNING, timestamp=datetime.now(UTC) - timedelta(seconds=60))
@@ -37,7 +37,7 @@ class Server:
 
 @pytest.fixture
 def later(monkeypatch):
-    """Moves the clock that the reconciler looks at."""
+    """Moves the reconciler's clock."""
     passed = [0.0]
 
     def move(seconds):
@@ -49,14 +49,14 @@ def later(monkeypatch):
 
 
 def attempt(home, run):
-    """The journal of an attempt of a run, as its process writes it."""
+    """The journal of one attempt at a run, as its process writes it."""
     return Journal(home / "runs" / f"20260501-030000-tiny-{str(run)[:8]}").record(
         "quantize", parse_recipe(harness.RECIPE), str(run)
     )
 
 
 def die(home, run):
-    """Leave what an attempt leaves that was killed: no outcome."""
+    """Leave what a killed attempt leaves: no outcome."""
     with attempt(home, run):
         pass
     next((home / "runs").glob("*/outcome.json")).unlink()

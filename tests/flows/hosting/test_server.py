@@ -1,4 +1,4 @@
-"""The server of a run: what it has been told when it stops, and what the terminal sees of it."""
+"""A run's server: what was reported to it by the time it stops, and what the terminal shows of it."""
 
 import logging
 import os
@@ -25,10 +25,10 @@ from tasks.listener import NullListener
 
 @pytest.fixture
 def start_run(tmp_path):
-    """Starts `quantflow run` of the tiny recipe on tmp_path / "home", in a session of its own like a terminal's."""
+    """Starts `quantflow run` of the tiny recipe on tmp_path / "home", in its own session, as a terminal does."""
     (tmp_path / "tiny.toml").write_text(TINY)
 
-    def start(*settings: str):
+    def start(*settings):
         command = [sys.executable, "-m", "flows.cli.commands", "run", "tiny.toml", "--home", "home"]
         for setting in settings:
             command += ["--set", setting]
@@ -46,7 +46,7 @@ def start_run(tmp_path):
 
 
 def told_to_prefect(home):
-    """(state of the one flow run, its log)."""
+    """(state, log) of the only flow run."""
     with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
         ((state,),) = database.execute("SELECT state_name FROM flow_run")
         return state, "\n".join(message for (message,) in database.execute("SELECT message FROM log"))
@@ -83,14 +83,14 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_is_left_alone(st
 
 
 @pytest.mark.usefixtures("ctrl_c_works")
-def test_ctrl_c_ends_a_run_with_one_message_and_prefect_is_told(start_run, tmp_path):
+def test_ctrl_c_ends_a_run_with_one_message_and_is_reported_to_prefect(start_run, tmp_path):
     process = start_run("qat.0.epochs=50")
     deadline = time.monotonic() + 200
     while not any(run.num_stages >= 6 for run in read_runs(tmp_path / "home" / "runs")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    # As the terminal does it: to every process of the foreground.
+    # Sent to every foreground process, as a terminal does.
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -99,7 +99,7 @@ def test_ctrl_c_ends_a_run_with_one_message_and_prefect_is_told(start_run, tmp_p
     assert state == "Crashed"
 
 
-def servers_of(process) -> list[int]:
+def servers_of(process):
     return find_processes(process.pid, "flows.hosting.server")
 
 
@@ -125,7 +125,7 @@ def test_a_run_outlives_the_death_of_its_server_and_ends_as_its_journal_says(num
     assert told_to_prefect(tmp_path / "home")[0] == "Completed"
 
 
-def test_a_server_that_is_killed_while_it_starts_is_started_again(start_run, tmp_path):
+def test_a_server_that_is_killed_while_it_starts_is_restarted(start_run, tmp_path):
     process = start_run()
     deadline = time.monotonic() + 100
     while not servers_of(process):
@@ -165,7 +165,7 @@ def test_a_run_that_is_completed_has_its_report_whatever_prefect_raises_then(mon
 
 
 class _AwayAtFirst:
-    """A client whose server cannot be reached before the third time."""
+    """A client that reaches its server only at the third attempt."""
 
     asked = 0
 
@@ -197,7 +197,7 @@ def test_a_server_that_never_comes_is_an_error_that_says_what_to_do(monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_whose_server_dies_over_and_over_goes_on_without(start_run, tmp_path):
+def test_a_run_whose_server_dies_over_and_over_continues_without_it(start_run, tmp_path):
     process = start_run("qat.0.epochs=20")
     deadline = time.monotonic() + 250
     while process.poll() is None:
@@ -210,4 +210,4 @@ def test_a_run_whose_server_dies_over_and_over_goes_on_without(start_run, tmp_pa
     assert process.returncode == 0, said
     assert [run.state for run in read_runs(tmp_path / "home" / "runs")] == ["completed"]
     assert len(said.splitlines()) == 1, said
-    assert "goes on without Prefect's server" in said
+    assert "continues without Prefect's server" in said

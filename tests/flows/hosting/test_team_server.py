@@ -29,7 +29,7 @@ OPENSSL = shutil.which("openssl")
 pytestmark = pytest.mark.skipif(OPENSSL is None, reason="needs openssl, for passwords and certificates")
 
 
-def documented(section: str) -> list[str]:
+def documented(section):
     """The commands of a section of docs/operations.md, in order."""
     text = (PROJECT / "docs" / "operations.md").read_text()
     (content,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
@@ -40,14 +40,14 @@ PASSWORD, SERVER, PROXY, CLIENT, DEPLOY, WORKER = documented("A server for a tea
 
 
 class Team(Dashboard):
-    """A server that was set up by hand: only the recipe and the calls of a dashboard are used.
+    """A server that was set up by hand: only a dashboard's recipe and calls are used.
 
     Args:
-        folder: Where the commands are given.
-        api: What clients are told, as https://localhost:443/api.
+        folder: Where the commands run.
+        api: The address given to clients, such as https://localhost:443/api.
     """
 
-    def __init__(self, folder: Path, port: int, api: str) -> None:
+    def __init__(self, folder, port, api):
         super().__init__(folder)
         self.port, self.api = port, api
         self.url = f"http://127.0.0.1:{port}"
@@ -57,29 +57,29 @@ class Team(Dashboard):
         self.password = (folder / "auth-string").read_text().strip()
         self.headers |= authorization(self.password)
 
-    def fill(self, text: str) -> str:
-        """What the documentation says, for this machine."""
+    def fill(self, text):
+        """The documentation's text, adapted to this machine."""
         text = text.replace("https://SERVER/api", self.api).replace("4200", str(self.port))
         text = text.replace("/data/quantflow", str(self.home))
         return re.sub(r"^(prefect (server|worker) start)", r"exec \1", text, flags=re.MULTILINE)
 
-    def bash(self, *commands: str) -> None:
-        """Give commands, one after the other, in one shell."""
+    def bash(self, *commands):
+        """Run commands, one after the other, in one shell."""
         done = subprocess.run(self.shell(*commands), check=False, **self.place(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def shell(self, *commands: str) -> list[str]:
+    def shell(self, *commands):
         return ["bash", "-e", "-c", "\n".join(map(self.fill, commands))]
 
     def place(self):
         return {"cwd": self.folder, "env": self.environment}
 
 
-def authorization(password: str) -> dict[str, str]:
+def authorization(password):
     return {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"}
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -117,7 +117,7 @@ def postgresql(log):
 
 @contextmanager
 def nginx(team, port):
-    """The documented proxy for localhost, with a certificate of its own."""
+    """The documented proxy for localhost, with its own certificate."""
     folder = team.folder / "nginx"
     folder.mkdir()
     key = [OPENSSL, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
@@ -145,7 +145,7 @@ def server(team, database):
 
 
 def status(url, headers, context=None):
-    """Of the answer to a request that would list flows."""
+    """Status of the answer to a request that lists flows."""
     request = urllib.request.Request(f"{url}/flows/filter", b"{}", {"Content-Type": "application/json"} | headers)
     try:
         with urllib.request.urlopen(request, timeout=30, context=context) as answer:
@@ -155,7 +155,7 @@ def status(url, headers, context=None):
 
 
 def is_let_in(url, token, context=None):
-    """Whether the socket that events are sent to takes a password."""
+    """Whether the events socket accepts a password."""
     address = url.replace("http", "ws", 1) + "/events/in"
     with connect(address, subprotocols=["prefect"], ssl=context, proxy=None) as found:
         found.send(json.dumps({"type": "auth", "token": token}))
@@ -173,7 +173,7 @@ def check_the_door(url, password, context=None):
 
 
 def quantflow_run(team, *commands):
-    """`quantflow run` of the tiny recipe, by whoever was told what `commands` tell: (exit status, what it said)."""
+    """`quantflow run` of the tiny recipe, after the setup in `commands`: (exit status, output)."""
     run = "quantflow run tiny.toml --home home"
     done = subprocess.run(
         team.shell(*commands, run), check=False, **team.place(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -184,11 +184,11 @@ def quantflow_run(team, *commands):
 def check_the_run(team):
     (run,) = team.runs(name={"any_": ["tiny"]})
     assert run["state"]["name"] == "Completed"
-    # What becomes of tasks is sent through the socket.
+    # The states of tasks are sent through the socket.
     team.wait_for_tasks(run["id"], "Completed", 8)
 
 
-def test_the_documented_password_is_asked_of_everybody_and_a_run_that_has_it_reports_to_the_server(tmp_path):
+def test_everybody_needs_the_documented_password_and_a_run_that_has_it_reports_to_the_server(tmp_path):
     port = free_port()
     team = Team(tmp_path, port, f"http://127.0.0.1:{port}/api")
     assert (tmp_path / "auth-string").stat().st_mode & 0o077 == 0
@@ -253,7 +253,7 @@ def test_server_proxy_worker_and_flow_run_with_postgresql_and_tls_as_documented(
 
 
 def _wait(check, seconds=120):
-    """Wait until something answers."""
+    """Wait until `check` gets an answer."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(OSError):

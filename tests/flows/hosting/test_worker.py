@@ -9,7 +9,7 @@ from prefect.workers.process import ProcessWorker, ProcessWorkerResult
 from flows.hosting.worker import Worker
 
 
-def test_the_exit_status_of_a_run_is_not_told_a_second_time(monkeypatch):
+def test_the_exit_status_of_a_run_is_not_reported_a_second_time(monkeypatch):
     async def run(worker, flow_run, configuration, task_status=None):
         return ProcessWorkerResult(identifier="1", status_code=-signal.SIGKILL)
 

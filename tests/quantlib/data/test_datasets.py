@@ -7,10 +7,8 @@ import pickle
 import random
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,16 +28,16 @@ EVAL = EvalTransform(8, 8)
 
 @dataclass(frozen=True)
 class _Number:
-    """A transform that makes an image of 1 x 1 pixel of whatever it is given."""
+    """A transform that turns any image into one of 1 x 1 pixel."""
 
     crop: int = 1
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+    def __call__(self, image, rng):
         return image.resize((1, 1))
 
 
-def _numbered(num_images: int) -> Split:
-    """Image n is of the grey level n, and of class n % 3."""
+def _numbered(num_images):
+    """A split where image n has grey level n and class n % 3."""
     return Split(
         labels=np.arange(num_images) % 3,
         classes=("a", "b", "c"),
@@ -52,16 +50,16 @@ def _numbered(num_images: int) -> Split:
 
 
 @pytest.mark.parametrize(("split", "num_images"), [("train", 1198), ("val", 599)])
-def test_two_thirds_of_the_1797_digits_train_and_one_third_validates(split: str, num_images: int) -> None:
+def test_two_thirds_of_the_1797_digits_train_and_one_third_validates(split, num_images):
     digits = datasets.open_split("digits", None, split)
 
     assert len(digits) == num_images
     assert digits.classes == tuple("0123456789")
-    # Every class at about a tenth.
+    # Every class has about a tenth.
     assert np.bincount(digits.labels).min() > 0.08 * num_images
 
 
-def test_digits_are_grey_levels_from_black_to_white_and_no_image_is_in_both_splits() -> None:
+def test_digits_are_grey_levels_from_black_to_white_and_no_image_is_in_both_splits():
     splits = {name: datasets.open_split("digits", None, name) for name in ("train", "val")}
     pixels = {
         name: {np.asarray(split.open(index)).tobytes() for index in range(len(split))} for name, split in splits.items()
@@ -74,7 +72,7 @@ def test_digits_are_grey_levels_from_black_to_white_and_no_image_is_in_both_spli
     assert not pixels["train"] & pixels["val"]
 
 
-def test_an_image_folder_has_a_class_a_folder_in_alphabetical_order(image_folder: Path) -> None:
+def test_an_image_folder_has_one_class_per_folder_in_alphabetical_order(image_folder):
     train = datasets.open_split("imagefolder", str(image_folder), "train")
 
     assert train.classes == ("blue", "green", "red")
@@ -84,7 +82,7 @@ def test_an_image_folder_has_a_class_a_folder_in_alphabetical_order(image_folder
         assert train.open(13).size == image.size
 
 
-def test_an_image_folder_is_listed_as_torchvision_lists_it(own_folder: Path) -> None:
+def test_an_image_folder_is_listed_as_torchvision_lists_it(own_folder):
     deep = own_folder / "train" / "red" / "deep"
     deep.mkdir()
     (deep / "last.JPEG").touch()
@@ -99,7 +97,7 @@ def test_an_image_folder_is_listed_as_torchvision_lists_it(own_folder: Path) -> 
     assert [(got.name_of(index), label) for index, label in enumerate(got.labels)] == theirs.samples
 
 
-def test_a_grey_image_with_a_palette_or_transparency_becomes_rgb(tmp_path: Path) -> None:
+def test_a_grey_image_with_a_palette_or_transparency_becomes_rgb(tmp_path):
     folder = tmp_path / "val" / "one"
     folder.mkdir(parents=True)
     for mode in ("L", "P", "RGBA", "1", "LA"):
@@ -112,20 +110,20 @@ def test_a_grey_image_with_a_palette_or_transparency_becomes_rgb(tmp_path: Path)
     assert split.labels.tolist() == [0] * 5
 
 
-def test_a_missing_folder_is_named_with_the_layout_that_is_wanted(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named_with_the_layout_that_is_wanted(tmp_path):
     with pytest.raises(DataError, match=r"No folder .*nowhere/train: data\.root must hold train/CLASS/IMAGE"):
         datasets.open_split("imagefolder", str(tmp_path / "nowhere"), "train")
 
 
-def test_a_folder_of_images_without_classes_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_images_without_classes_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "image.png")
 
-    with pytest.raises(DataError, match=r"train has no classes: it must hold one folder a class"):
+    with pytest.raises(DataError, match=r"train has no classes: it must hold one folder per class"):
         datasets.open_split("imagefolder", str(tmp_path), "train")
 
 
-def test_a_class_without_images_is_named(own_folder: Path) -> None:
+def test_a_class_without_images_is_named(own_folder):
     (own_folder / "train" / "mauve").mkdir()
     (own_folder / "train" / "mauve" / "notes.txt").write_text("none yet")
 
@@ -133,12 +131,12 @@ def test_a_class_without_images_is_named(own_folder: Path) -> None:
         datasets.open_split("imagefolder", str(own_folder), "train")
 
 
-def test_a_format_that_needs_a_folder_and_has_none_is_refused() -> None:
+def test_a_format_that_needs_a_folder_and_has_none_is_refused():
     with pytest.raises(RecipeError, match=r"'imagefolder' needs data\.root"):
         datasets.open_split("imagefolder", None, "train")
 
 
-def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
+def test_an_unknown_format_is_refused_with_those_that_are_known():
     with pytest.raises(RecipeError, match=r"data\.format = 'webdataset' is unknown\. Allowed: digits, imagefolder"):
         datasets.open_split("webdataset", "data", "train")
 
@@ -147,8 +145,8 @@ def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
 
 
 @pytest.fixture
-def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Batches of four images in torchvision's layout, whose MD5 sums torchvision is told to expect."""
+def cifar10(tmp_path, monkeypatch):
+    """Batches of four images in torchvision's layout, with torchvision's expected MD5 sums patched to match."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -167,7 +165,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_cifar10_is_read_as_torchvision_keeps_it(cifar10: Path) -> None:
+def test_cifar10_is_read_as_torchvision_keeps_it(cifar10):
     train, val = (datasets.open_split("cifar10", str(cifar10), name) for name in ("train", "val"))
 
     assert (len(train), len(val)) == (20, 4)
@@ -179,9 +177,9 @@ def test_cifar10_is_read_as_torchvision_keeps_it(cifar10: Path) -> None:
     assert image[1, 1].tolist() == [5, 0, 0]
 
 
-def test_a_damaged_cifar10_file_is_refused_before_it_is_unpickled(cifar10: Path) -> None:
+def test_a_damaged_cifar10_file_is_refused_before_it_is_unpickled(cifar10):
     victim = cifar10 / "code_ran"
-    # What it would unpickle to creates a file.
+    # Unpickling this would create a file.
     trap = type("Trap", (), {"__reduce__": lambda _: (Path.touch, (victim,))})()
     (cifar10 / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(trap))
 
@@ -191,7 +189,7 @@ def test_a_damaged_cifar10_file_is_refused_before_it_is_unpickled(cifar10: Path)
     assert not victim.exists()
 
 
-def test_a_folder_without_cifar10_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_cifar10_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz"):
         datasets.open_split("cifar10", str(tmp_path), "train")
 
@@ -200,8 +198,8 @@ def test_a_folder_without_cifar10_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def imagenet(tmp_path: Path) -> Path:
-    """What torchvision's ImageNet leaves when it has unpacked its archives."""
+def imagenet(tmp_path):
+    """What torchvision's ImageNet leaves after unpacking its archives."""
     for split in ("train", "val"):
         for wnid, number in (("n01440764", 3), ("n01494475", 2)):
             folder = tmp_path / split / wnid
@@ -213,7 +211,7 @@ def imagenet(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_imagenet_is_read_as_torchvision_keeps_it(imagenet: Path) -> None:
+def test_imagenet_is_read_as_torchvision_keeps_it(imagenet):
     val = datasets.open_split("imagenet", str(imagenet), "val")
 
     assert val.classes == ("tench", "hammerhead")
@@ -223,21 +221,21 @@ def test_imagenet_is_read_as_torchvision_keeps_it(imagenet: Path) -> None:
 
 
 @pytest.mark.parametrize("meta", [b"", b"not a file of torch's"])
-def test_an_imagenet_folder_that_torchvision_cannot_read_is_refused(imagenet: Path, meta: bytes) -> None:
+def test_an_imagenet_folder_that_torchvision_cannot_read_is_refused(imagenet, meta):
     (imagenet / "meta.bin").write_bytes(meta)
 
     with pytest.raises(DataError, match=r"not torchvision's ImageNet.*imagefolder"):
         datasets.open_split("imagenet", str(imagenet), "val")
 
 
-def test_an_imagenet_class_that_its_list_does_not_have_is_refused(imagenet: Path) -> None:
+def test_an_imagenet_class_that_its_list_does_not_have_is_refused(imagenet):
     (imagenet / "val" / "n01494475").rename(imagenet / "val" / "lost+found")
 
     with pytest.raises(DataError, match=r"not torchvision's ImageNet: .*lost\+found"):
         datasets.open_split("imagenet", str(imagenet), "val")
 
 
-def test_an_imagenet_folder_without_archives_is_refused(tmp_path: Path) -> None:
+def test_an_imagenet_folder_without_archives_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"ILSVRC2012_devkit_t12\.tar\.gz"):
         datasets.open_split("imagenet", str(tmp_path), "train")
     with pytest.raises(DataError, match="No folder"):
@@ -248,11 +246,11 @@ def test_an_imagenet_folder_without_archives_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module that can be imported, and gives its name."""
+def write_module(tmp_path, monkeypatch):
+    """Writes an importable module, and returns its name."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def write(source: str) -> str:
+    def write(source):
         name = f"users_data_{next(module_numbers)}"
         (tmp_path / f"{name}.py").write_text(source)
         return name
@@ -275,7 +273,7 @@ class Dataset:
 """
 
 
-def test_a_users_dataset_is_called_with_its_root_and_split(write_module: Callable[[str], str]) -> None:
+def test_a_users_dataset_is_called_with_its_root_and_split(write_module):
     name = f"{write_module(_USERS_DATASET.format(val_targets='[1]'))}:Dataset"
 
     train, val = (datasets.open_split(name, "somewhere", split) for split in ("train", "val"))
@@ -287,7 +285,7 @@ def test_a_users_dataset_is_called_with_its_root_and_split(write_module: Callabl
     assert pixels[:, 0, 0].tolist() == [[20] * 3, [10] * 3]
 
 
-def test_an_empty_split_is_refused(write_module: Callable[[str], str]) -> None:
+def test_an_empty_split_is_refused(write_module):
     name = f"{write_module(_USERS_DATASET.format(val_targets='[]'))}:Dataset"
 
     with pytest.raises(DataError, match=r"val split of .* has no images"):
@@ -295,14 +293,14 @@ def test_an_empty_split_is_refused(write_module: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize("label", [2, -1])
-def test_a_label_without_a_class_is_refused(write_module: Callable[[str], str], label: int) -> None:
+def test_a_label_without_a_class_is_refused(write_module, label):
     name = f"{write_module(_USERS_DATASET.format(val_targets=f'[0, {label}]'))}:Dataset"
 
     with pytest.raises(DataError, match=rf"label {label}.*2 classes"):
         datasets.open_split(name, None, "val")
 
 
-def test_a_users_dataset_that_gives_tensors_is_refused(write_module: Callable[[str], str]) -> None:
+def test_a_users_dataset_that_gives_tensors_is_refused(write_module):
     source = _USERS_DATASET.format(val_targets="[0]").replace('Image.new("L", (8, 8), 10 * index)', "[[0.5]]")
     split = datasets.open_split(f"{write_module(source)}:Dataset", None, "val")
 
@@ -310,7 +308,7 @@ def test_a_users_dataset_that_gives_tensors_is_refused(write_module: Callable[[s
         next(loading.decode(split, np.array([0]), EVAL, seed=0))
 
 
-def test_what_is_no_dataset_is_refused_with_what_it_needs(write_module: Callable[[str], str]) -> None:
+def test_what_is_no_dataset_is_refused_with_what_it_needs(write_module):
     name = f"{write_module('def dataset(root, split): return [1, 2]')}:dataset"
 
     with pytest.raises(DataError, match="returned a list: it must have `classes`, `targets`"):
@@ -320,7 +318,7 @@ def test_what_is_no_dataset_is_refused_with_what_it_needs(write_module: Callable
 # Decoding
 
 
-def test_a_truncated_image_is_named(own_folder: Path) -> None:
+def test_a_truncated_image_is_named(own_folder):
     path = own_folder / "train" / "green" / "04.jpg"
     os.truncate(path, path.stat().st_size // 2)
     split = datasets.open_split("imagefolder", str(own_folder), "train")
@@ -330,7 +328,7 @@ def test_a_truncated_image_is_named(own_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"an HTML page that said 404", b"\x89PNG\r\n\x1a\n" + b"\0" * 30])
-def test_a_file_that_is_no_image_is_named(own_folder: Path, content: bytes) -> None:
+def test_a_file_that_is_no_image_is_named(own_folder, content):
     (own_folder / "val" / "red" / "03.png").write_bytes(content)
     split = datasets.open_split("imagefolder", str(own_folder), "val")
 
@@ -339,7 +337,7 @@ def test_a_file_that_is_no_image_is_named(own_folder: Path, content: bytes) -> N
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 64])
-def test_batches_come_in_the_order_that_was_asked_for_with_their_labels(batch_size: int) -> None:
+def test_batches_come_in_the_order_that_was_asked_for_with_their_labels(batch_size):
     split = _numbered(50)
     order = loading.shuffled(50, seed=3)[:22]
 
@@ -350,22 +348,22 @@ def test_batches_come_in_the_order_that_was_asked_for_with_their_labels(batch_si
     assert np.concatenate([labels for _, labels in parts]).tolist() == (order % 3).tolist()
 
 
-def test_no_more_is_decoded_ahead_than_two_batches() -> None:
+def test_no_more_is_decoded_ahead_than_two_batches():
     opened, lock = [0], threading.Lock()
 
-    def open_one(index: int) -> Image.Image:
+    def open_one(index):
         with lock:
             opened[0] += 1
         return Image.new("RGB", (4, 4))
 
     split = replace(_numbered(60), open=open_one)
     for taken, _ in enumerate(loading.batches(split, np.arange(60), _Number(), 0, batch_size=5), start=1):
-        # The batch in hand, and two that are decoded or being so.
+        # The current batch, and two that are decoded or being decoded.
         assert opened[0] <= 5 * (taken + 2)
     assert opened[0] == 60
 
 
-def test_a_consumer_that_stops_early_stops_the_decoding() -> None:
+def test_a_consumer_that_stops_early_stops_the_decoding():
     before = threading.active_count()
     batches = loading.batches(_numbered(60), np.arange(60), _Number(), 0, batch_size=5)
     next(batches)
@@ -374,7 +372,7 @@ def test_a_consumer_that_stops_early_stops_the_decoding() -> None:
     assert threading.active_count() == before
 
 
-def test_random_crops_do_not_depend_on_the_batch_size(train_split: Split) -> None:
+def test_random_crops_do_not_depend_on_the_batch_size(train_split):
     transform = TrainTransform(16, (0.2, 1.0), 0.5)
     indices = np.array([5, 5, 5, 20, 1, 30, 2])
 
@@ -388,7 +386,7 @@ def test_random_crops_do_not_depend_on_the_batch_size(train_split: Split) -> Non
     assert not np.array_equal(results[0][0], results[0][1])  # one image at two places is cropped twice
 
 
-def test_decoding_gives_pixels_and_labels_in_order_and_tells_how_far_it_is() -> None:
+def test_decoding_gives_pixels_and_labels_in_order_and_reports_progress():
     calls: list[tuple[int, int]] = []
     order = np.arange(100)[::-1]
 
@@ -402,12 +400,12 @@ def test_decoding_gives_pixels_and_labels_in_order_and_tells_how_far_it_is() -> 
 # Selections
 
 
-def _selection(root: Path, **changes: Any) -> Subset:
+def _selection(root, **changes):
     split = SplitInput("imagefolder", "train", str(root), "", 36, ("blue", "green", "red"))
     return Subset(**({"split": split, "seed": 5, "start": 0, "stop": 36} | changes))
 
 
-def test_a_selection_is_a_part_of_the_shuffled_split(image_folder: Path) -> None:
+def test_a_selection_is_a_part_of_the_shuffled_split(image_folder):
     split, everything = loading.select(_selection(image_folder))
     _, part = loading.select(_selection(image_folder, start=10, stop=15))
 
@@ -417,7 +415,7 @@ def test_a_selection_is_a_part_of_the_shuffled_split(image_folder: Path) -> None
     assert part.tolist() == everything[10:15].tolist()
 
 
-def test_the_names_of_a_selection_are_its_files_below_the_datasets_folder(image_folder: Path) -> None:
+def test_the_names_of_a_selection_are_its_files_below_the_datasets_folder(image_folder):
     names = loading.find_names(_selection(image_folder, seed=None))
     assert names is not None
     assert names == [str(path.relative_to(image_folder)) for path in sorted((image_folder / "train").rglob("*.*"))]
@@ -425,24 +423,24 @@ def test_the_names_of_a_selection_are_its_files_below_the_datasets_folder(image_
     assert some == [names[number] for number in loading.select(_selection(image_folder))[1][10:12]]
 
 
-def test_a_dataset_that_has_changed_has_no_names(own_folder: Path) -> None:
+def test_a_dataset_that_has_changed_has_no_names(own_folder):
     assert loading.find_names(_selection(own_folder)) is not None
     next((own_folder / "train").rglob("*.*")).unlink()
     loading._open_identified.cache_clear()
     assert loading.find_names(_selection(own_folder)) is None
 
 
-def test_without_a_seed_the_order_is_the_datasets_own(image_folder: Path) -> None:
+def test_without_a_seed_the_order_is_the_datasets_own(image_folder):
     assert loading.select(_selection(image_folder, seed=None, start=3, stop=6))[1].tolist() == [3, 4, 5]
 
 
-def test_shuffling_is_a_function_of_the_seed() -> None:
+def test_shuffling_is_a_function_of_the_seed():
     assert loading.shuffled(8, 1).tolist() == loading.shuffled(8, 1).tolist() != loading.shuffled(8, 2).tolist()
-    # Pinned: another order would train and calibrate on other images under the keys of these.
+    # Pinned: another order would train and calibrate on other images under the same keys.
     assert loading.shuffled(8, 191009).tolist() == np.random.default_rng(191009).permutation(8).tolist()
 
 
-def test_a_split_that_has_changed_since_is_refused(own_folder: Path) -> None:
+def test_a_split_that_has_changed_since_is_refused(own_folder):
     selection = _selection(own_folder)
     (own_folder / "train" / "red" / "00.jpg").unlink()
 
@@ -454,10 +452,10 @@ def test_a_split_that_has_changed_since_is_refused(own_folder: Path) -> None:
 
 
 @pytest.fixture
-def one_image(tmp_path: Path) -> Callable[[str, Callable[[Path], Any]], np.ndarray]:
+def one_image(tmp_path):
     """The pixels of a file, as the one image of an image folder."""
 
-    def read(name: str, save: Callable[[Path], Any]) -> np.ndarray:
+    def read(name, save):
         folder = tmp_path / "data" / "train" / "only"
         folder.mkdir(parents=True)
         save(folder / name)
@@ -468,7 +466,7 @@ def one_image(tmp_path: Path) -> Callable[[str, Callable[[Path], Any]], np.ndarr
     return read
 
 
-def test_sixteen_bits_become_eight_and_not_white(one_image: Callable[..., np.ndarray]) -> None:
+def test_sixteen_bits_become_eight_and_not_white(one_image):
     values = np.full((8, 8), 100 << 8, np.uint16)
     assert (one_image("a.png", Image.fromarray(values).save) == 100).all()
 
@@ -477,14 +475,14 @@ def test_sixteen_bits_become_eight_and_not_white(one_image: Callable[..., np.nda
     ("values", "what"),
     [(np.full((8, 8), 70_000, np.int32), "32-bit"), (np.zeros((8, 8), np.float32), "floating-point")],
 )
-def test_numbers_without_a_known_scale_are_refused_by_name(values, what, one_image) -> None:
+def test_numbers_without_a_known_scale_are_refused_by_name(values, what, one_image):
     with pytest.raises(DataError, match=rf"a.tif cannot be decoded: its pixels are {what}.* 8 or 16 bits are read"):
         one_image("a.tif", Image.fromarray(values).save)
 
 
-def test_an_image_is_turned_as_its_camera_was_held(one_image: Callable[..., np.ndarray]) -> None:
+def test_an_image_is_turned_as_its_camera_was_held(one_image):
     image, exif = Image.new("RGB", (8, 8), "black"), Image.Exif()
-    image.paste("white", (0, 0, 8, 4))  # Its upper half, which is the right one once it is turned.
+    image.paste("white", (0, 0, 8, 4))  # The upper half, which ends up on the right once turned.
     exif[0x0112] = 6
     pixels = one_image("a.png", lambda path: image.save(path, exif=exif))
     assert pixels[:, 4:].min() == 255
@@ -492,13 +490,13 @@ def test_an_image_is_turned_as_its_camera_was_held(one_image: Callable[..., np.n
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.avif", "a.webp"])
-def test_every_kind_that_pillow_reads_is_read(name: str, one_image: Callable[..., np.ndarray]) -> None:
+def test_every_kind_that_pillow_reads_is_read(name, one_image):
     assert (
         np.abs(one_image(name, Image.new("RGB", (8, 8), (200, 100, 50)).save).astype(int) - (200, 100, 50)).max() < 12
     )
 
 
-def test_hidden_folders_are_no_classes_and_what_is_no_image_is_counted(image_folder: Path, tmp_path: Path) -> None:
+def test_hidden_folders_are_no_classes_and_what_is_no_image_is_counted(image_folder, tmp_path):
     root = Path(shutil.copytree(image_folder, tmp_path / "data"))
     before = datasets.open_split("imagefolder", str(root), "train")
     for name in (".ipynb_checkpoints", "__MACOSX"):

@@ -1,7 +1,6 @@
 """Shards of decoded images."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torchvision import transforms
 from quantlib.data import shards
 
 
-def _shard(path: Path, num_images: int) -> tuple[Path, np.ndarray, np.ndarray]:
+def _shard(path, num_images):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (num_images, 9, 9, 3), dtype=np.uint8)
     labels = rng.integers(0, 5, num_images)
@@ -21,7 +20,7 @@ def _shard(path: Path, num_images: int) -> tuple[Path, np.ndarray, np.ndarray]:
     return path, pixels, labels
 
 
-def test_inputs_are_bit_for_bit_torchvisions() -> None:
+def test_inputs_are_bit_for_bit_torchvisions():
     # Every value of every channel.
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     pixels = np.concatenate([pixels, np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)])
@@ -34,7 +33,7 @@ def test_inputs_are_bit_for_bit_torchvisions() -> None:
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_making_inputs_leaves_the_pixels_as_they_were() -> None:
+def test_making_inputs_leaves_the_pixels_as_they_were():
     pixels = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
     before = pixels.clone()
 
@@ -43,7 +42,7 @@ def test_making_inputs_leaves_the_pixels_as_they_were() -> None:
     assert torch.equal(pixels, before)
 
 
-def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_shard_comes_back_as_it_was_written(tmp_path):
     path, pixels, labels = _shard(tmp_path / "shard", 7)
 
     got_pixels, got_labels = shards.open_shard(path)
@@ -53,7 +52,7 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert np.array_equal(got_labels.numpy(), labels)
 
 
-def test_a_shard_has_the_same_bytes_each_time() -> None:
+def test_a_shard_has_the_same_bytes_each_time():
     pixels, labels = np.zeros((2, 4, 4, 3), dtype=np.uint8), np.zeros(2, dtype=np.int64)
     first, second = io.BytesIO(), io.BytesIO()
     shards.save([pixels], labels, first)
@@ -63,7 +62,7 @@ def test_a_shard_has_the_same_bytes_each_time() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(3, [3, 3, 1]), (7, [7]), (50, [7])])
-def test_batches_hold_every_image_once_and_in_order(tmp_path: Path, batch_size: int, sizes: list[int]) -> None:
+def test_batches_hold_every_image_once_and_in_order(tmp_path, batch_size, sizes):
     path, pixels, labels = _shard(tmp_path / "shard", 7)
 
     parts = list(shards.batches(path, batch_size))

@@ -11,14 +11,14 @@ from torchvision.transforms import functional
 from quantlib.data.transforms import EvalTransform, TrainTransform
 
 
-def _image(width: int, height: int) -> Image.Image:
+def _image(width, height):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 60), (60, 80), (31, 97), (32, 32), (20, 13)])
 @pytest.mark.parametrize(("resize", "crop"), [(32, 32), (40, 32), (37, 30)])
-def test_evaluation_is_torchvisions_pixel_for_pixel(width: int, height: int, resize: int, crop: int) -> None:
+def test_evaluation_is_torchvisions_pixel_for_pixel(width, height, resize, crop):
     image = _image(width, height)
     theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
 
@@ -29,9 +29,7 @@ def test_evaluation_is_torchvisions_pixel_for_pixel(width: int, height: int, res
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 60), (31, 97), (20, 13)])
-def test_training_is_torchvisions_pixel_for_pixel_once_the_box_is_drawn(
-    rng: random.Random, width: int, height: int
-) -> None:
+def test_training_is_torchvisions_pixel_for_pixel_once_the_box_is_drawn(rng, width, height):
     image = _image(width, height)
     transform = TrainTransform(32, (0.08, 1.0), 0.5)
     for _ in range(10):
@@ -44,7 +42,7 @@ def test_training_is_torchvisions_pixel_for_pixel_once_the_box_is_drawn(
         assert np.array_equal(np.asarray(got), np.asarray(theirs))
 
 
-def test_evaluation_draws_nothing(rng: random.Random) -> None:
+def test_evaluation_draws_nothing(rng):
     before = rng.getstate()
     EvalTransform(16, 16)(_image(20, 20), rng)
 
@@ -53,9 +51,7 @@ def test_evaluation_draws_nothing(rng: random.Random) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(80, 60), (60, 80), (64, 64)])
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.3, 0.4)])
-def test_training_boxes_lie_inside_the_image_and_have_the_asked_area_and_shape(
-    rng: random.Random, width: int, height: int, scale: tuple[float, float]
-) -> None:
+def test_training_boxes_lie_inside_the_image_and_have_the_asked_area_and_shape(rng, width, height, scale):
     transform = TrainTransform(32, scale, 0.5)
     boxes = [transform._box(width, height, rng) for _ in range(4000)]
 
@@ -84,16 +80,14 @@ def test_training_boxes_lie_inside_the_image_and_have_the_asked_area_and_shape(
         (300, 1, (0, 149, 1, 1)),
     ],
 )
-def test_an_image_too_long_for_any_box_gives_its_middle(
-    rng: random.Random, width: int, height: int, box: tuple[int, int, int, int]
-) -> None:
+def test_an_image_too_long_for_any_box_gives_its_middle(rng, width, height, box):
     assert TrainTransform(8, (1.0, 1.0), 0.0)._box(width, height, rng) == box
 
 
-def test_a_training_crop_of_everything_is_the_resized_image(rng: random.Random) -> None:
+def test_a_training_crop_of_everything_is_the_resized_image(rng):
     image = _image(40, 40)
     transform = TrainTransform(16, (1.0, 1.0), 0.0)
-    # Of all shapes only the square has the image's area and fits.
+    # Only the square has the image's area and fits.
     box = next(box for box in iter(lambda: transform._box(40, 40, rng), None) if box[2:] == (40, 40))
 
     assert box == (0, 0, 40, 40)
@@ -101,8 +95,8 @@ def test_a_training_crop_of_everything_is_the_resized_image(rng: random.Random) 
 
 
 @pytest.mark.parametrize(("flip", "expected"), [(0.0, 0), (1.0, 200), (0.5, 100)])
-def test_images_are_mirrored_as_often_as_asked(rng: random.Random, flip: float, expected: int) -> None:
-    # Left half black, right half white: which way round it is shows in any crop.
+def test_images_are_mirrored_as_often_as_asked(rng, flip, expected):
+    # Left half black, right half white: any crop shows which way round it is.
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (20, 0, 40, 40))
     transform = TrainTransform(8, (0.99, 1.0), flip)
@@ -114,7 +108,7 @@ def test_images_are_mirrored_as_often_as_asked(rng: random.Random, flip: float, 
     assert abs(mirrored - expected) <= (0 if flip in {0.0, 1.0} else 25)  # 3.5 standard deviations of 7.1
 
 
-def test_training_is_a_function_of_the_seed() -> None:
+def test_training_is_a_function_of_the_seed():
     image, transform = _image(50, 40), TrainTransform(16, (0.08, 1.0), 0.5)
     same, again, other = (np.asarray(transform(image, random.Random(seed))) for seed in (1, 1, 2))
 
@@ -123,11 +117,11 @@ def test_training_is_a_function_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (65_500, 1)])
-def test_of_a_long_thin_image_only_what_the_crop_needs_is_resized(size: tuple[int, int], rng: random.Random) -> None:
+def test_only_what_the_crop_needs_of_a_long_thin_image_is_resized(size, rng):
     sizes = []
 
     class Watched(Image.Image):
-        def resize(self, size: tuple[int, int], *arguments: object, **options: object) -> Image.Image:
+        def resize(self, size, *arguments, **options):
             sizes.append(size)
             return Image.new("RGB", size)
 
@@ -138,7 +132,7 @@ def test_of_a_long_thin_image_only_what_the_crop_needs_is_resized(size: tuple[in
     assert sizes == [(224, 224)]
 
 
-def test_the_middle_of_a_long_image_is_what_resizing_all_of_it_would_give(rng: random.Random) -> None:
+def test_the_middle_of_a_long_image_is_what_resizing_all_of_it_would_give(rng):
     noise = np.random.default_rng(0).integers(0, 256, (16, 400, 3), np.uint8)
     image = Image.fromarray(noise).resize((1600, 64))
     whole = image.resize((800, 32), Image.Resampling.BILINEAR).crop((400 - 14, 2, 400 + 14, 30))

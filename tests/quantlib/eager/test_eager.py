@@ -5,7 +5,6 @@ import re
 import tomllib
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -22,7 +21,7 @@ from quantlib.export import onnx, scripting
 from quantlib.graph import fusion
 from quantlib.process import EXPECTED_WARNINGS
 from quantlib.quantize import preparation
-from quantlib.recipe.scheme import FuseMode, QConfigName
+from quantlib.recipe.scheme import QConfigName
 from quantlib.recipe.sections import EngineName
 from quantlib.runtimes.available import resolve_engine
 from quantlib.runtimes.engine import use_engine
@@ -30,24 +29,24 @@ from quantlib.runtimes.engine import use_engine
 Calibrated = Callable[[str], nn.Module]
 
 
-def test_an_unknown_engine_is_refused_with_those_there_are() -> None:
+def test_an_unknown_engine_is_refused_with_those_there_are():
     with pytest.raises(MachineError, match=r"'tensorrt' is not available.*qnnpack"):
         resolve_engine("tensorrt")
 
 
-def test_no_engine_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Some builds of torch list it, and it cannot compute.
+def test_no_engine_at_all_is_refused(monkeypatch):
+    # Some builds of torch list it, but it cannot compute.
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack", "none"]))
 
     with pytest.raises(MachineError, match=r"'none' is not available: this machine's torch has qnnpack\."):
         resolve_engine("none")
 
 
-def test_auto_is_an_engine_of_this_machine() -> None:
+def test_auto_is_an_engine_of_this_machine():
     assert resolve_engine("auto") in set(get_args(EngineName)) - {"auto"}
 
 
-def test_the_engine_is_put_back_after_use_also_after_an_error() -> None:
+def test_the_engine_is_put_back_after_use_also_after_an_error():
     before = torch.backends.quantized.engine
     other = next(e for e in torch.backends.quantized.supported_engines if e not in {before, "none"})
 
@@ -59,7 +58,7 @@ def test_the_engine_is_put_back_after_use_also_after_an_error() -> None:
     assert torch.backends.quantized.engine == before
 
 
-def test_expected_warnings_are_those_that_pyproject_lists(pytestconfig: pytest.Config) -> None:
+def test_expected_warnings_are_those_that_pyproject_lists(pytestconfig):
     settings = tomllib.loads((pytestconfig.rootpath / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     first, *filters = settings["filterwarnings"]
 
@@ -67,9 +66,7 @@ def test_expected_warnings_are_those_that_pyproject_lists(pytestconfig: pytest.C
     assert filters == [f"ignore:{message}:{kind.__name__}" for message, kind in EXPECTED_WARNINGS]
 
 
-def test_each_expected_warning_is_one_that_torch_gives(
-    fused_model: nn.Module, calibrated: Calibrated, tmp_path: Path
-) -> None:
+def test_each_expected_warning_is_one_that_torch_gives(fused_model, calibrated, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         converting.convert(preparation.prepare(fused_model, scheme("fbgemm"), "eval"))
@@ -81,13 +78,13 @@ def test_each_expected_warning_is_one_that_torch_gives(
         for message, kind in EXPECTED_WARNINGS
         if not any(re.match(message, str(w.message)) and issubclass(w.category, kind) for w in caught)
     ]
-    # torch gives this one once a process, and may have done so before.
+    # torch gives this warning once per process, and may already have done so.
     assert set(unseen) <= {"torch.quantize_per_tensor, torch.quantize_per_channel"}
 
 
 @pytest.mark.parametrize("qconfig", get_args(QConfigName))
 @pytest.mark.parametrize("mode", ["eval", "qat"])
-def test_preparing_leaves_the_given_model_as_it_was(tiny_model: nn.Module, mode: FuseMode, qconfig: str) -> None:
+def test_preparing_leaves_the_given_model_as_it_was(tiny_model, mode, qconfig):
     fused = fusion.fuse_model(tiny_model, mode)
     before = copy.deepcopy(fused)
 
@@ -110,8 +107,8 @@ def test_preparing_leaves_the_given_model_as_it_was(tiny_model: nn.Module, mode:
     ],
 )
 def test_each_qconfig_has_its_weights_scheme_and_activation_bits(
-    calibrated: Calibrated, qconfig: str, observer: str, scheme: torch.qscheme, activation_bits: int
-) -> None:
+    calibrated, qconfig, observer, scheme, activation_bits
+):
     prepared = calibrated(qconfig)
     weights = prepared.classifier[1].qconfig.weight()
     activations = prepared.quant.activation_post_process
@@ -121,9 +118,7 @@ def test_each_qconfig_has_its_weights_scheme_and_activation_bits(
     assert activations.quant_max - activations.quant_min + 1 == 2**activation_bits
 
 
-def test_freezing_observers_and_batch_norm_stops_their_statistics(
-    tiny_model: nn.Module, val_inputs: torch.Tensor
-) -> None:
+def test_freezing_observers_and_batch_norm_stops_their_statistics(tiny_model, val_inputs):
     prepared = preparation.prepare(fusion.fuse_model(tiny_model, "qat"), scheme("fbgemm"), "qat")
     prepared(val_inputs)
     freeze_observers(prepared)
@@ -135,7 +130,7 @@ def test_freezing_observers_and_batch_norm_stops_their_statistics(
     assert all(torch.equal(value, before[name]) for name, value in prepared.named_buffers())
 
 
-def test_rounding_to_a_fixed_grid_follows_the_affine_map(engine: str) -> None:
+def test_rounding_to_a_fixed_grid_follows_the_affine_map(engine):
     observer = preparation.prepare(nn.Sequential(nn.Linear(1, 1)), scheme("default"), "eval")[0].activation_post_process
     observer(torch.tensor([-1.0, 3.0]))
     scale, zero_point = (float(value) for value in observer.calculate_qparams())

@@ -1,4 +1,4 @@
-"""SHA256SUMS beside shipped files: what is not the file that was written is not loaded."""
+"""SHA256SUMS beside shipped files: a file that differs from what was written is not loaded."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from quantlib.export import checksums
 
 @pytest.fixture
 def shipped(undisturbed, tmp_path):
-    """A copy of the folder of a run's files."""
+    """A copy of the folder with a run's files."""
     (folder,) = (undisturbed[0] / "models").iterdir()
     return shutil.copytree(folder, tmp_path / "shipped")
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ from quantlib.errors import ModelError
 from quantlib.export import scripting
 from quantlib.graph import fusion
 from quantlib.models import checkpoint
-from quantlib.models.checkpoint import Header
 from quantlib.quantize import calibration, conversion, preparation, stored
-from quantlib.recipe.scheme import FuseMode
 from quantlib.runtimes.engine import use_engine
 
 Calibrated = Callable[[str], nn.Module]
@@ -38,9 +35,7 @@ assert "quantlib" not in sys.modules
 """
 
 
-def test_the_int8_file_gives_the_same_logits_with_torch_alone(
-    calibrated: Calibrated, val_inputs: torch.Tensor, engine: str, tmp_path: Path
-) -> None:
+def test_the_int8_file_gives_the_same_logits_with_torch_alone(calibrated, val_inputs, engine, tmp_path):
     int8 = conversion.convert(calibrated("fbgemm"), engine)
     with torch.inference_mode(), use_engine(engine):
         expected = int8(val_inputs)
@@ -54,7 +49,7 @@ def test_the_int8_file_gives_the_same_logits_with_torch_alone(
     assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), expected)
 
 
-def test_a_float_file_gives_the_same_logits(fused_model: nn.Module, val_inputs: torch.Tensor, tmp_path: Path) -> None:
+def test_a_float_file_gives_the_same_logits(fused_model, val_inputs, tmp_path):
     (tmp_path / "model.pt").write_bytes(scripting.script(fused_model))
 
     loaded = api.load(tmp_path / "model.pt")
@@ -63,7 +58,7 @@ def test_a_float_file_gives_the_same_logits(fused_model: nn.Module, val_inputs: 
         torch.testing.assert_close(loaded(val_inputs), fused_model(val_inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_the_file_has_the_same_bytes_each_time(fused_model: nn.Module, calibrated: Calibrated, engine: str) -> None:
+def test_the_file_has_the_same_bytes_each_time(fused_model, calibrated, engine):
     int8 = conversion.convert(calibrated("default"), engine)
 
     assert scripting.script(int8, engine) == scripting.script(int8, engine)
@@ -84,9 +79,7 @@ print(hashlib.sha256(content).hexdigest())
 """
 
 
-def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
-    calibrated: Calibrated, tiny_header: Header, engine: str, tmp_path: Path
-) -> None:
+def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(calibrated, tiny_header, engine, tmp_path):
     int8 = conversion.convert(calibrated("fbgemm"), engine)
     header = replace(tiny_header, scheme=scheme("fbgemm"), fused="eval", engine=engine)
     (tmp_path / "model").write_bytes(checkpoint.save(int8, header))
@@ -103,8 +96,8 @@ def test_the_file_has_the_same_bytes_in_a_process_that_did_other_things(
 
 @pytest.mark.parametrize("mode", ["eval", "qat"])
 def test_a_model_just_made_and_the_same_read_back_give_the_same_bytes(
-    tiny_model: nn.Module, tiny_header: Header, train_shard: Path, engine: str, mode: FuseMode
-) -> None:
+    tiny_model, tiny_header, train_shard, engine, mode
+):
     prepared = preparation.prepare(fusion.fuse_model(tiny_model, mode), scheme("fbgemm"), mode)
     calibration.calibrate(prepared, train_shard, batch_size=36)
     header = replace(tiny_header, scheme=scheme("fbgemm"), fused=mode, engine=engine)
@@ -114,16 +107,16 @@ def test_a_model_just_made_and_the_same_read_back_give_the_same_bytes(
     assert scripting.script(just_made, engine) == scripting.script(read_back, engine)
 
 
-def test_the_engine_in_use_is_put_back(calibrated: Calibrated, engine: str) -> None:
+def test_the_engine_in_use_is_put_back(calibrated, engine):
     before = torch.backends.quantized.engine
     scripting.script(conversion.convert(calibrated("default"), engine), engine)
 
     assert torch.backends.quantized.engine == before
 
 
-def test_an_architecture_that_cannot_be_scripted_is_refused() -> None:
+def test_an_architecture_that_cannot_be_scripted_is_refused():
     class Unscriptable(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             return globals()["torch"].relu(x)
 
     with pytest.raises(ModelError, match=r"cannot be scripted.*"):

@@ -1,4 +1,4 @@
-"""Timing. No test here asserts a time: the machine is busy with others."""
+"""Timing. No test here asserts a time: the machine is shared with other work."""
 
 from collections import Counter
 from itertools import pairwise, permutations
@@ -13,39 +13,37 @@ NUM_WARM_UP = 2
 
 
 class _Model(nn.Module):
-    """Gives back what it gets."""
+    """Returns its input."""
 
     layout = torch.channels_last
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x
 
 
 class _Recorder(_Model):
-    """Notes each call in a list that several share."""
+    """Notes each call in a list shared by several models."""
 
-    def __init__(self, name: str, calls: list[tuple[str, int, int]]) -> None:
+    def __init__(self, name, calls):
         super().__init__()
         self.name, self.calls = name, calls
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.calls.append((self.name, len(x), torch.get_num_threads()))
         return x
 
 
 @pytest.fixture
-def calls() -> list[tuple[str, int, int]]:
+def calls():
     return []
 
 
 @pytest.fixture
-def inputs() -> Tensor:
+def inputs():
     return torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
 
 
-def test_every_round_times_each_model_once_after_an_untimed_call(
-    calls: list[tuple[str, int, int]], inputs: Tensor
-) -> None:
+def test_every_round_times_each_model_once_after_an_untimed_call(calls, inputs):
     models = [_Recorder(name, calls) for name in "abc"]
 
     benchmark.time_models(lambda _: models, inputs, [1], [1], num_samples=12)
@@ -59,8 +57,8 @@ def test_every_round_times_each_model_once_after_an_untimed_call(
     assert all(turns[0::2] == turns[1::2] for turns in rounds)
 
 
-def test_every_model_follows_every_other_about_as_often(calls: list[tuple[str, int, int]], inputs: Tensor) -> None:
-    # In a fixed order a model that follows another runtime is slower in each round: bias, that passes for a difference.
+def test_every_model_follows_every_other_about_equally_often(calls, inputs):
+    # In a fixed order, a model that follows another runtime is slower in every round: bias mistaken for a difference.
     models = [_Recorder(name, calls) for name in "abc"]
 
     benchmark.time_models(lambda _: models, inputs, [1], [1], num_samples=50)
@@ -72,9 +70,7 @@ def test_every_model_follows_every_other_about_as_often(calls: list[tuple[str, i
     assert min(follows[pair] for pair in permutations("abc", 2)) >= 15
 
 
-def test_every_model_has_every_setting_and_the_asked_number_of_samples(
-    calls: list[tuple[str, int, int]], inputs: Tensor
-) -> None:
+def test_every_model_has_every_setting_and_the_asked_number_of_samples(calls, inputs):
     progress: list[tuple[int, int]] = []
     models = [_Recorder(name, calls) for name in "ab"]
 
@@ -88,11 +84,11 @@ def test_every_model_has_every_setting_and_the_asked_number_of_samples(
     assert progress == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_a_batch_larger_than_the_inputs_repeats_them(inputs: Tensor) -> None:
+def test_a_batch_larger_than_the_inputs_repeats_them(inputs):
     seen: list[Tensor] = []
 
     class Watcher(_Model):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             seen.append(x)
             return x
 
@@ -101,9 +97,7 @@ def test_a_batch_larger_than_the_inputs_repeats_them(inputs: Tensor) -> None:
     assert seen[0][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
 
 
-def test_a_slow_model_stops_early_but_has_ten_samples(
-    calls: list[tuple[str, int, int]], inputs: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_model_stops_early_but_has_ten_samples(calls, inputs, monkeypatch):
     monkeypatch.setattr(benchmark, "_MAX_SECONDS", 0.0)
 
     timings = benchmark.time_models(
@@ -113,7 +107,7 @@ def test_a_slow_model_stops_early_but_has_ten_samples(
     assert [len(timing.samples_ms) for timing in timings] == [10, 10]
 
 
-def test_samples_are_milliseconds(inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_milliseconds(inputs, monkeypatch):
     clock = iter(n * 0.25 for n in range(1000))
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
 
@@ -123,9 +117,9 @@ def test_samples_are_milliseconds(inputs: Tensor, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_the_number_of_threads_is_put_back_also_after_an_error(inputs: Tensor, fails: bool) -> None:
+def test_the_number_of_threads_is_put_back_also_after_an_error(inputs, fails):
     class Failing(_Model):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             if fails:
                 raise RuntimeError("no kernel")
             return x
@@ -140,18 +134,18 @@ def test_the_number_of_threads_is_put_back_also_after_an_error(inputs: Tensor, f
     assert torch.get_num_threads() == before
 
 
-def test_models_are_opened_once_for_each_number_of_threads_and_get_the_layout_they_like() -> None:
+def test_models_are_opened_once_for_each_number_of_threads_and_get_the_layout_they_like():
     opened: list[int] = []
     seen: list[bool] = []
 
     class Planar(_Model):
         layout = torch.contiguous_format
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             seen.append(x.is_contiguous())
             return x
 
-    def open_models(threads: int) -> list[nn.Module]:
+    def open_models(threads):
         opened.append(threads)
         return [Planar()]
 

@@ -1,12 +1,9 @@
 """Evaluation of a model on a shard."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantlib.data import shards
 from quantlib.measure import evaluation, predictions
@@ -15,7 +12,7 @@ from quantlib.runtimes.engine import use_engine
 
 
 @pytest.fixture
-def shard(tmp_path: Path) -> Path:
+def shard(tmp_path):
     """Three images of one grey level each."""
     pixels = np.zeros((3, 4, 4, 3), dtype=np.uint8)
     pixels[1], pixels[2] = 1, 2
@@ -25,18 +22,18 @@ def shard(tmp_path: Path) -> Path:
 
 
 class _Table(nn.Module):
-    """Logits of each of the three images, by its grey level."""
+    """Logits for each of the three images, looked up by grey level."""
 
-    def __init__(self, logits: list[list[float]]) -> None:
+    def __init__(self, logits):
         super().__init__()
         self.logits = torch.tensor(logits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         level = (x[:, 0, 0, 0] * shards.STD[0] + shards.MEAN[0]) * 255
         return self.logits[level.round().long()]
 
 
-def test_predictions_are_those_that_one_computes_by_hand(shard: Path) -> None:
+def test_predictions_are_those_that_one_computes_by_hand(shard):
     logits = [[2.0, 0, 1, -1, -2, -3], [2.0, 0, 1, -1, -2, -3], [0.5, 0.4, 0.3, 0.2, 0.1, 0]]
 
     answers = evaluation.evaluate(_Table(logits), shard, batch_size=2)
@@ -51,7 +48,7 @@ def test_predictions_are_those_that_one_computes_by_hand(shard: Path) -> None:
     assert answers.loss.dtype == np.float32
 
 
-def test_two_classes_have_no_five_likeliest(shard: Path) -> None:
+def test_two_classes_have_no_five_likeliest(shard):
     with (shard.parent / "two").open("wb") as file:
         shards.save(shards.open_shard(shard)[0].numpy(), np.array([0, 1, 1]), file)
 
@@ -61,7 +58,7 @@ def test_two_classes_have_no_five_likeliest(shard: Path) -> None:
     assert answers.top5_accuracy == 1.0
 
 
-def test_a_shards_predictions_are_the_models_own(trained_model: nn.Module, val_shard: Path, val_inputs: Tensor) -> None:
+def test_a_shards_predictions_are_the_models_own(trained_model, val_shard, val_inputs):
     answers = evaluation.evaluate(trained_model, val_shard, batch_size=18)
 
     with torch.inference_mode():
@@ -73,25 +70,23 @@ def test_a_shards_predictions_are_the_models_own(trained_model: nn.Module, val_s
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 17, 100])
-def test_the_batch_size_changes_no_int8_prediction(
-    calibrated: Callable[[str], nn.Module], val_shard: Path, engine: str, batch_size: int
-) -> None:
+def test_the_batch_size_changes_no_int8_prediction(calibrated, val_shard, engine, batch_size):
     int8 = conversion.convert(calibrated("fbgemm"), engine)
     with use_engine(engine):
         expected = predictions.save(evaluation.evaluate(int8, val_shard, batch_size=18))
         assert predictions.save(evaluation.evaluate(int8, val_shard, batch_size)) == expected
 
 
-def test_progress_counts_the_images(shard: Path) -> None:
+def test_progress_counts_the_images(shard):
     calls: list[tuple[int, int]] = []
     evaluation.evaluate(_Table([[0.0, 1, 2, 3, 4, 5]] * 3), shard, 2, lambda *call: calls.append(call))
 
     assert calls == [(2, 3), (3, 3)]
 
 
-def test_a_tie_goes_to_the_lower_class_as_with_argmax(val_shard: Path) -> None:
+def test_a_tie_goes_to_the_lower_class_as_with_argmax(val_shard):
     class Ties(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             return torch.tensor([0.0, 2.0, 2.0, 1.0, 2.0, 0.0, 1.0]).expand(len(x), 7)
 
     predictions = evaluation.evaluate(Ties(), val_shard, 8)

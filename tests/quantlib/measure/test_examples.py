@@ -1,5 +1,4 @@
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +9,13 @@ from quantlib.measure import examples
 from quantlib.measure.predictions import Predictions
 
 
-def predictions(labels: list[int], answers: list[int], loss: list[float]) -> Predictions:
+def predictions(labels, answers, loss):
     return Predictions(np.array(labels), np.array([[answer, 9] for answer in answers]), np.array(loss, np.float32))
 
 
 LABELS = [0, 1, 2, 3, 4]
 BEFORE = predictions(LABELS, [0, 1, 2, 5, 6], [0.1, 0.1, 0.1, 2.0, 2.0])
-# 0 is the same; 1 and 2 are broken, 2 by more; 3 is mended; 4 is wrong both times, and its loss rose most of all.
+# 0 is the same; 1 and 2 are broken, 2 by more; 3 is fixed; 4 is wrong both times, and its loss rose most.
 AFTER = predictions(LABELS, [0, 0, 0, 3, 7], [0.1, 1.0, 3.0, 0.1, 9.0])
 
 
@@ -48,7 +47,7 @@ def test_each_example_has_its_own_picture_whichever_shard_it_lies_in():
         assert np.array_equal(picture, pixels[example.image_index])
 
 
-def test_pictures_are_the_models_input_from_a_decoded_shard(val_shard: Path):
+def test_pictures_are_the_models_input_from_a_decoded_shard(val_shard):
     pixels, labels = shards.open_shard(val_shard)
     before = predictions(labels.tolist(), labels.tolist(), [0.0] * len(labels))
     after = predictions(labels.tolist(), ((labels + 1) % 3).tolist(), [1.0] * len(labels))

@@ -1,4 +1,4 @@
-"""Layers measured one by one, against models that are quantized in just that way."""
+"""Layers measured one by one, against models quantized in exactly that way."""
 
 import copy
 import dataclasses
@@ -38,13 +38,13 @@ def test_ranges_are_those_of_the_weight_and_of_the_grid(measured, calibrated):
     )
 
 
-def test_min_max_ranges_cut_off_nothing_of_the_images_they_come_from(measured):
-    # Rounding of earlier layers moves a value beyond the largest that calibration saw, now and then.
+def test_min_max_ranges_clip_nothing_in_the_images_they_come_from(measured):
+    # Rounding in earlier layers occasionally moves a value beyond the largest that calibration saw.
     assert sum(sums.num_clipped for sums in measured.values()) < 1e-3 * sum(s.num_values for s in measured.values())
 
 
 def _quantized(prepared, is_wanted):
-    """A model of which only the layers are quantized whose paths are wanted, made without `layers`."""
+    """A model in which only the layers with wanted paths are quantized, made without `layers`."""
     own = copy.deepcopy(prepared)
     for name, module in own.named_modules():
         if not is_wanted(name) and hasattr(module, "activation_post_process"):
@@ -55,7 +55,7 @@ def _quantized(prepared, is_wanted):
 
 
 def _measured_by_hand(prepared, path, shard):
-    """Of one layer: divergence_only, num_correct_only, num_correct_all_but."""
+    """divergence_only, num_correct_only and num_correct_all_but of one layer."""
 
     def is_inside(name):
         return name == path or name.startswith(f"{path}.")
@@ -74,7 +74,7 @@ def _found(sums):
 
 
 @pytest.mark.parametrize("path", ["quant", "features.0.0", "features.1.conv.1", "features.3.conv.0.0", "classifier.1"])
-def test_a_layer_is_measured_as_models_are_in_which_it_alone_or_all_but_it_is_quantized(
+def test_a_layer_is_measured_like_models_in_which_only_it_or_all_but_it_is_quantized(
     path, measured, calibrated, train_shard
 ):
     expected = _measured_by_hand(calibrated("default"), path, train_shard)
@@ -88,9 +88,9 @@ def test_what_layers_are_compared_with_is_float_and_all_of_them_int8(measured, f
 
 
 class _Twice(torch.nn.Module):
-    """A layer that runs before and behind another, and a ReLU that would overwrite its output."""
+    """A layer that runs before and after another, and a ReLU that would overwrite its output."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.quant, self.dequant = QuantStub(), DeQuantStub()
@@ -103,7 +103,7 @@ class _Twice(torch.nn.Module):
 
 
 @pytest.mark.parametrize("path", ["quant", "first", "twice", "between"])
-def test_what_runs_again_behind_a_layer_is_not_taken_from_before(path, train_shard):
+def test_what_runs_again_after_a_layer_is_computed_again(path, train_shard):
     model = _Twice().eval()
     prepared = preparation.prepare(model, scheme("default"), "eval")
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def test_what_runs_again_behind_a_layer_is_not_taken_from_before(path, train_sha
     found = {s.layer: s for s in sensitivity.measure_layers(model, prepared, "eval", train_shard, 0, 36)}
     assert found[path].num_correct_all_but != found[path].num_correct_only
     assert _found(found[path]) == pytest.approx(_measured_by_hand(prepared, path, train_shard), rel=1e-3, abs=1e-5)
-    assert found[path].signal > 10 * found[path].noise  # Each compared with its own output, before ReLU.
+    assert found[path].signal > 10 * found[path].noise  # Each layer is compared with its own output, before ReLU.
 
 
 def test_a_layer_that_is_never_called_costs_nothing(train_shard):
@@ -168,7 +168,7 @@ def test_layers_are_compared_with_float_and_not_with_a_model_of_corrected_biases
     prepared = copy.deepcopy(calibrated("default"))
     shifted = prepared.get_submodule("features.2.conv.0.0")[0]
     with torch.no_grad():
-        shifted.bias += 5.0  # What a correction is, but more of it.
+        shifted.bias += 5.0  # Like a bias correction, but larger.
     found = {s.layer: s for s in sensitivity.measure_layers(fused_model, prepared, "eval", train_shard, 0, 36)}
     plain = {
         s.layer: s for s in sensitivity.measure_layers(fused_model, calibrated("default"), "eval", train_shard, 0, 36)
@@ -176,7 +176,7 @@ def test_layers_are_compared_with_float_and_not_with_a_model_of_corrected_biases
     for path in ("quant", "features.0.0", "features.3.conv.0.0"):
         assert found[path].divergence_only == plain[path].divergence_only, path
     assert found["quant"].num_correct_int8 < found["quant"].num_correct_float == plain["quant"].num_correct_float
-    # Behind it, all but one layer are those of the model that has the shift.
+    # After it, "all but one layer" means those of the shifted model.
     assert found["features.3.conv.0.0"].num_correct_all_but < plain["features.3.conv.0.0"].num_correct_all_but
     assert found["features.2.conv.0.0"].divergence_only > 10 * plain["features.2.conv.0.0"].divergence_only
     assert found["features.2.conv.0.0"].noise > 10 * plain["features.2.conv.0.0"].noise

@@ -4,7 +4,7 @@ import pytest
 from quantlib.measure import significance
 
 
-def answers(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+def answers(both, lost, won, neither):
     first = np.repeat([True, True, False, False], [both, lost, won, neither])
     second = np.repeat([True, False, True, False], [both, lost, won, neither])
     return first, second
@@ -54,7 +54,7 @@ def test_answers_about_different_images_are_refused():
 
 
 def test_slower_is_what_most_rounds_say_and_not_the_medians():
-    machine = np.random.default_rng(0).uniform(1, 3, 50)  # That slows down and recovers.
+    machine = np.random.default_rng(0).uniform(1, 3, 50)  # A machine that slows down and recovers.
     assert significance.is_slower(machine * 1.02, machine)
     assert not significance.is_slower(machine, machine * 1.02)
     other_rounds = np.random.default_rng(1).permutation(machine)

@@ -7,7 +7,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,11 +23,11 @@ module_numbers = itertools.count()
 
 
 @pytest.fixture
-def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module that can be imported, and gives its name."""
+def write_module(tmp_path, monkeypatch):
+    """Writes an importable module, and returns its name."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def write(source: str) -> str:
+    def write(source):
         name = f"users_model_{next(module_numbers)}"
         (tmp_path / f"{name}.py").write_text(source)
         return name
@@ -36,14 +35,14 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     return write
 
 
-def _source(architecture: str = "mobilenet_v2", arguments: str = "{}", weights: str = "train") -> ModelInput:
+def _source(architecture="mobilenet_v2", arguments="{}", weights="train"):
     return ModelInput(architecture, arguments, weights, fingerprint="", code="")
 
 
 # The architecture
 
 
-def test_keys_of_the_state_dict_are_torchvisions() -> None:
+def test_keys_of_the_state_dict_are_torchvisions():
     torchvisions = torchvision_mobilenet_v2(weights=None).state_dict()
     own = mobilenet_v2.mobilenet_v2().state_dict()
 
@@ -52,7 +51,7 @@ def test_keys_of_the_state_dict_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("width_mult", [0.35, 1.4])
-def test_torchvisions_weights_give_torchvisions_logits(stir_batch_norm: Stir, width_mult: float) -> None:
+def test_torchvisions_weights_give_torchvisions_logits(stir_batch_norm, width_mult):
     torch.manual_seed(1)
     theirs = stir_batch_norm(torchvision_mobilenet_v2(weights=None, num_classes=7, width_mult=width_mult)).eval()
     own = mobilenet_v2.mobilenet_v2(num_classes=7, width_mult=width_mult).eval()
@@ -70,12 +69,12 @@ def test_torchvisions_weights_give_torchvisions_logits(stir_batch_norm: Stir, wi
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_mobilenet_v2_has_the_papers_3_5_million_parameters() -> None:
+def test_mobilenet_v2_has_the_papers_3_5_million_parameters():
     model = mobilenet_v2.mobilenet_v2()
 
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_504_872  # torchvision documents this number
     assert sum(1 for module in model.modules() if isinstance(module, mobilenet_v2.InvertedResidual)) == 17
-    # Every repeat but a row's first is added to its input: 0 + 1 + 2 + 3 + 2 + 2 + 0.
+    # Every repeat except a row's first is added to its input: 0 + 1 + 2 + 3 + 2 + 2 + 0.
     assert sum(getattr(module, "skip_add", None) is not None for module in model.modules()) == 10
 
 
@@ -93,21 +92,19 @@ def test_mobilenet_v2_has_the_papers_3_5_million_parameters() -> None:
         (33.4, 1, 33),
     ],
 )
-def test_channels_are_rounded_to_the_nearest_multiple_and_never_below_90_percent(
-    channels: float, divisor: int, expected: int
-) -> None:
+def test_channels_are_rounded_to_the_nearest_multiple_and_never_below_90_percent(channels, divisor, expected):
     assert mobilenet_v2.round_channels(channels, divisor) == expected
 
 
 @pytest.mark.parametrize(("width_mult", "first", "last"), [(0.5, 16, 1280), (1.0, 32, 1280), (1.4, 48, 1792)])
-def test_width_multiplier_never_narrows_the_last_convolution(width_mult: float, first: int, last: int) -> None:
+def test_width_multiplier_never_narrows_the_last_convolution(width_mult, first, last):
     model = mobilenet_v2.mobilenet_v2(num_classes=2, width_mult=width_mult, inverted_residual_setting=[[1, 16, 1, 1]])
 
     assert model.features[0][0].out_channels == first
     assert model.classifier[1].in_features == last
 
 
-def test_blocks_follow_the_setting() -> None:
+def test_blocks_follow_the_setting():
     model = mobilenet_v2.mobilenet_v2(num_classes=2, inverted_residual_setting=[[1, 32, 2, 1], [3, 40, 2, 2]])
     blocks = list(model.features)[1:-1]
     convolutions = [[conv for conv in block.modules() if isinstance(conv, nn.Conv2d)] for block in blocks]
@@ -137,12 +134,12 @@ def test_blocks_follow_the_setting() -> None:
         {"round_nearest": 0.5},
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
+def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ModelError, match=next(iter(arguments)) + "|stride 3"):
         registry.build("mobilenet_v2", arguments)
 
 
-def test_an_argument_that_the_architecture_does_not_take_is_named_with_those_it_takes() -> None:
+def test_an_argument_that_the_architecture_does_not_take_is_named_with_those_it_takes():
     with pytest.raises(ModelError, match=r"'width'.*width_mult"):
         registry.build("mobilenet_v2", {"width": 0.5})
 
@@ -151,14 +148,12 @@ def test_an_argument_that_the_architecture_does_not_take_is_named_with_those_it_
 
 
 @pytest.fixture
-def weights_file(tmp_path: Path, tiny_model: nn.Module) -> Path:
+def weights_file(tmp_path, tiny_model):
     torch.save(tiny_model.state_dict(), tmp_path / "weights.pth")
     return tmp_path / "weights.pth"
 
 
-def test_weights_are_loaded_into_the_named_architecture(
-    weights_file: Path, tiny_model: nn.Module, tiny_arguments: dict[str, Any]
-) -> None:
+def test_weights_are_loaded_into_the_named_architecture(weights_file, tiny_model, tiny_arguments):
     arguments = {name: value for name, value in tiny_arguments.items() if name != "num_classes"}
     source = _source(arguments=json.dumps(arguments), weights=str(weights_file))
 
@@ -171,7 +166,7 @@ def test_weights_are_loaded_into_the_named_architecture(
     )
 
 
-def test_initial_weights_are_a_function_of_the_seed() -> None:
+def test_initial_weights_are_a_function_of_the_seed():
     same, again, other = (registry.from_input(_source(), 2, seed)[0].state_dict() for seed in (1, 1, 2))
 
     assert all(torch.equal(same[name], again[name]) for name in same)
@@ -179,7 +174,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize("name", ["state_dict", "model"])
-def test_a_checkpoint_that_wraps_the_state_dict_is_unwrapped(tmp_path: Path, tiny_model: nn.Module, name: str) -> None:
+def test_a_checkpoint_that_wraps_the_state_dict_is_unwrapped(tmp_path, tiny_model, name):
     torch.save({name: tiny_model.state_dict(), "epoch": 3}, tmp_path / "checkpoint.pth")
 
     state = read_weights(str(tmp_path / "checkpoint.pth"), "mobilenet_v2")
@@ -187,27 +182,27 @@ def test_a_checkpoint_that_wraps_the_state_dict_is_unwrapped(tmp_path: Path, tin
     assert state.keys() == tiny_model.state_dict().keys()
 
 
-def test_missing_weights_file_is_named(tmp_path: Path) -> None:
+def test_missing_weights_file_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"nowhere\.pth"):
         read_weights(str(tmp_path / "nowhere.pth"), "mobilenet_v2")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"a": torch.zeros(1), "b": "text"}, {0: torch.zeros(1)}])
-def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pth")
 
     with pytest.raises(ModelError, match="not a state_dict of tensors"):
         read_weights(str(tmp_path / "weights.pth"), "mobilenet_v2")
 
 
-def test_a_file_that_torch_cannot_read_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_torch_cannot_read_is_refused(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"an HTML page that said 404")
 
     with pytest.raises(ModelError, match="cannot be read as a state_dict"):
         read_weights(str(tmp_path / "weights.pth"), "mobilenet_v2")
 
 
-def test_a_pickled_module_is_refused(tmp_path: Path, tiny_model: nn.Module) -> None:
+def test_a_pickled_module_is_refused(tmp_path, tiny_model):
     torch.save(tiny_model, tmp_path / "model.pth")
 
     with pytest.raises(ModelError, match="whole pickled models are refused"):
@@ -215,15 +210,15 @@ def test_a_pickled_module_is_refused(tmp_path: Path, tiny_model: nn.Module) -> N
 
 
 class _Malicious:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = path
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, as_zip: bool) -> None:
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, as_zip):
     victim, weights = tmp_path / "code_ran", tmp_path / "weights.pth"
     torch.save({"weight": _Malicious(victim)}, weights, _use_new_zipfile_serialization=as_zip)
 
@@ -235,7 +230,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path
     assert victim.exists()
 
 
-def test_a_plain_pickle_that_would_run_code_does_not_run(tmp_path: Path) -> None:
+def test_a_plain_pickle_that_would_run_code_does_not_run(tmp_path):
     victim, weights = tmp_path / "code_ran", tmp_path / "weights.pth"
     weights.write_bytes(pickle.dumps(_Malicious(victim)))
 
@@ -245,14 +240,14 @@ def test_a_plain_pickle_that_would_run_code_does_not_run(tmp_path: Path) -> None
     assert not victim.exists()
 
 
-def test_weights_of_another_shape_name_the_tensor_and_both_shapes(tiny_model: nn.Module) -> None:
+def test_weights_of_another_shape_name_the_tensor_and_both_shapes(tiny_model):
     state = tiny_model.state_dict() | {"classifier.1.weight": torch.zeros(10, 1280)}
 
     with pytest.raises(ModelError, match=r"classifier\.1\.weight is \[10, 1280\].*\[3, 1280\].*num_classes"):
         load_weights(tiny_model, state, "weights.pth")
 
 
-def test_weights_with_missing_and_unknown_keys_name_them(tiny_model: nn.Module) -> None:
+def test_weights_with_missing_and_unknown_keys_name_them(tiny_model):
     state = tiny_model.state_dict()
     state["module.bias"] = state.pop("classifier.1.bias")
 
@@ -262,7 +257,7 @@ def test_weights_with_missing_and_unknown_keys_name_them(tiny_model: nn.Module) 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["features.0.0.weight", "features.0.1.running_var"])
-def test_weights_that_are_not_finite_are_refused(tiny_model: nn.Module, name: str, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(tiny_model, name, value):
     state = {key: tensor.clone() for key, tensor in tiny_model.state_dict().items()}
     state[name].view(-1)[-1] = value
 
@@ -270,20 +265,18 @@ def test_weights_that_are_not_finite_are_refused(tiny_model: nn.Module, name: st
         load_weights(tiny_model, state, "weights.pth")
 
 
-def test_an_unknown_torchvision_name_is_refused_with_those_there_are() -> None:
+def test_an_unknown_torchvision_name_is_refused_with_those_there_are():
     with pytest.raises(ModelError, match=r"'IMAGENET'.*IMAGENET1K_V1, IMAGENET1K_V2"):
         read_weights("torchvision:IMAGENET", "mobilenet_v2")
 
 
-def test_an_architecture_that_torchvision_does_not_have_has_no_torchvision_weights() -> None:
+def test_an_architecture_that_torchvision_does_not_have_has_no_torchvision_weights():
     with pytest.raises(ModelError, match="torchvision has no model"):
         read_weights("torchvision:DEFAULT", "package.module:function")
 
 
-def test_a_download_without_a_network_says_where_to_put_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def offline(*_: object, **__: object) -> None:
+def test_a_download_without_a_network_says_where_to_put_the_file(tmp_path, monkeypatch):
+    def offline(*_, **__):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "urlopen", offline)
@@ -297,7 +290,7 @@ def test_a_download_without_a_network_says_where_to_put_the_file(
 # A user's own architecture
 
 
-def test_a_users_architecture_is_built_and_told_the_number_of_classes(write_module: Callable[[str], str]) -> None:
+def test_a_users_architecture_is_built_with_the_number_of_classes(write_module):
     name = write_module(
         "from torch import nn\n"
         "def small(num_classes, channels=4):\n"
@@ -311,52 +304,52 @@ def test_a_users_architecture_is_built_and_told_the_number_of_classes(write_modu
     assert header.arguments == {"num_classes": 5, "channels": 6}
 
 
-def test_an_architecture_without_num_classes_is_not_told_it(write_module: Callable[[str], str]) -> None:
+def test_an_architecture_without_num_classes_is_not_given_it(write_module):
     name = write_module("from torch import nn\ndef fixed():\n    return nn.Linear(1, 1)\n")
 
     assert registry.from_input(_source(f"{name}:fixed"), num_classes=5, seed=0)[1].arguments == {}
 
 
-def test_an_unknown_architecture_is_refused_with_those_that_are_known() -> None:
+def test_an_unknown_architecture_is_refused_with_those_that_are_known():
     with pytest.raises(RecipeError, match=r"'resnet'.*mobilenet_v2.*package\.module:function"):
         registry.find_architecture("resnet")
 
 
 @pytest.mark.parametrize("function", ["absent", "number"])
-def test_a_users_function_that_is_none_is_refused(write_module: Callable[[str], str], function: str) -> None:
+def test_a_name_that_is_not_a_users_function_is_refused(write_module, function):
     name = f"{write_module('number = 3')}:{function}"
 
     with pytest.raises(RecipeError, match=rf"model\.architecture = '{name}'"):
         registry.find_architecture(name)
 
 
-def test_a_module_that_is_not_there_is_refused() -> None:
+def test_a_module_that_is_not_there_is_refused():
     with pytest.raises(RecipeError, match="no_such_package"):
         registry.find_architecture("no_such_package.models:net")
 
 
-def test_an_architecture_that_is_no_module_is_refused(write_module: Callable[[str], str]) -> None:
+def test_an_architecture_that_is_no_module_is_refused(write_module):
     name = write_module("def net():\n    return 'a net'\n")
 
     with pytest.raises(ModelError, match=r"returned a str"):
         registry.build(f"{name}:net", {})
 
 
-def test_a_model_with_another_number_of_classes_than_the_data_is_refused(tiny_model: nn.Module) -> None:
+def test_a_model_with_more_or_fewer_classes_than_the_data_is_refused(tiny_model):
     with pytest.raises(ModelError, match=r"\[1, 3\] for one image, and the data has 10 classes"):
         registry.check_logits(tiny_model, num_classes=10, crop=32)
 
 
-def test_a_model_that_gives_no_tensor_is_refused() -> None:
+def test_a_model_that_gives_no_tensor_is_refused():
     class Pair(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(self, x):
             return x, x
 
     with pytest.raises(ModelError, match="gives tuple"):
         registry.check_logits(Pair(), num_classes=10, crop=32)
 
 
-def test_a_model_that_cannot_take_the_crop_is_refused() -> None:
+def test_a_model_that_cannot_take_the_crop_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
 
     registry.check_logits(model, num_classes=10, crop=8)
@@ -365,13 +358,13 @@ def test_a_model_that_cannot_take_the_crop_is_refused() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_weights_of_a_model_that_was_trained_in_parallel_are_its_own(prefix: str, tmp_path: Path) -> None:
+def test_weights_of_a_model_that_was_trained_in_parallel_are_its_own(prefix, tmp_path):
     state = {f"{prefix}layer.weight": torch.zeros(2), f"{prefix}layer.bias": torch.ones(1)}
     torch.save({"state_dict": state}, tmp_path / "weights.pth")
     assert sorted(read_weights(str(tmp_path / "weights.pth"), "mobilenet_v2")) == ["layer.bias", "layer.weight"]
 
 
-def test_what_a_users_function_raises_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_users_function_raises_is_reported_with_its_location(tmp_path, monkeypatch):
     (tmp_path / "my_failing_net.py").write_text("def build(depth=1):\n    raise ValueError('no such depth')\n")
     (tmp_path / "my_broken_net.py").write_text("def build(:\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -27,7 +27,7 @@ def shard(tmp_path):
 
 
 @pytest.fixture
-def calibrated(shard) -> nn.Module:
+def calibrated(shard):
     torch.manual_seed(0)
     net = mobilenet_v2.mobilenet_v2(num_classes=4, width_mult=0.25, inverted_residual_setting=SETTING)
     for module in net.modules():
@@ -40,7 +40,7 @@ def calibrated(shard) -> nn.Module:
     return prepared
 
 
-def mean_logits(model: nn.Module, shard) -> torch.Tensor:
+def mean_logits(model, shard):
     with torch.inference_mode():
         return model(next(iter(shards.batches(shard, 24)))[0]).mean(0)
 
@@ -72,7 +72,7 @@ def test_the_mean_behind_relu_is_what_is_corrected(calibrated, shard):
         "after": simulation.simulate(corrected, "eval", "both"),
     }
     for name, model in models_.items():
-        layer = model.features[0][0][0]  # Its inputs are the same in all three, but for rounding.
+        layer = model.features[0][0][0]  # Its inputs are the same in all three, apart from rounding.
         layer.register_forward_hook(
             lambda _m, _i, output, name=name: behind.update({name: output.relu().mean((0, 2, 3))})
         )
@@ -91,5 +91,5 @@ def test_correct_bias_changes_biases_alone_and_only_in_its_copy(calibrated, shar
 
 def test_behind_relu_only_active_values_count():
     output = torch.tensor([[-50.0, 1.0, 2.0, 3.0]]).view(4, 1, 1, 1)
-    wanted = torch.tensor([[[2.25]]])  # The mean behind ReLU were it one more on each of the three active values.
+    wanted = torch.tensor([[[2.25]]])  # The mean after ReLU if each of the three active values were one larger.
     assert torch.allclose(bias_correction._shift(output, wanted, relu=True), torch.tensor([[[1.0]]]))

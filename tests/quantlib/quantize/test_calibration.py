@@ -1,9 +1,8 @@
-"""Calibration: what observers see, and what is kept of it."""
+"""Calibration: what observers see, and what they keep of it."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from quantlib.data import shards
 from quantlib.eager.modules import ObserverBase
 from quantlib.graph import fusion
 from quantlib.models import checkpoint, mobilenet_v2
-from quantlib.models.checkpoint import Header
 from quantlib.quantize import calibration, preparation, stored
 from quantlib.recipe.scheme import ObserverName, QConfigName, Scheme
 
@@ -24,17 +22,17 @@ QCONFIGS = get_args(QConfigName)
 
 
 @pytest.fixture
-def fused(tiny_model: nn.Module) -> nn.Module:
+def fused(tiny_model):
     return fusion.fuse_model(tiny_model, "eval")
 
 
-def _shard(path: Path, pixels: np.ndarray) -> Path:
+def _shard(path, pixels):
     with path.open("wb") as file:
         shards.save(pixels, np.zeros(len(pixels), dtype=np.int64), file)
     return path
 
 
-def test_calibration_finds_the_least_and_the_greatest_value(fused: nn.Module, tmp_path: Path) -> None:
+def test_calibration_finds_the_least_and_the_greatest_value(fused, tmp_path):
     pixels = np.full((5, 32, 32, 3), 100, dtype=np.uint8)
     pixels[1, 0, 0, 2], pixels[4, 31, 31, 1] = 0, 255
     prepared = preparation.prepare(fused, scheme("default"), "eval")
@@ -48,7 +46,7 @@ def test_calibration_finds_the_least_and_the_greatest_value(fused: nn.Module, tm
 
 
 @pytest.mark.parametrize("qconfig", QCONFIGS)
-def test_every_observer_has_seen_something(calibrated: Calibrated, qconfig: str) -> None:
+def test_every_observer_has_seen_something(calibrated, qconfig):
     observers = [module for module in calibrated(qconfig).modules() if isinstance(module, ObserverBase)]
 
     assert len(observers) > 10
@@ -56,9 +54,7 @@ def test_every_observer_has_seen_something(calibrated: Calibrated, qconfig: str)
 
 
 @pytest.mark.parametrize("qconfig", QCONFIGS)
-def test_shard_after_shard_through_the_store_is_one_calibration(
-    fused: nn.Module, tiny_header: Header, train_shard: Path, tmp_path: Path, qconfig: str
-) -> None:
+def test_shard_after_shard_through_the_store_is_one_calibration(fused, tiny_header, train_shard, tmp_path, qconfig):
     whole = preparation.prepare(fused, scheme(qconfig), "eval")
     header = replace(tiny_header, fused="eval", scheme=scheme(qconfig))
     content = checkpoint.save(whole, header)
@@ -75,7 +71,7 @@ def test_shard_after_shard_through_the_store_is_one_calibration(
     assert [name for name, value in got.items() if not torch.equal(value, expected[name])] == []
 
 
-def test_calibration_changes_no_weight(fused: nn.Module, train_shard: Path) -> None:
+def test_calibration_changes_no_weight(fused, train_shard):
     prepared = preparation.prepare(fused, scheme("fbgemm"), "eval")
 
     calibration.calibrate(prepared, train_shard, batch_size=12)
@@ -84,14 +80,12 @@ def test_calibration_changes_no_weight(fused: nn.Module, train_shard: Path) -> N
     assert all(torch.equal(value, parameters[name]) for name, value in fused.named_parameters())
 
 
-def test_an_observer_lets_its_input_through(
-    calibrated: Calibrated, fused_model: nn.Module, val_inputs: torch.Tensor
-) -> None:
+def test_an_observer_lets_its_input_through(calibrated, fused_model, val_inputs):
     with torch.inference_mode():
         assert torch.equal(calibrated("default")(val_inputs), fused_model(val_inputs))
 
 
-def test_progress_counts_the_images(fused: nn.Module, val_shard: Path) -> None:
+def test_progress_counts_the_images(fused, val_shard):
     calls: list[tuple[int, int]] = []
     prepared = preparation.prepare(fused, scheme("default"), "eval")
 
@@ -102,7 +96,7 @@ def test_progress_counts_the_images(fused: nn.Module, val_shard: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
 @pytest.mark.parametrize("float_layers", [(), ("features.0",)])
-def test_one_pass_feeds_every_scheme(fused_model: nn.Module, train_shard: Path, float_layers: tuple[str, ...]) -> None:
+def test_one_pass_feeds_every_scheme(fused_model, train_shard, float_layers):
     observed = preparation.observe(fused_model, float_layers)
     calibration.calibrate(observed, train_shard, batch_size=12)
     for name in get_args(ObserverName):
@@ -117,9 +111,7 @@ def test_one_pass_feeds_every_scheme(fused_model: nn.Module, train_shard: Path, 
         assert torch.equal(alone.classifier[1].weight, prepared.classifier[1].weight)
 
 
-def test_chosen_ranges_and_the_weights_are_the_observed_models_own(
-    tiny_model: nn.Module, tiny_arguments: dict[str, Any], train_shard: Path, val_inputs: torch.Tensor
-) -> None:
+def test_chosen_ranges_and_the_weights_are_the_observed_models_own(tiny_model, tiny_arguments, train_shard, val_inputs):
     fused = fusion.fuse_model(tiny_model, "eval")
     observed = preparation.observe(fused, ())
     calibration.calibrate(observed, train_shard, batch_size=12)
@@ -132,9 +124,7 @@ def test_chosen_ranges_and_the_weights_are_the_observed_models_own(
         torch.testing.assert_close(prepared(val_inputs), fused(val_inputs))
 
 
-def test_statistics_go_on_after_they_were_stored(
-    fused_model: nn.Module, tiny_header: Header, train_shard: Path
-) -> None:
+def test_statistics_go_on_after_they_were_stored(fused_model, tiny_header, train_shard):
     observed = preparation.observe(fused_model, ())
     calibration.calibrate(observed, train_shard, batch_size=12)
     again, _ = stored.open_model(checkpoint.save(observed, replace(tiny_header, fused="eval", observed=())))

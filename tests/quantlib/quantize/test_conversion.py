@@ -1,7 +1,6 @@
-"""Conversion to int8, and int8 models from their bytes."""
+"""Conversion to int8, and int8 models read back from their bytes."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -24,15 +23,13 @@ from quantlib.runtimes.engine import use_engine
 Calibrated = Callable[[str], nn.Module]
 
 
-def _signal_to_noise(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """In decibels."""
+def _signal_to_noise(expected, got):
+    """Signal-to-noise ratio in decibels."""
     return float(20 * torch.log10(expected.norm() / (expected - got).norm()))
 
 
 @pytest.mark.parametrize("qconfig", get_args(QConfigName))
-def test_int8_logits_are_close_to_float(
-    calibrated: Calibrated, fused_model: nn.Module, val_inputs: torch.Tensor, engine: str, qconfig: str
-) -> None:
+def test_int8_logits_are_close_to_float(calibrated, fused_model, val_inputs, engine, qconfig):
     int8 = conversion.convert(calibrated(qconfig), engine)
     conversion.check_int8(int8, engine, crop=32)
 
@@ -45,7 +42,7 @@ def test_int8_logits_are_close_to_float(
     assert not torch.equal(got, expected)
 
 
-def test_converted_weights_are_bytes(calibrated: Calibrated, engine: str) -> None:
+def test_converted_weights_are_bytes(calibrated, engine):
     int8 = conversion.convert(calibrated("fbgemm"), engine)
 
     assert int8.features[0][0].weight().dtype == torch.qint8
@@ -53,9 +50,7 @@ def test_converted_weights_are_bytes(calibrated: Calibrated, engine: str) -> Non
     assert "torch.float32" not in {str(value.dtype) for value in int8.parameters()}
 
 
-def test_converting_leaves_the_prepared_model_in_float(
-    calibrated: Calibrated, val_inputs: torch.Tensor, engine: str
-) -> None:
+def test_converting_leaves_the_prepared_model_in_float(calibrated, val_inputs, engine):
     prepared = calibrated("default")
     with torch.inference_mode():
         before = prepared(val_inputs)
@@ -63,35 +58,33 @@ def test_converting_leaves_the_prepared_model_in_float(
         assert torch.equal(prepared(val_inputs), before)
 
 
-def test_an_engine_that_this_machine_lacks_is_refused(calibrated: Calibrated) -> None:
+def test_an_engine_that_this_machine_lacks_is_refused(calibrated):
     with pytest.raises(MachineError, match="'tensorrt'"):
         conversion.convert(calibrated("default"), "tensorrt")
 
 
 class _PlainAddition(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.quant, self.dequant = QuantStub(), DeQuantStub()
         self.conv = nn.Conv2d(3, 3, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         x = self.quant(x)
         return self.dequant(x + self.conv(x)).mean([2, 3])
 
 
 class _NoStubs(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.conv(x).mean([2, 3])
 
 
 @pytest.mark.parametrize("architecture", [_PlainAddition, _NoStubs])
-def test_an_architecture_that_cannot_run_in_int8_is_told_what_it_needs(
-    architecture: type[nn.Module], train_shard: Path, engine: str
-) -> None:
+def test_an_architecture_that_cannot_run_in_int8_is_refused_with_what_it_needs(architecture, train_shard, engine):
     prepared = preparation.prepare(architecture(), scheme("default"), "eval")
     calibration.calibrate(prepared, train_shard, batch_size=12)
     int8 = conversion.convert(prepared, engine)
@@ -100,23 +93,21 @@ def test_an_architecture_that_cannot_run_in_int8_is_told_what_it_needs(
         conversion.check_int8(int8, engine, crop=32)
 
 
-# Sizes, of MobileNetV2 with 1,000 classes. What the tutorial's own script writes with torch 2.15, in MB.
+# Sizes of MobileNetV2 with 1,000 classes, in MB, as the tutorial's own script writes it with torch 2.15.
 
 
 @pytest.fixture(scope="module")
-def full_size() -> nn.Module:
+def full_size():
     torch.manual_seed(0)
     return fusion.fuse_model(mobilenet_v2.mobilenet_v2().eval(), "eval")
 
 
-def test_float_file_has_13_99_mb(full_size: nn.Module) -> None:
+def test_float_file_has_13_99_mb(full_size):
     assert len(scripting.script(full_size)) / 1e6 == pytest.approx(13.99, rel=0.02)
 
 
 @pytest.mark.parametrize(("qconfig", "megabytes"), [("default", 3.62), ("fbgemm", 3.93)])
-def test_int8_file_is_less_than_a_third_of_float(
-    full_size: nn.Module, tmp_path: Path, engine: str, qconfig: str, megabytes: float
-) -> None:
+def test_int8_file_is_less_than_a_third_of_float(full_size, tmp_path, engine, qconfig, megabytes):
     with (tmp_path / "shard").open("wb") as file:
         pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
         shards.save(pixels.numpy(), torch.zeros(2, dtype=torch.int64).numpy(), file)
@@ -128,11 +119,11 @@ def test_int8_file_is_less_than_a_third_of_float(
     assert size / 1e6 == pytest.approx(megabytes, rel=0.02)
 
 
-# Real weights and images, where they lie beside the repository.
+# Real weights and images, if they are kept next to the repository.
 
 
 @pytest.fixture(scope="module")
-def real_shards(shared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def real_shards(shared, tmp_path_factory):
     """200 validation images and 100 training images of CIFAR-10."""
     from quantlib.data import datasets, loading
     from quantlib.data.transforms import EvalTransform
@@ -152,21 +143,21 @@ def real_shards(shared: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     ("weights", "qconfig", "least", "most"),
     [
         ("mobilenet_v2_cifar10_64px.pth", "default", -0.03, 0.03),
-        # The same function, its channels of uneven range: min/max per tensor loses 36 points on all 5,000 images,
+        # The same function with channels of uneven range: min/max per tensor loses 36 points on all 5,000 images,
         # per channel 2.7.
         ("mobilenet_v2_cifar10_64px_uneven.pth", "default", 0.2, 0.5),
         ("mobilenet_v2_cifar10_64px_uneven.pth", "fbgemm", -0.02, 0.08),
     ],
 )
 def test_real_weights_lose_what_the_tutorial_loses(
-    shared: Callable[[str], Path],
-    real_shards: tuple[Path, Path],
-    engine: str,
-    weights: str,
-    qconfig: str,
-    least: float,
-    most: float,
-) -> None:
+    shared,
+    real_shards,
+    engine,
+    weights,
+    qconfig,
+    least,
+    most,
+):
     model = mobilenet_v2.mobilenet_v2(num_classes=10).eval()
     path = str(shared(f"weights/{weights}"))
     load_weights(model, read_weights(path, "mobilenet_v2"), path)

@@ -13,7 +13,7 @@ SETTING = [[1, 8, 1, 1], [3, 8, 2, 2], [3, 16, 2, 2]]
 
 
 @pytest.fixture
-def net() -> nn.Module:
+def net():
     """A small MobileNetV2 whose BatchNorm has seen images, and whose channel ranges are uneven."""
     torch.manual_seed(0)
     model = mobilenet_v2.mobilenet_v2(num_classes=4, width_mult=0.25, inverted_residual_setting=SETTING)
@@ -26,11 +26,11 @@ def net() -> nn.Module:
     return model.eval()
 
 
-def ranges(layer: nn.Conv2d) -> torch.Tensor:
+def ranges(layer):
     return layer.weight.detach().abs().flatten(1).amax(1)
 
 
-def logits_of(model: nn.Module) -> torch.Tensor:
+def logits_of(model):
     torch.manual_seed(1)
     with torch.inference_mode():
         return model(torch.randn(4, 3, 32, 32))
@@ -104,9 +104,9 @@ def test_a_channel_without_weights_stays_finite():
 
 
 class Branching(nn.Module):
-    """Its forward() cannot be traced; the part inside can."""
+    """Its forward() cannot be traced, but the part inside can."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inside = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
 
@@ -119,7 +119,7 @@ def test_a_model_that_cannot_be_traced_is_equalized_part_by_part():
 
 
 class Peeking(Branching):
-    """Reads a layer's output behind its container's back."""
+    """Uses a layer's output from outside its container."""
 
     def forward(self, x):
         return self.inside[0](x) if x.mean() < 100 else x
@@ -133,7 +133,7 @@ def test_a_model_that_uses_layers_in_another_order_than_they_stand_is_refused():
 class Shared(nn.Module):
     """One layer, used twice."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(3, 3, 1)
         self.last = nn.Conv2d(3, 2, 1)

@@ -1,11 +1,10 @@
-"""Fake quantization and fused Conv-BatchNorm for training, beside torch's own."""
+"""Fake quantization and fused Conv-BatchNorm for training, compared with torch's own."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantlib.eager.modules import (
     FakeQuantizeBase,
@@ -20,11 +19,11 @@ from quantlib.quantize.fake_quantization import ActivationFakeQuantize, WeightFa
 from quantlib.recipe.scheme import Scheme
 
 
-def _activation(kind: type[nn.Module], reduce_range: bool) -> Any:
+def _activation(kind, reduce_range):
     return kind(MovingAverageMinMaxObserver, 0, 255, reduce_range=reduce_range)
 
 
-def _weight(kind: type[nn.Module]) -> Any:
+def _weight(kind):
     return kind(
         MovingAveragePerChannelMinMaxObserver,
         -128,
@@ -34,7 +33,7 @@ def _weight(kind: type[nn.Module]) -> Any:
     )
 
 
-def _run(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _run(module, x):
     """The module's output, and the gradient of its weighted sum."""
     x = x.clone().requires_grad_()
     y = module(x)
@@ -46,10 +45,10 @@ def _run(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("reduce_range", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_activations_are_quantized_as_by_torch(reduce_range: bool, relu: bool, layout: torch.memory_format) -> None:
+def test_activations_are_quantized_as_by_torch(reduce_range, relu, layout):
     torch.manual_seed(0)
     ours, theirs = (_activation(kind, reduce_range) for kind in (ActivationFakeQuantize, FusedMovingAvgObsFakeQuantize))
-    for step in range(3):  # From the second on, values fall outside of the moving range.
+    for step in range(3):  # From the second step on, values fall outside the moving range.
         x = (torch.randn(4, 6, 5, 5) * (step + 1)).contiguous(memory_format=layout)
         x = x.relu() if relu else x
         (y, gradient), (expected, expected_gradient) = _run(ours, x), _run(theirs, x)
@@ -62,7 +61,7 @@ def test_activations_are_quantized_as_by_torch(reduce_range: bool, relu: bool, l
 
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
-def test_it_rectifies_as_a_relu_before_it() -> None:
+def test_it_rectifies_like_a_relu_before_it():
     torch.manual_seed(0)
     ours, theirs = (_activation(ActivationFakeQuantize, True) for _ in range(2))
     ours.fuses_relu = True
@@ -73,7 +72,7 @@ def test_it_rectifies_as_a_relu_before_it() -> None:
         assert torch.equal(gradient, expected_gradient)
         assert 0.4 < (gradient == 0).float().mean() < 0.9
     assert str(ours.state_dict()) == str(theirs.state_dict())
-    # A grid from below 0 has been loaded.
+    # As if a grid that starts below 0 had been loaded.
     for module in (ours, theirs):
         freeze_observers(module)
         module.zero_point.fill_(30)
@@ -85,9 +84,9 @@ def test_it_rectifies_as_a_relu_before_it() -> None:
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_the_gradient_takes_the_place_of_what_was_rectified_if_that_keeps_its_layout(
-    layout: torch.memory_format,
-) -> None:
-    """In another layout, the layers before would add it up in another order."""
+    layout,
+):
+    """In another layout, the earlier layers would sum it in another order."""
     module = _activation(ActivationFakeQuantize, True)
     module.fuses_relu = True
     x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -100,7 +99,7 @@ def test_the_gradient_takes_the_place_of_what_was_rectified_if_that_keeps_its_la
     assert (gradient.data_ptr() == x.data_ptr()) == (layout == torch.channels_last)
 
 
-def test_relu_is_left_to_the_quantization_that_follows() -> None:
+def test_relu_is_left_to_the_quantization_that_follows():
     model = preparation.prepare(
         fusion.fuse_model(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), "qat"),
         Scheme(observer="minmax", weights="per_channel", activation_bits=8),
@@ -111,12 +110,12 @@ def test_relu_is_left_to_the_quantization_that_follows() -> None:
     use_fast_forward(model)
     assert model[0].activation_post_process.fuses_relu
     assert model[0]._forward(x).min() < 0
-    # Whatever takes its place finds a ReLU.
+    # A replacement must find a ReLU.
     model[0].activation_post_process = nn.Identity()
     assert model(x).min() == 0
 
 
-def test_weights_are_quantized_as_by_torch() -> None:
+def test_weights_are_quantized_as_by_torch():
     torch.manual_seed(0)
     ours, theirs = _weight(WeightFakeQuantize), _weight(FusedMovingAvgObsFakeQuantize)
     for step in range(3):
@@ -125,14 +124,14 @@ def test_weights_are_quantized_as_by_torch() -> None:
         (y, gradient), (expected, expected_gradient) = _run(ours, w), _run(theirs, w)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
         assert torch.equal(gradient, expected_gradient)
-    # torch has another grid for a channel of nothing but zeros, on which they are zeros as well.
+    # torch uses another grid for an all-zero channel; the values are zero on that one, too.
     torch.testing.assert_close(ours.scale[:5], theirs.scale[:5], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.zero_point[:5], theirs.zero_point[:5].int())
 
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
 @pytest.mark.parametrize("kind", [ActivationFakeQuantize, WeightFakeQuantize])
-def test_a_frozen_observer_keeps_its_grid(kind: type[nn.Module]) -> None:
+def test_a_frozen_observer_keeps_its_grid(kind):
     module = _activation(kind, False) if kind is ActivationFakeQuantize else _weight(kind)
     module(torch.randn(4, 3, 2, 2))
     freeze_observers(module)
@@ -144,8 +143,8 @@ def test_a_frozen_observer_keeps_its_grid(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_conv_and_batch_norm_train_as_in_torch(frozen: bool, bias: bool) -> None:
-    """Without rounding, which would make steps of the smallest differences."""
+def test_conv_and_batch_norm_train_as_in_torch(frozen, bias):
+    """Without rounding, which would turn the smallest differences into whole steps."""
     torch.manual_seed(0)
     chain = nn.Sequential(nn.Conv2d(4, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU())
     nn.init.uniform_(chain[1].weight, 0.1, 2.0)

@@ -1,7 +1,5 @@
 """Observers: the ranges that each finds, from images or from statistics that were collected for all of them."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -25,7 +23,7 @@ def test_mse_range_is_the_best_of_a_brute_force_search():
     observer = observers.MSEObserver(reduce_range=True)
     observer(x)
 
-    def error(scale: float, zero_point: int) -> float:
+    def error(scale, zero_point):
         return float((torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 127) - x).square().mean())
 
     scale, zero_point = observer.calculate_qparams()
@@ -42,7 +40,7 @@ def test_mse_cuts_off_no_part_of_an_even_distribution():
     assert int(zero_point) == 0
 
 
-def _batches() -> list[torch.Tensor]:
+def _batches():
     """Ranges that grow and shrink."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(4, 6, 8, 8, generator=generator) * scale for scale in (1.0, 2.0, 0.5, 1.5)]
@@ -51,7 +49,7 @@ def _batches() -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:Please use quant_min")
 @pytest.mark.parametrize("name", OBSERVERS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_every_observer_is_where_it_would_be_had_it_seen_the_same(name: ObserverName, layout: Any) -> None:
+def test_every_observer_is_where_it_would_be_had_it_seen_the_same(name, layout):
     statistics, handed, own = ActivationStatistics(), *(preparation.OBSERVERS[name]() for _ in range(2))
     for x in _batches():
         statistics(x.contiguous(memory_format=layout))
@@ -62,8 +60,8 @@ def test_every_observer_is_where_it_would_be_had_it_seen_the_same(name: Observer
 
 
 def test_a_large_activation_is_counted_in_part_and_its_histogram_has_the_same_shape(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     x = torch.randn(4, 16, 64, 64, generator=torch.Generator().manual_seed(0)).contiguous(
         memory_format=torch.channels_last
     )
@@ -79,7 +77,7 @@ def test_a_large_activation_is_counted_in_part_and_its_histogram_has_the_same_sh
     assert (coarse[0] - coarse[1]).abs().max() < 0.005
 
 
-def test_infinite_values_are_left_out() -> None:
+def test_infinite_values_are_left_out():
     statistics = ActivationStatistics()
     statistics(torch.tensor([[0.0, 1.0, float("inf")]]))
     statistics(torch.tensor([[float("-inf")]]))

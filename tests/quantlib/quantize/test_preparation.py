@@ -14,18 +14,18 @@ from quantlib.runtimes.engine import use_engine
 SETTING = [[1, 8, 1, 1], [3, 8, 2, 2]]
 
 
-def scheme(**options) -> Scheme:
+def scheme(**options):
     return Scheme(**{"observer": "minmax", "weights": "per_channel", "activation_bits": 8, **options})
 
 
 @pytest.fixture
-def fused() -> nn.Module:
+def fused():
     torch.manual_seed(0)
     net = mobilenet_v2.mobilenet_v2(num_classes=4, width_mult=0.25, inverted_residual_setting=SETTING).eval()
     return fusion.fuse_model(net, "eval")
 
 
-def int8(prepared: nn.Module) -> nn.Module:
+def int8(prepared):
     prepared(torch.randn(4, 3, 16, 16))
     with use_engine("auto"):
         return converting.convert(prepared)
@@ -43,7 +43,7 @@ def test_every_observer_keeps_to_the_activation_bits(fused, observer, bits, larg
 @pytest.mark.parametrize(
     ("weights", "qscheme"), [("per_tensor", torch.per_tensor_affine), ("per_channel", torch.per_channel_affine)]
 )
-def test_weights_have_one_scale_a_tensor_or_a_channel(fused, weights, qscheme):
+def test_weights_have_one_scale_per_tensor_or_per_channel(fused, weights, qscheme):
     layer = int8(preparation.prepare(fused, scheme(weights=weights), "eval")).features[0][0]
     assert layer.weight().qscheme() == qscheme
 
@@ -59,7 +59,7 @@ def test_float_layers_stay_float_and_the_int8_model_runs(fused, name):
         torch.jit.script(model)
 
 
-def test_float_layers_that_the_model_has_not_are_an_error_with_the_nearest_name(fused):
+def test_float_layers_that_the_model_lacks_are_an_error_with_the_nearest_name(fused):
     with pytest.raises(ModelError, match=r"did you mean 'classifier.1'"):
         preparation.prepare(fused, scheme(float_layers=("clasifier.1",)), "eval")
 

@@ -1,26 +1,20 @@
 """Quantization-aware training, epoch by epoch."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from schemes import scheme
-from torch import Tensor, nn
+from torch import nn
 
 from quantlib.data import loading, shards
-from quantlib.data.images import Split
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.graph import fusion
 from quantlib.measure import evaluation
 from quantlib.models import checkpoint
-from quantlib.models.checkpoint import Header
 from quantlib.quantize import conversion, preparation, qat, stored
-from quantlib.quantize.qat import EpochMetrics
 from quantlib.recipe.schedule import Schedule
 from quantlib.runtimes.engine import use_engine
 
@@ -38,38 +32,38 @@ SCHEDULE = Schedule(
 
 
 @pytest.fixture(scope="module")
-def fused_content(trained_model: nn.Module, tiny_header: Header) -> bytes:
+def fused_content(trained_model, tiny_header):
     """The trained net, fused in mode "qat"."""
     return checkpoint.save(fusion.fuse_model(trained_model, "qat"), replace(tiny_header, fused="qat"))
 
 
-def _load(content: bytes, qconfig: str = "fbgemm") -> nn.Module:
+def _load(content, qconfig="fbgemm"):
     model, header = stored.open_model(content)
     return preparation.prepare(model, scheme(qconfig), "qat") if header.state == "fused" else model
 
 
-def _save(model: nn.Module, header: Header, qconfig: str = "fbgemm") -> bytes:
+def _save(model, header, qconfig="fbgemm"):
     return checkpoint.save(model, replace(header, fused="qat", scheme=scheme(qconfig)))
 
 
-def _train(model: nn.Module, epoch: int, split: Split, schedule: Schedule = SCHEDULE, **kwargs: Any) -> EpochMetrics:
+def _train(model, epoch, split, schedule=SCHEDULE, **kwargs):
     return qat.train_epoch(model, epoch, schedule, split, np.arange(len(split)), TRANSFORM, **kwargs)
 
 
-def _assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _assert_equal(got, expected):
     assert got.keys() == expected.keys()
     assert [name for name, value in got.items() if not torch.equal(value, expected[name])] == []
 
 
-def _pick(model: nn.Module, *endings: str) -> dict[str, Tensor]:
+def _pick(model, *endings):
     return {name: value.clone() for name, value in model.state_dict().items() if name.endswith(endings)}
 
 
-def _batch_norm(model: nn.Module) -> dict[str, Tensor]:
+def _batch_norm(model):
     return _pick(model, "running_mean", "running_var")
 
 
-def _ranges(model: nn.Module) -> dict[str, Tensor]:
+def _ranges(model):
     return _pick(model, "min_val", "max_val", "scale", "zero_point")
 
 
@@ -78,8 +72,8 @@ def _ranges(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("qconfig", ["fbgemm", "default"])
 def test_epochs_resumed_from_saved_bytes_are_bit_for_bit_those_of_an_uninterrupted_run(
-    fused_content: bytes, tiny_header: Header, train_split: Split, qconfig: str
-) -> None:
+    fused_content, tiny_header, train_split, qconfig
+):
     straight = _load(fused_content, qconfig)
     content = fused_content
     for epoch in range(4):  # BatchNorm is frozen in epoch 2, observers in epoch 3
@@ -94,7 +88,7 @@ def test_epochs_resumed_from_saved_bytes_are_bit_for_bit_those_of_an_uninterrupt
         assert content == _save(straight, tiny_header, qconfig)
 
 
-def test_an_epoch_depends_on_its_number_and_the_seed(fused_content: bytes, train_split: Split) -> None:
+def test_an_epoch_depends_on_its_number_and_the_seed(fused_content, train_split):
     losses = {
         _train(_load(fused_content), epoch, train_split, replace(SCHEDULE, seed=seed)).loss
         for epoch, seed in ((0, 7), (1, 7), (0, 1000))
@@ -103,9 +97,7 @@ def test_an_epoch_depends_on_its_number_and_the_seed(fused_content: bytes, train
     assert len(losses) == 3
 
 
-def test_a_saved_epoch_converts_and_is_nearly_as_accurate(
-    fused_content: bytes, tiny_header: Header, train_split: Split, val_shard: Path, engine: str
-) -> None:
+def test_a_saved_epoch_converts_and_is_nearly_as_accurate(fused_content, tiny_header, train_split, val_shard, engine):
     model = _load(fused_content)
     _train(model, 0, train_split)
 
@@ -118,8 +110,8 @@ def test_a_saved_epoch_converts_and_is_nearly_as_accurate(
 
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_an_epoch_handed_over_converts_to_the_bytes_of_one_read_back(
-    fused_content: bytes, tiny_header: Header, train_split: Split, engine: str, epochs: int
-) -> None:
+    fused_content, tiny_header, train_split, engine, epochs
+):
     model = _load(fused_content)
     for epoch in range(epochs):  # BatchNorm and observers are frozen in the last of four.
         _train(model, epoch, train_split)
@@ -135,7 +127,7 @@ def test_an_epoch_handed_over_converts_to_the_bytes_of_one_read_back(
 # Freezing
 
 
-def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: bytes, train_split: Split) -> None:
+def test_statistics_move_until_they_are_frozen_and_no_further(fused_content, train_split):
     model = _load(fused_content)
     moved: list[tuple[bool, bool]] = []
     for epoch in range(4):
@@ -144,7 +136,7 @@ def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: byt
         metrics = _train(model, epoch, train_split)
         assert metrics.batch_norm_frozen == (epoch >= 1)
         assert metrics.observers_frozen == (epoch >= 2)
-        assert not torch.equal(weight, model.features[0][0].weight)  # weights go on learning
+        assert not torch.equal(weight, model.features[0][0].weight)  # weights keep learning
         moved.append(
             tuple(
                 any(not torch.equal(value, after[name]) for name, value in before.items())
@@ -156,9 +148,7 @@ def test_statistics_move_until_they_are_frozen_and_no_further(fused_content: byt
     assert moved == [(True, True), (True, True), (False, True), (False, False)]
 
 
-def test_frozen_batch_norm_normalizes_with_its_statistics_also_after_a_resume(
-    fused_content: bytes, tiny_header: Header, train_split: Split
-) -> None:
+def test_frozen_batch_norm_normalizes_with_its_statistics_also_after_a_resume(fused_content, tiny_header, train_split):
     model = _load(fused_content)
     for epoch in range(2):
         _train(model, epoch, train_split)
@@ -171,7 +161,7 @@ def test_frozen_batch_norm_normalizes_with_its_statistics_also_after_a_resume(
     assert all(module.freeze_bn for module in resumed.modules() if hasattr(module, "freeze_bn"))
 
 
-def test_evaluating_an_epoch_changes_nothing_in_it(fused_content: bytes, train_split: Split, engine: str) -> None:
+def test_evaluating_an_epoch_changes_nothing_in_it(fused_content, train_split, engine):
     model = _load(fused_content)
     _train(model, 0, train_split)
     before = copy.deepcopy(model.state_dict())
@@ -184,7 +174,7 @@ def test_evaluating_an_epoch_changes_nothing_in_it(fused_content: bytes, train_s
 # What is trained on, and what is reported
 
 
-def test_a_full_epoch_sees_every_image_once(fused_content: bytes, train_split: Split) -> None:
+def test_a_full_epoch_sees_every_image_once(fused_content, train_split):
     seen: list[int] = []
     watched = replace(train_split, open=lambda index: seen.append(index) or train_split.open(index))
     calls: list[tuple[int, int]] = []
@@ -201,13 +191,13 @@ def test_a_full_epoch_sees_every_image_once(fused_content: bytes, train_split: S
     assert calls == [(step, 5) for step in range(1, 6)]  # four of 8 images, one of 4
 
 
-def test_a_last_batch_of_one_image_is_dropped(fused_content: bytes, train_split: Split) -> None:
+def test_a_last_batch_of_one_image_is_dropped(fused_content, train_split):
     metrics = _train(_load(fused_content), 0, train_split, replace(SCHEDULE, batches_per_epoch=None, batch_size=7))
 
     assert metrics.num_images == 35
 
 
-def test_an_epoch_takes_its_batches_from_the_given_images_alone(fused_content: bytes, train_split: Split) -> None:
+def test_an_epoch_takes_its_batches_from_the_given_images_alone(fused_content, train_split):
     seen: list[int] = []
     watched = replace(train_split, open=lambda index: seen.append(index) or train_split.open(index))
 
@@ -219,17 +209,17 @@ def test_an_epoch_takes_its_batches_from_the_given_images_alone(fused_content: b
 
 
 class _Fixed(nn.Module):
-    """Gives the same logits for every image, whatever is learned."""
+    """Gives the same logits for every image, whatever it learns."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return torch.tensor([2.0, 0.0, 0.0]).expand(len(x), 3) + 0 * self.scale
 
 
-def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_split: Split) -> None:
+def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_split):
     schedule = replace(SCHEDULE, batches_per_epoch=None, batch_size=5)
     indices = np.concatenate([np.arange(5), np.arange(12, 14)])  # five of class 0, two of class 1: batches of 5 and 2
 
@@ -242,7 +232,7 @@ def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_spli
     assert metrics.epoch == 3
 
 
-def test_a_step_is_plain_gradient_descent(fused_content: bytes, train_split: Split) -> None:
+def test_a_step_is_plain_gradient_descent(fused_content, train_split):
     schedule = replace(SCHEDULE, batches_per_epoch=1)
     model, twin = _load(fused_content), _load(fused_content)
     _train(model, 0, train_split, schedule)

@@ -17,7 +17,7 @@ SETTING = [[1, 8, 1, 1], [3, 8, 2, 2], [3, 8, 1, 1]]
 
 
 @pytest.fixture
-def net() -> nn.Module:
+def net():
     torch.manual_seed(0)
     model = mobilenet_v2.mobilenet_v2(num_classes=4, width_mult=0.25, inverted_residual_setting=SETTING)
     for module in model.modules():
@@ -43,7 +43,7 @@ def test_training_starts_as_the_calibrated_int8_model(net):
     assert (wanted - found).abs().mean() < 0.02 * wanted.std()
 
 
-def schedule(**options) -> Schedule:
+def schedule(**options):
     given = {
         "batches_per_epoch": 2,
         "batch_size": 4,
@@ -76,7 +76,7 @@ def test_distillation_asks_for_nothing_where_the_teacher_agrees():
     assert qat._loss(logits, labels, x, lambda _: -logits) > 0.01
 
 
-def tables(**qat_options) -> dict:
+def tables(**qat_options):
     return {
         "name": "r",
         "model": {"weights": "train"},

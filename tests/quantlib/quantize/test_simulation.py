@@ -12,17 +12,16 @@ from quantlib.eager.rounding import fake_quantize_qat
 from quantlib.graph import fusion
 from quantlib.quantize import conversion, preparation, simulation
 from quantlib.quantize.simulation import Parts
-from quantlib.recipe.scheme import FuseMode
 from quantlib.runtimes.engine import use_engine
 
 Calibrated = Callable[[str], nn.Module]
 
 
 @pytest.fixture(scope="module")
-def prepared(trained_model: nn.Module, calibrated: Calibrated, val_inputs: torch.Tensor) -> Callable[..., nn.Module]:
-    """A prepared model of either mode."""
+def prepared(trained_model, calibrated, val_inputs):
+    """A prepared model in either mode."""
 
-    def get(mode: FuseMode, qconfig: str) -> nn.Module:
+    def get(mode, qconfig):
         if mode == "eval":
             return calibrated(qconfig)
         model = preparation.prepare(fusion.fuse_model(trained_model, "qat"), scheme(qconfig), "qat")
@@ -34,31 +33,27 @@ def prepared(trained_model: nn.Module, calibrated: Calibrated, val_inputs: torch
     return get
 
 
-def _noise(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """Root mean square of the difference, as a part of the signal's."""
+def _noise(expected, got):
+    """Root mean square of the difference, relative to the signal's."""
     return float((expected - got).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("mode", ["eval", "qat"])
 @pytest.mark.parametrize("qconfig", ["default", "fbgemm", "onednn"])
-def test_simulating_both_parts_gives_the_int8_models_logits(
-    prepared: Callable[..., nn.Module], val_inputs: torch.Tensor, engine: str, mode: FuseMode, qconfig: str
-) -> None:
+def test_simulating_both_parts_gives_the_int8_models_logits(prepared, val_inputs, engine, mode, qconfig):
     model = prepared(mode, qconfig)
     simulated = simulation.simulate(model, mode, "both")
     int8 = conversion.convert(model, engine)
     with torch.inference_mode(), use_engine(engine):
         expected, got = int8(val_inputs), simulated(val_inputs)
 
-    # The same values but for ties: of some thousand roundings a few fall to the other side, by one step each.
+    # The same values except for ties: of some thousand roundings, a few go the other way, by one step each.
     assert _noise(expected, got) < 0.02
     assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
 @pytest.mark.parametrize("mode", ["eval", "qat"])
-def test_each_part_alone_costs_less_than_both(
-    prepared: Callable[..., nn.Module], trained_model: nn.Module, val_inputs: torch.Tensor, mode: FuseMode
-) -> None:
+def test_each_part_alone_costs_less_than_both(prepared, trained_model, val_inputs, mode):
     model = prepared(mode, "default")
     noise: dict[Parts, float] = {}
     logits: dict[Parts, torch.Tensor] = {}
@@ -78,9 +73,7 @@ def test_each_part_alone_costs_less_than_both(
 
 @pytest.mark.parametrize("mode", ["eval", "qat"])
 @pytest.mark.parametrize("parts", ["both", "weights", "activations"])
-def test_activations_lie_on_a_grid_only_where_they_are_rounded(
-    prepared: Callable[..., nn.Module], val_inputs: torch.Tensor, mode: FuseMode, parts: Parts
-) -> None:
+def test_activations_lie_on_a_grid_only_where_they_are_rounded(prepared, val_inputs, mode, parts):
     simulated = simulation.simulate(prepared(mode, "default"), mode, parts)
     seen: list[torch.Tensor] = []
     simulated.features[0][1].register_forward_hook(lambda *call: seen.append(call[-1]))
@@ -94,8 +87,8 @@ def test_activations_lie_on_a_grid_only_where_they_are_rounded(
 
 @pytest.mark.parametrize(("parts", "num_values"), [("both", 256), ("weights", 256), ("activations", None)])
 def test_weights_of_a_calibrated_model_lie_on_a_grid_only_where_they_are_rounded(
-    calibrated: Calibrated, fused_model: nn.Module, parts: Parts, num_values: int | None
-) -> None:
+    calibrated, fused_model, parts, num_values
+):
     simulated = simulation.simulate(calibrated("default"), "eval", parts)
     rounded, own = simulated.features[-1][0][0].weight.detach(), fused_model.features[-1][0][0].weight.detach()
 
@@ -108,9 +101,7 @@ def test_weights_of_a_calibrated_model_lie_on_a_grid_only_where_they_are_rounded
 
 
 @pytest.mark.parametrize("mode", ["eval", "qat"])
-def test_simulating_leaves_the_prepared_model_as_it_was(
-    prepared: Callable[..., nn.Module], val_inputs: torch.Tensor, mode: FuseMode
-) -> None:
+def test_simulating_leaves_the_prepared_model_as_it_was(prepared, val_inputs, mode):
     model = prepared(mode, "default")
     training = model.training
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -122,9 +113,7 @@ def test_simulating_leaves_the_prepared_model_as_it_was(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_simulation_does_not_learn_from_what_it_sees(
-    prepared: Callable[..., nn.Module], val_inputs: torch.Tensor
-) -> None:
+def test_a_simulation_does_not_learn_from_what_it_sees(prepared, val_inputs):
     simulated = simulation.simulate(prepared("qat", "default"), "qat", "both")
     with torch.inference_mode():
         first = simulated(val_inputs)

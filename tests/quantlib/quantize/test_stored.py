@@ -1,10 +1,8 @@
-"""Stored models: whatever their state, one door opens them, and they come back exactly."""
+"""Stored models: whatever their state, one function opens them, and they come back exactly."""
 
 import dataclasses
 import io
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,10 +20,10 @@ STATES = ["float", "fused", "fused for QAT", "observed", "calibrated", "trainabl
 
 
 @pytest.fixture
-def make(tiny_model: nn.Module, tiny_header: Header, train_shard: Path, engine: str) -> Callable[..., Made]:
-    """A model in a state, as the stages make it, and its header."""
+def make(tiny_model, tiny_header, train_shard, engine):
+    """A model in some state, as the stages make it, and its header."""
 
-    def make_model(state: str, qconfig: str = "fbgemm") -> Made:
+    def make_model(state, qconfig="fbgemm"):
         mode = "qat" if state in {"fused for QAT", "trainable", "int8 of QAT"} else "eval"
         header = replace(tiny_header, fused=mode)
         fused = fusion.fuse_model(tiny_model, mode)
@@ -45,12 +43,10 @@ def make(tiny_model: nn.Module, tiny_header: Header, train_shard: Path, engine: 
     return make_model
 
 
-# Weights of a scale each, and a scale a channel; x86's and onednn's are stored as fbgemm's.
+# One scale per weight tensor, and one per channel; x86 and onednn weights are stored like fbgemm's.
 @pytest.mark.parametrize("qconfig", ["default", "fbgemm"])
 @pytest.mark.parametrize("state", STATES)
-def test_a_stored_model_comes_back_bit_for_bit(
-    make: Callable[..., Made], val_inputs: torch.Tensor, engine: str, state: str, qconfig: str
-) -> None:
+def test_a_stored_model_comes_back_bit_for_bit(make, val_inputs, engine, state, qconfig):
     model, header = make(state, qconfig)
 
     content = checkpoint.save(model, header)
@@ -66,7 +62,7 @@ def test_a_stored_model_comes_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_stored_model_is_read_without_running_code(make: Callable[..., Made], state: str) -> None:
+def test_a_stored_model_is_read_without_running_code(make, state):
     model, header = make(state)
 
     saved = torch.load(io.BytesIO(checkpoint.save(model, header)), weights_only=True)
@@ -75,7 +71,7 @@ def test_a_stored_model_is_read_without_running_code(make: Callable[..., Made], 
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_model_handed_over_is_given_once_and_then_read_back(make: Callable[..., Made], state: str) -> None:
+def test_a_model_handed_over_is_given_once_and_then_read_back(make, state):
     model, header = make(state)
 
     content = stored.hand_over(model, header)
@@ -87,7 +83,7 @@ def test_a_model_handed_over_is_given_once_and_then_read_back(make: Callable[...
     assert checkpoint.save(*again) == content
 
 
-def test_no_model_is_taken_for_another(make: Callable[..., Made]) -> None:
+def test_no_model_is_taken_for_another(make):
     (float_model, float_header), (fused, fused_header) = make("float"), make("fused")
     first = stored.hand_over(float_model, float_header)
     stored.hand_over(fused, fused_header)
@@ -98,7 +94,7 @@ def test_no_model_is_taken_for_another(make: Callable[..., Made]) -> None:
     assert header == float_header
 
 
-def test_the_kind_of_an_artifact_tells_the_models_state(make: Callable[..., Made]) -> None:
+def test_the_kind_of_an_artifact_tells_the_models_state(make):
     kinds = [make(state)[1].kind for state in STATES]
     assert kinds[0] == "float-model"
     assert set(kinds) == {
@@ -106,12 +102,10 @@ def test_the_kind_of_an_artifact_tells_the_models_state(make: Callable[..., Made
     }
 
 
-def test_an_int8_model_is_opened_without_searching_for_ranges(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_int8_model_is_opened_without_searching_for_ranges(make, monkeypatch):
     content = checkpoint.save(*make("int8", "accurate"))
 
-    def search(*_: object) -> None:
+    def search(*_):
         raise AssertionError("An observer searched for ranges that come with the model.")
 
     monkeypatch.setattr(preparation.OBSERVERS["mse"], "calculate_qparams", search)

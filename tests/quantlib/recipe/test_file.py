@@ -1,4 +1,4 @@
-"""The recipe's file: where it is, what paths in it mean, and how its values are changed from the command line."""
+"""The recipe file: where it is, what its paths mean, and how the command line changes its values."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ name = "third"
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path) -> Path:
+def recipe_file(tmp_path):
     path = tmp_path / "recipes" / "file.toml"
     path.parent.mkdir()
     path.write_text(_FILE)
@@ -32,32 +32,32 @@ def recipe_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (Path(__file__).parents[3] / "recipes").glob("*.toml")))
-def test_every_ready_recipe_loads_and_is_named_as_its_file(pytestconfig: pytest.Config, name: str) -> None:
+def test_every_ready_recipe_loads_and_is_named_as_its_file(pytestconfig, name):
     recipe = load_recipe(pytestconfig.rootpath / "recipes" / f"{name}.toml")
 
     assert recipe.name == name
     assert recipe.description
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"No recipe '.*nowhere\.toml'"):
         load_recipe(tmp_path / "nowhere.toml")
 
 
 @pytest.mark.parametrize("content", [b"name = ", b"\xff\xfe", b"a = " + b"[" * 5000 + b"]" * 5000])
-def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_toml_is_named(tmp_path, content):
     (tmp_path / "bad.toml").write_bytes(content)
 
     with pytest.raises(RecipeError, match=r"bad\.toml' cannot be read as TOML"):
         load_recipe(tmp_path / "bad.toml")
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path)
 
 
-def test_paths_in_a_file_are_relative_to_it(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_a_file_are_relative_to_it(recipe_file, monkeypatch):
     monkeypatch.chdir(recipe_file.parent.parent)
 
     recipe = load_recipe(Path("recipes/file.toml"))
@@ -66,7 +66,7 @@ def test_paths_in_a_file_are_relative_to_it(recipe_file: Path, monkeypatch: pyte
     assert recipe.data.root == str(recipe_file.parent / "images")
 
 
-def test_absolute_paths_and_those_of_the_users_home_stay(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_paths_and_those_of_the_users_home_stay(recipe_file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     recipe_file.write_text(_FILE.replace("weights.pth", "/models/w.pth").replace('"images"', '"~/images"'))
 
@@ -77,7 +77,7 @@ def test_absolute_paths_and_those_of_the_users_home_stay(recipe_file: Path, monk
 
 
 @pytest.mark.parametrize("weights", ["train", "torchvision:IMAGENET1K_V1"])
-def test_weights_that_are_no_file_stay(recipe_file: Path, weights: str) -> None:
+def test_weights_that_are_no_file_stay(recipe_file, weights):
     recipe_file.write_text(_FILE.replace("weights.pth", weights))
 
     assert load_recipe(recipe_file).model.weights == weights
@@ -86,7 +86,7 @@ def test_weights_that_are_no_file_stay(recipe_file: Path, weights: str) -> None:
 # Overrides
 
 
-def test_overrides_reach_into_tables_and_branches_and_are_toml(recipe_file: Path) -> None:
+def test_overrides_reach_into_tables_and_branches_and_are_toml(recipe_file):
     recipe = load_recipe(
         recipe_file,
         [
@@ -111,13 +111,11 @@ def test_overrides_reach_into_tables_and_branches_and_are_toml(recipe_file: Path
     assert recipe.data.format == "package.module:function"
 
 
-def test_the_last_of_two_overrides_counts(recipe_file: Path) -> None:
+def test_the_last_of_two_overrides_counts(recipe_file):
     assert load_recipe(recipe_file, ["seed=1", "seed=2"]).seed == 2
 
 
-def test_paths_in_overrides_are_relative_to_the_working_folder(
-    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_in_overrides_are_relative_to_the_working_folder(recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     recipe = load_recipe(recipe_file, ["data.root=elsewhere/images", 'model.weights="mine.pth"'])
@@ -140,6 +138,6 @@ def test_paths_in_overrides_are_relative_to_the_working_folder(
         ("qat.0.epochs=few", r"qat\.0\.epochs = 'few' is not allowed"),
     ],
 )
-def test_an_override_that_is_wrong_is_named(recipe_file: Path, override: str, message: str) -> None:
+def test_a_wrong_override_is_named(recipe_file, override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_file, [override])

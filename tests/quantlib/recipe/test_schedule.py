@@ -5,7 +5,7 @@ import pytest
 from quantlib.recipe.schedule import Schedule
 
 
-def _schedule(batch_norm: int, observer: int) -> Schedule:
+def _schedule(batch_norm, observer):
     return Schedule(
         batches_per_epoch=None,
         batch_size=2,
@@ -18,7 +18,7 @@ def _schedule(batch_norm: int, observer: int) -> Schedule:
     )
 
 
-def test_freezes_follow_the_tutorials_rule() -> None:
+def test_freezes_follow_the_tutorials_rule():
     schedule = _schedule(batch_norm=2, observer=3)
 
     # `if nepoch > 3: disable_observer`, `if nepoch > 2: freeze_bn_stats`, at the end of each 0-based epoch.
@@ -27,7 +27,7 @@ def test_freezes_follow_the_tutorials_rule() -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_minus_one_freezes_from_the_first_epoch_on(epoch: int) -> None:
+def test_minus_one_freezes_from_the_first_epoch_on(epoch):
     schedule = _schedule(batch_norm=-1, observer=-1)
 
     assert schedule.freezes_batch_norm(epoch)

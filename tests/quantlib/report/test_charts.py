@@ -3,7 +3,7 @@ from types import SimpleNamespace
 from quantlib.report.charts import _epochs, _in_own_runtime, pareto_front
 
 
-def variant(name: str, latency: float, top1: float, pareto: bool | None = None) -> SimpleNamespace:
+def variant(name, latency, top1, pareto=None):
     return SimpleNamespace(variant=name, latency_p50_ms=latency, top1=top1, pareto=pareto)
 
 
@@ -37,7 +37,7 @@ def test_variants_are_compared_in_the_runtime_that_each_verdict_is_about():
     assert _in_own_runtime(rows, variants) == [rows[0], *rows[2:]]
 
 
-def epoch(variant: str, number: int, top1: float, *, best: bool = False) -> SimpleNamespace:
+def epoch(variant, number, top1, *, best=False):
     return SimpleNamespace(
         variant=variant, epoch=number, top1=top1, best=best, batch_norm_frozen=True, observers_frozen=number > 0
     )

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from quantlib.measure import examples
 from quantlib.measure.examples import Example
 from quantlib.measure.predictions import Predictions
 from quantlib.report import html, tables
-from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, LayerRow, Report, StageRow, VariantRow
+from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, Report, StageRow
 
 FLOAT = variant_row("float", method="float")
 QAT = replace(
@@ -39,7 +38,7 @@ QAT = replace(
     winner=True,
 )
 LABELS = np.array([0, 1, 2, 3])
-# Image 3 is broken by int8, image 0 is wrong in both and otherwise.
+# Image 3 is broken by int8; image 0 is wrong in both, but differently.
 FLOAT_TOP5 = np.array([[1, 0], [1, 0], [2, 0], [3, 0]])
 QAT_TOP5 = np.array([[2, 0], [1, 0], [2, 0], [1, 3]])
 CLASSES = ("ant", "fox", "cat", "bird")
@@ -53,7 +52,7 @@ PICTURE = Example(
 )
 
 
-def epoch(number: int) -> EpochRow:
+def epoch(number):
     return EpochRow(
         variant="trained",
         epoch=number,
@@ -67,7 +66,7 @@ def epoch(number: int) -> EpochRow:
     )
 
 
-def latency(variant: str) -> LatencyRow:
+def latency(variant):
     return LatencyRow(
         variant=variant,
         runtime="torchscript-x86",
@@ -84,12 +83,12 @@ LAYER = layer_row("features.7", variant="trained")
 
 
 def write(
-    folder: Path,
-    run_id: str = "first",
-    variants: tuple[VariantRow, ...] = (FLOAT, QAT),
-    layers: tuple[LayerRow, ...] = (),
-    p95_ms: float = 10.0,
-) -> None:
+    folder,
+    run_id="first",
+    variants=(FLOAT, QAT),
+    layers=(),
+    p95_ms=10.0,
+):
     found = Report(
         run_id=run_id,
         variants=variants,
@@ -105,16 +104,16 @@ def write(
     tables.write(folder, found, answers | {"float": Predictions(LABELS, FLOAT_TOP5, loss)})
 
 
-def chart(page: str, name: str) -> dict:
+def chart(page, name):
     source = re.search(rf'data-chart="chart-{name}">(.*?)</script>', page, re.DOTALL)
     assert source, f"no chart {name}"
     return json.loads(source.group(1))
 
 
 class Links(HTMLParser):
-    """Collects every address that the page names in an attribute, and its elements."""
+    """Collects every address in the page's attributes, and its elements."""
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, page):
         super().__init__()
         self.found: list[str] = []
         self.tags: list[str] = []
@@ -171,7 +170,7 @@ def test_confusions_name_their_classes(tmp_path):
     assert re.search(r"<td>ant</td><td[^>]*>cat</td><td>0</td><td>1</td>", page)
 
 
-def test_images_that_int8_answers_otherwise_are_shown_with_all_three_classes(tmp_path):
+def test_images_that_int8_answers_differently_are_shown_with_all_three_classes(tmp_path):
     write(tmp_path)
     page = html.render(tmp_path)
     shown = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
@@ -181,7 +180,7 @@ def test_images_that_int8_answers_otherwise_are_shown_with_all_three_classes(tmp
     assert re.sub(r"<[^>]*>", " ", shown[0]).split() == ["is", "bird", "float:", "bird", "int8:", "fox"]
 
 
-def test_a_run_reported_before_there_were_classes_and_examples_reads_all_the_same(tmp_path):
+def test_a_run_reported_before_there_were_classes_and_examples_is_still_readable(tmp_path):
     write(tmp_path)
     for table in ("classes", "examples"):
         shutil.rmtree(tmp_path / table)
@@ -209,7 +208,7 @@ def test_freezes_are_marked_at_the_first_epoch_that_has_them(tmp_path):
     ]
 
 
-def test_latency_is_shown_an_image_with_a_whisker_to_the_95th_percentile(tmp_path):
+def test_latency_is_shown_per_image_with_a_whisker_to_the_95th_percentile(tmp_path):
     write(tmp_path)
     bar = chart(html.render(tmp_path), "latency")["data"][0]
     assert bar["y"] == [2.0]
@@ -268,7 +267,7 @@ def test_the_verdict_stands_beside_the_name_where_a_phone_shows_it(tmp_path):
     assert header[:2] == ["variant", "verdict"]
 
 
-def test_the_whisker_of_an_outlier_flattens_no_bar(tmp_path):
+def test_an_outliers_whisker_flattens_no_bar(tmp_path):
     write(tmp_path, p95_ms=8000.0)
     figure = chart(html.render(tmp_path), "latency")
     assert figure["layout"]["yaxis"]["range"] == [0, 3.0]

@@ -25,12 +25,12 @@ PTQ = variant_row(
 )
 
 
-def run(run_id=SECOND, variants=(FLOAT, PTQ), cached=(True, False)) -> Report:
+def run(run_id=SECOND, variants=(FLOAT, PTQ), cached=(True, False)):
     stages = tuple(StageRow(f"stage-{n}", "k", reused, 1.5, START) for n, reused in enumerate(cached))
     return Report(run_id=run_id, variants=variants, epochs=(), latency=(), stages=stages)
 
 
-def write(folder, found: Report) -> None:
+def write(folder, found):
     answers = Predictions(np.array([0]), np.array([[0]]), np.zeros(1, np.float32))
     tables.write(folder, found, {row.variant: answers for row in found.variants})
 
@@ -48,7 +48,7 @@ def test_without_a_winner_the_page_says_so(tmp_path):
     assert text.startswith("# Nothing to ship\n\nNo variant is inside the gate. The best so far is `minmax`")
 
 
-def test_the_table_has_a_line_a_variant(tmp_path):
+def test_the_table_has_one_line_per_variant(tmp_path):
     text = summary.summarize(run(), tmp_path)
     assert "| `float` | torchscript | 75.00% |  |  |  | 4.00 MB | 8.00 ms | 1.00x | baseline |" in text
     assert (
@@ -70,15 +70,15 @@ def test_the_verdict_says_how_sure_it_is_why_and_what_is_doubtful(tmp_path):
 def test_an_unchanged_model_is_no_change_whatever_its_timing(tmp_path):
     write(tmp_path, run(FIRST, (FLOAT, replace(PTQ, latency_p50_ms=3.0))))
     text = summary.summarize(run(), tmp_path)
-    assert f"## Since `{FIRST}`\n\nEvery model is the same, and as accurate." in text
+    assert f"## Since `{FIRST}`\n\nEvery model is the same, and as accurate as before." in text
 
 
-def test_changes_since_the_last_run_are_told_variant_by_variant(tmp_path):
+def test_changes_since_the_last_run_are_listed_by_variant(tmp_path):
     gone = variant_row("old", winner=True)
     write(tmp_path, run(FIRST, (FLOAT, replace(PTQ, winner=False, top1=0.6, artifact_sha256="other"), gone)))
     text = summary.summarize(run(variants=(FLOAT, PTQ, variant_row("fresh", method="qat"))), tmp_path)
     assert "- The winner is `minmax`; it was `old`." in text
-    assert "- `minmax` is another model: +10.00 points of top-1, latency 2.00 to 2.00 ms." in text
+    assert "- `minmax` is a different model: +10.00 points of top-1, latency 2.00 to 2.00 ms." in text
     assert "- `fresh` is new." in text
     assert "- `old` is gone." in text
     assert "`float` is" not in text
@@ -96,5 +96,5 @@ def test_the_run_before_is_the_newest_of_the_same_recipe(tmp_path):
     ("cached", "told"),
     [((True, True), "All 2 stages were reused."), ((True, False), "1 of 2 stages were computed: `stage-1` (1.5 s).")],
 )
-def test_what_was_computed_is_told(tmp_path, cached, told):
+def test_what_was_computed_is_listed(tmp_path, cached, told):
     assert told in summary.summarize(run(cached=cached), tmp_path)

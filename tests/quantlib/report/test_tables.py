@@ -1,4 +1,4 @@
-"""The report as others read it: Parquet tables, one folder a run."""
+"""The report as others read it: Parquet tables, one folder per run."""
 
 import errno
 import os
@@ -6,7 +6,6 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -22,7 +21,7 @@ from quantlib.measure.predictions import Predictions
 from quantlib.report import tables
 from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, NoteRow, Report, StageRow
 
-# The contract: columns may be added, and none renamed.
+# The contract: columns may be added, but not renamed.
 COLUMNS = {
     "variants": "run_id, recipe, variant, method, qconfig, engine, top1, top5, num_images, top1_drop, size_bytes, "
     "latency_p50_ms, speedup, accepted, winner, artifact_sha256, artifact_path, torch_version, cpu_model, created_at",
@@ -33,7 +32,7 @@ COLUMNS = {
     "layers": "run_id, variant, layer, type, weight_min, weight_max, activation_min, activation_max, sqnr_db, "
     "saturation, top1_only, top1_all_but, divergence_only, num_images, measured_on",
 }
-# Beside it, for the page that people look at.
+# In addition, for the page that people look at.
 MORE_COLUMNS = {
     "classes": "run_id, class_index, name",
     "examples": "run_id, variant, image_index, label, float_top1, int8_top1, png",
@@ -41,7 +40,7 @@ MORE_COLUMNS = {
     "p_value, top1_selection, latency_p50_ms, speedup, gate, num_images_to_decide, reported",
     "notes": "run_id, kind, text",
 }
-# In the order in which they are written.
+# In the order they are written.
 NUM_ROWS = {
     "epochs": 1,
     "latency": 1,
@@ -56,7 +55,7 @@ NUM_ROWS = {
 }
 
 
-def _answers(num_correct: int) -> Predictions:
+def _answers(num_correct):
     labels = np.array([0, 1, 2, 0])
     top5 = np.stack([(labels + n + (np.arange(4) >= num_correct)) % 3 for n in range(3)], axis=1)
     return Predictions(labels, top5, np.zeros(4, np.float32))
@@ -68,7 +67,7 @@ PREDICTIONS = {"float": _answers(3), "a": _answers(2), "b": _answers(4)}
 
 
 @pytest.fixture
-def found() -> Report:
+def found():
     accuracy = {name: answers.top1 for name, answers in PREDICTIONS.items()}
     return Report(
         run_id="20250102-030405-test-abcd1234",
@@ -117,8 +116,8 @@ def found() -> Report:
 
 
 @pytest.fixture
-def reports(tmp_path: Path, found: Report) -> Path:
-    """The folder of two runs' reports."""
+def reports(tmp_path, found):
+    """The folder with two runs' reports."""
     tables.write(tmp_path / "reports", found, PREDICTIONS, IMAGES)
     later = [replace(row, created_at=START + timedelta(days=1)) for row in found.variants]
     tables.write(tmp_path / "reports", replace(found, run_id="20250103-test", variants=tuple(later)), PREDICTIONS)
@@ -128,15 +127,15 @@ def reports(tmp_path: Path, found: Report) -> Path:
 # Readers
 
 
-def _with_pyarrow(reports: Path, table: str) -> pd.DataFrame:
+def _with_pyarrow(reports, table):
     return ds.dataset(reports / table, partitioning="hive").to_table().to_pandas()
 
 
-def _with_pandas(reports: Path, table: str) -> pd.DataFrame:
+def _with_pandas(reports, table):
     return pd.read_parquet(reports / table)
 
 
-def _with_duckdb(reports: Path, table: str) -> pd.DataFrame:
+def _with_duckdb(reports, table):
     found = duckdb.sql(f"SELECT * FROM read_parquet('{reports}/{table}/*/*.parquet', hive_partitioning = true)")
     return pd.DataFrame(found.fetchall(), columns=found.columns)
 
@@ -146,7 +145,7 @@ READERS = [_with_pyarrow, _with_pandas, _with_duckdb]
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("table", NUM_ROWS)
-def test_every_table_of_all_runs_reads_with_one_glob(reports: Path, read: Any, table: str) -> None:
+def test_every_table_of_all_runs_reads_with_one_glob(reports, read, table):
     rows = read(reports, table)
 
     assert set((COLUMNS | MORE_COLUMNS)[table].split(", ")) <= set(rows.columns)
@@ -154,7 +153,7 @@ def test_every_table_of_all_runs_reads_with_one_glob(reports: Path, read: Any, t
     assert sorted(rows["run_id"].astype(str).unique()) == ["20250102-030405-test-abcd1234", "20250103-test"]
 
 
-def test_values_arrive_with_their_types(reports: Path) -> None:
+def test_values_arrive_with_their_types(reports):
     rows = _with_duckdb(reports, "variants").sort_values(["run_id", "variant"]).reset_index()
     b = rows.iloc[1]
 
@@ -165,7 +164,7 @@ def test_values_arrive_with_their_types(reports: Path) -> None:
     assert pd.isna(rows.iloc[0]["top1_simulated"])
 
 
-def test_accuracy_recomputed_from_the_predictions_is_that_of_the_variants(reports: Path) -> None:
+def test_accuracy_recomputed_from_the_predictions_is_that_of_the_variants(reports):
     query = f"""
         SELECT variant, avg((p.top5[1] = label)::INT) AS recomputed, any_value(v.top1) AS top1, count(*) AS num_images
         FROM read_parquet('{reports}/predictions/*/*.parquet', hive_partitioning = true) p
@@ -177,7 +176,7 @@ def test_accuracy_recomputed_from_the_predictions_is_that_of_the_variants(report
     assert rows == [(name, top1, top1, 4) for name, top1 in (("a", 0.5), ("b", 1.0), ("float", 0.75)) for _ in range(2)]
 
 
-def test_predictions_number_the_images_of_each_variant_from_zero(reports: Path) -> None:
+def test_predictions_number_the_images_of_each_variant_from_zero(reports):
     rows = _with_pandas(reports, "predictions")
     first = rows[rows["run_id"].astype(str) == "20250103-test"]
 
@@ -185,7 +184,7 @@ def test_predictions_number_the_images_of_each_variant_from_zero(reports: Path) 
     assert first["top5"].iloc[0].tolist() == [0, 1, 2]
 
 
-def test_predictions_name_the_images(reports: Path) -> None:
+def test_predictions_name_the_images(reports):
     rows = _with_pandas(reports, "predictions")
     assert rows[rows["run_id"].astype(str) != "20250103-test"]["image"].tolist() == IMAGES * 3
     assert rows[rows["run_id"].astype(str) == "20250103-test"]["image"].isna().all()
@@ -194,7 +193,7 @@ def test_predictions_name_the_images(reports: Path) -> None:
 # Writing
 
 
-def test_a_run_that_is_written_again_is_replaced(reports: Path, found: Report) -> None:
+def test_a_run_that_is_written_again_is_replaced(reports, found):
     tables.write(reports, replace(found, stages=found.stages[:1]), PREDICTIONS)
 
     rows = _with_pandas(reports, "stages")
@@ -202,7 +201,7 @@ def test_a_run_that_is_written_again_is_replaced(reports: Path, found: Report) -
     assert len(rows) == 1 + 2
 
 
-def test_tables_without_rows_have_their_columns_all_the_same(tmp_path: Path, found: Report) -> None:
+def test_tables_without_rows_still_have_their_columns(tmp_path, found):
     tables.write(tmp_path, replace(found, epochs=()), PREDICTIONS)
 
     rows = _with_duckdb(tmp_path, "epochs")
@@ -211,32 +210,28 @@ def test_tables_without_rows_have_their_columns_all_the_same(tmp_path: Path, fou
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_a_reader_sees_nothing_of_a_run_that_is_being_written(
-    reports: Path, found: Report, read: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_sees_nothing_of_a_run_that_is_being_written(reports, found, read, monkeypatch):
     write_table, counts = pq.write_table, []
 
-    def write_and_read(table: Any, where: Path, **options: Any) -> None:
+    def write_and_read(table, where, **options):
         write_table(table, where, **options)
         counts.append({name: len(read(reports, name)) for name in NUM_ROWS})
 
     monkeypatch.setattr(pq, "write_table", write_and_read)
     tables.write(reports, replace(found, run_id="third"), PREDICTIONS)
 
-    # At the moment when the n-th file is complete, the tables before it are there, and its own is not.
+    # When the n-th file is complete, the tables before it exist, but its own does not.
     order = list(NUM_ROWS)
     assert counts == [
         {name: NUM_ROWS[name] * (3 if order.index(name) < step else 2) for name in order} for step in range(len(order))
     ]
 
 
-def test_a_failure_leaves_nothing_behind_and_no_row_in_variants(
-    reports: Path, found: Report, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_nothing_behind_and_no_row_in_variants(reports, found, monkeypatch):
     flush = os.fsync
     calls: list[int] = []
 
-    def fill_the_disk(file: int) -> None:
+    def fill_the_disk(file):
         calls.append(file)
         if len(calls) > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -251,7 +246,7 @@ def test_a_failure_leaves_nothing_behind_and_no_row_in_variants(
     assert len(_with_pandas(reports, "stages")) == 4
 
 
-def test_others_may_read_what_is_written(reports: Path) -> None:
+def test_others_may_read_what_is_written(reports):
     folder = next((reports / "variants").iterdir())
 
     assert folder.stat().st_mode & 0o777 == 0o755
@@ -261,19 +256,19 @@ def test_others_may_read_what_is_written(reports: Path) -> None:
 # Reading back
 
 
-def test_variants_come_back_the_newest_run_first_in_the_recipes_order(reports: Path, found: Report) -> None:
+def test_variants_come_back_the_newest_run_first_in_the_recipes_order(reports, found):
     rows = tables.read_variants(reports)
 
     assert [run_id for run_id, _ in rows] == ["20250103-test"] * 3 + [found.run_id] * 3
     assert tuple(row for _, row in rows[3:]) == found.variants
 
 
-def test_before_the_first_run_there_is_nothing(tmp_path: Path) -> None:
+def test_before_the_first_run_there_is_nothing(tmp_path):
     assert tables.read_variants(tmp_path / "reports") == []
     assert tables.read_table(tmp_path / "reports", "stages").num_rows == 0
 
 
-def test_no_flipped_bit_changes_what_is_read_nor_escapes_as_another_error(reports: Path, found: Report) -> None:
+def test_no_flipped_bit_changes_what_is_read_nor_escapes_as_another_error(reports, found):
     random = Random(0)
     for name in NUM_ROWS:
         right = tables.read_table(reports, name, found.run_id)
@@ -288,7 +283,7 @@ def test_no_flipped_bit_changes_what_is_read_nor_escapes_as_another_error(report
         assert tables.read_table(reports, name, found.run_id) == right
 
 
-def test_damage_of_a_file_that_has_no_hash_is_no_other_error(reports: Path, found: Report) -> None:
+def test_damage_to_a_file_without_a_hash_raises_no_other_error(reports, found):
     (path,) = (reports / "variants").glob(f"run_id={found.run_id}/*.parquet")
     (path.parent / "_part-0.sha256").unlink()
     whole, random, refused, changed = path.read_bytes(), Random(0), 0, 0
@@ -300,13 +295,13 @@ def test_damage_of_a_file_that_has_no_hash_is_no_other_error(reports: Path, foun
             changed += tables.read_table(reports, "variants", found.run_id) != right
         except StoreError:
             refused += 1
-    assert refused > 100  # By the checksums of the pages.
-    assert changed < 10  # In headers, which those checksums do not cover; without any it is 19.
+    assert refused > 100  # Detected by the checksums of the pages.
+    assert changed < 10  # In headers, which those checksums do not cover; without checksums it is 19.
 
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere"), Path.touch])
-def test_what_is_no_report_is_told_and_the_other_runs_are_read(reports: Path, found: Report, make: Any) -> None:
+def test_what_is_not_a_report_is_reported_and_the_other_runs_are_read(reports, found, make):
     (path,) = (reports / "variants").glob(f"run_id={found.run_id}/*.parquet")
     path.unlink()
     make(path)
@@ -318,7 +313,7 @@ def test_what_is_no_report_is_told_and_the_other_runs_are_read(reports: Path, fo
         tables.read_variants(reports)
 
 
-def test_a_report_of_an_earlier_version_lacks_columns_and_reads_all_the_same(reports: Path) -> None:
+def test_a_report_of_an_earlier_version_lacks_columns_but_is_still_readable(reports):
     path = next((reports / "variants").glob("run_id=20250103-test/*.parquet"))
     (path.parent / "_part-0.sha256").unlink()
     pq.write_table(pq.ParquetFile(path).read().drop_columns(["loss"]), path)
@@ -332,15 +327,15 @@ def test_a_report_of_an_earlier_version_lacks_columns_and_reads_all_the_same(rep
 # Winner and best
 
 
-def test_the_winner_is_the_best(found: Report) -> None:
+def test_the_winner_is_the_best(found):
     assert found.winner == found.best == found.variants[2]
 
 
-def test_without_a_winner_the_best_is_the_quantized_model_that_chose_best(found: Report) -> None:
+def test_without_a_winner_the_best_is_the_quantized_model_that_chose_best(found):
     none = replace(
         found,
         variants=(
-            replace(found.variants[0], top1_selection=0.99),  # float is never it
+            replace(found.variants[0], top1_selection=0.99),  # float is never the best
             replace(found.variants[1], top1_selection=0.8, top1=0.1),
             replace(found.variants[2], top1_selection=0.7, winner=False),
         ),

@@ -24,15 +24,15 @@ CIRCUMSTANCES = RunInfo(
 )
 
 
-def _predictions(num_correct: int, num_images: int = 100) -> Predictions:
-    """Six classes; those that are wrong have the label second."""
+def _predictions(num_correct, num_images=100):
+    """Predictions over six classes; wrong ones rank the label second."""
     labels = np.arange(num_images) % 6
     likeliest = np.where(np.arange(num_images) < num_correct, labels, (labels + 1) % 6)
     rest = [np.where(likeliest == labels, (labels + n) % 6, (labels + n - 1) % 6) for n in (1, 2, 3, 4)]
     return Predictions(labels, np.stack([likeliest, *rest], axis=1), np.full(num_images, 0.5, np.float32))
 
 
-def _file(name: str, num_correct: int, **changes: Any) -> File:
+def _file(name, num_correct, **changes):
     values: dict[str, Any] = {
         "path": f"models/{name}.pt",
         "sha256": "ab" * 32,
@@ -44,7 +44,7 @@ def _file(name: str, num_correct: int, **changes: Any) -> File:
     return File(**values | changes)
 
 
-def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes: Any) -> Measured:
+def _measured(name, num_correct, milliseconds=1.0, **changes):
     """A variant with one file; `selection` and `size_bytes` are that file's."""
     of_file = {key: changes.pop(key) for key in ("selection", "size_bytes") if key in changes}
     file = _file(name, num_correct, **of_file)
@@ -65,41 +65,41 @@ def _measured(name: str, num_correct: int, milliseconds: float = 1.0, **changes:
 
 @dataclass(frozen=True)
 class _Found:
-    """All that a verdict says."""
+    """Everything in a verdict."""
 
     variants: tuple[VariantRow, ...]
     files: tuple[FileRow, ...]
     reported: tuple[File, ...]
 
 
-def _verdict(*variants: Measured, **gate: Any) -> _Found:
+def _verdict(*variants, **gate):
     judged = verdict.judge(variants, GateRecipe(**{"max_top1_drop": 0.01} | gate))
     return _Found(judged.variant_rows(CIRCUMSTANCES), judged.file_rows(), judged.reported)
 
 
-def _rows(*variants: Measured, gate: float = 0.01) -> dict[str, VariantRow]:
+def _rows(*variants, gate=0.01):
     return {row.variant: row for row in _verdict(*variants, max_top1_drop=gate).variants}
 
 
-def _won(*variants: Measured, gate: float = 0.01) -> VariantRow | None:
+def _won(*variants, gate=0.01):
     rows = _rows(_measured("float", 90, 4.0), *variants, gate=gate).values()
     return next((row for row in rows if row.winner), None)
 
 
-def _winner(*variants: Measured, gate: float = 0.01) -> str | None:
+def _winner(*variants, gate=0.01):
     row = _won(*variants, gate=gate)
     return row.variant if row else None
 
 
-def _noisy(milliseconds: float, seed: int) -> dict[tuple[str, int, int], list[float]]:
-    """Timings with much noise around a median."""
+def _noisy(milliseconds, seed):
+    """Very noisy timings around a median."""
     return {("torchscript-x86", 1, 1): list(milliseconds * np.random.default_rng(seed).lognormal(0, 0.1, 50))}
 
 
 # Rows
 
 
-def test_a_row_says_what_was_measured() -> None:
+def test_a_row_says_what_was_measured():
     rows = _rows(_measured("float", 90, 4.0), _measured("a", 88, 1.6, selection=_predictions(70), size_bytes=250))
     row = rows["a"]
 
@@ -113,7 +113,7 @@ def test_a_row_says_what_was_measured() -> None:
     assert (rows["float"].top1_drop, rows["float"].speedup, rows["float"].qconfig) == (0.0, 1.0, None)
 
 
-def test_the_latency_is_the_median_of_a_batch_of_one_on_one_thread() -> None:
+def test_the_latency_is_the_median_of_a_batch_of_one_on_one_thread():
     ours = "torchscript-x86"
     samples = {(ours, 1, 1): [9.0, 1.0, 2.0], (ours, 50, 1): [0.1] * 3, (ours, 1, 2): [0.2] * 3}
     variants = (
@@ -124,8 +124,8 @@ def test_the_latency_is_the_median_of_a_batch_of_one_on_one_thread() -> None:
     assert _rows(*variants)["a"].latency_p50_ms == 2.0
 
 
-def _with_onnx(name: str, *, pt: int, onnx: int, pt_ms: float, onnx_ms: float, engine: str | None = "x86") -> Measured:
-    """A variant as TorchScript and as ONNX in OpenVINO."""
+def _with_onnx(name, *, pt, onnx, pt_ms, onnx_ms, engine="x86"):
+    """A variant in TorchScript, and as ONNX in OpenVINO."""
     own = "torchscript" if engine is None else f"torchscript-{engine}"
     return _measured(
         name,
@@ -139,7 +139,7 @@ def _with_onnx(name: str, *, pt: int, onnx: int, pt_ms: float, onnx_ms: float, e
     )
 
 
-def test_accuracy_size_latency_and_speedup_are_of_the_file_to_ship_in_its_runtime() -> None:
+def test_accuracy_size_latency_and_speedup_are_of_the_file_to_ship_in_its_runtime():
     float_model = _with_onnx("float", pt=90, onnx=90, pt_ms=8.0, onnx_ms=3.0, engine=None)
     found = _verdict(float_model, _with_onnx("a", pt=91, onnx=89, pt_ms=2.0, onnx_ms=1.0))
     row = found.variants[1]
@@ -156,8 +156,8 @@ def test_accuracy_size_latency_and_speedup_are_of_the_file_to_ship_in_its_runtim
     ]
 
 
-def test_the_gate_judges_the_file_that_is_shipped_and_not_another_of_the_same_variant() -> None:
-    # As TorchScript inside the gate, in the faster runtime outside: the slower file is the one to ship.
+def test_the_gate_judges_the_file_that_is_shipped_and_not_another_of_the_same_variant():
+    # Inside the gate in TorchScript, outside in the faster runtime: the slower file is the one to ship.
     found = _verdict(_measured("float", 90, 4.0), _with_onnx("a", pt=90, onnx=80, pt_ms=2.0, onnx_ms=1.0))
     row = found.variants[1]
 
@@ -169,7 +169,7 @@ def test_the_gate_judges_the_file_that_is_shipped_and_not_another_of_the_same_va
     assert (row.fastest_runtime, row.fastest_p50_ms) == ("openvino", 1.0)
 
 
-def test_a_variant_that_does_not_win_is_shown_by_its_file_inside_the_gate() -> None:
+def test_a_variant_that_does_not_win_is_shown_by_its_file_inside_the_gate():
     faster = _measured("b", 90, 0.5)
     found = _verdict(_measured("float", 90, 4.0), _with_onnx("a", pt=90, onnx=80, pt_ms=2.0, onnx_ms=1.0), faster)
 
@@ -177,7 +177,7 @@ def test_a_variant_that_does_not_win_is_shown_by_its_file_inside_the_gate() -> N
     assert (found.variants[1].runtime, found.variants[1].accepted) == ("torchscript-x86", True)
 
 
-def test_a_variant_that_has_no_file_for_an_allowed_runtime_is_not_accepted() -> None:
+def test_a_variant_that_has_no_file_for_an_allowed_runtime_is_not_accepted():
     found = _verdict(_measured("float", 90, 4.0), _measured("a", 90, available=False, onnx_refusal="no such operation"))
 
     assert (found.variants[1].gate, found.variants[1].accepted, found.variants[1].winner) == (
@@ -189,7 +189,7 @@ def test_a_variant_that_has_no_file_for_an_allowed_runtime_is_not_accepted() -> 
     assert found.files == ()
 
 
-def test_a_file_is_meant_for_the_first_of_the_runtimes_that_are_fastest_within_noise() -> None:
+def test_a_file_is_meant_for_the_first_of_the_runtimes_that_are_fastest_within_noise():
     x86, onednn, fbgemm = (Runtime(f"torchscript-{name}", "1") for name in ("x86", "onednn", "fbgemm"))
     machine = np.random.default_rng(0).uniform(1, 2, 50)
     noise = np.random.default_rng(1).lognormal(0, 0.1, 50)
@@ -198,7 +198,7 @@ def test_a_file_is_meant_for_the_first_of_the_runtimes_that_are_fastest_within_n
     assert choice.fastest_runtime({x86: machine, onednn: machine * 0.9}) == onednn
 
 
-def test_simulated_accuracies_are_there_where_they_were_asked_for() -> None:
+def test_simulated_accuracies_are_reported_where_they_were_requested():
     parts = {"both": _predictions(80), "weights": _predictions(85), "activations": _predictions(82)}
     rows = _rows(_measured("float", 90), _measured("a", 88, simulated=parts), _measured("b", 88))
 
@@ -206,7 +206,7 @@ def test_simulated_accuracies_are_there_where_they_were_asked_for() -> None:
     assert rows["b"].top1_simulated is rows["b"].top1_weights_only is rows["b"].top1_activations_only is None
 
 
-def _epoch(number: int, num_correct: int, *, chosen: bool) -> Epoch:
+def _epoch(number, num_correct, *, chosen):
     metrics = {
         "epoch": number,
         "loss": 0.3,
@@ -220,7 +220,7 @@ def _epoch(number: int, num_correct: int, *, chosen: bool) -> Epoch:
     )
 
 
-def test_epochs_have_their_rows_and_the_best_is_marked() -> None:
+def test_epochs_have_their_rows_and_the_best_is_marked():
     epochs = (_epoch(0, 80, chosen=False), _epoch(1, 85, chosen=True), _epoch(4, 82, chosen=False))
     variants = [_measured("float", 90), _measured("qat", 85, method="qat", epochs=epochs)]
 
@@ -236,7 +236,7 @@ def test_epochs_have_their_rows_and_the_best_is_marked() -> None:
     assert _rows(*variants)["float"].best_epoch is None
 
 
-def test_latency_rows_give_percentiles_of_a_call_and_images_per_second() -> None:
+def test_latency_rows_give_percentiles_of_a_call_and_images_per_second():
     samples = {("torchscript", 1, 1): list(range(1, 102)), ("torchscript", 50, 2): [20.0] * 10}
 
     single, batch = verdict.latency_rows([_measured("float", 90, samples_ms=samples)])
@@ -264,7 +264,7 @@ def test_latency_rows_give_percentiles_of_a_call_and_images_per_second() -> None
         (95, 0.0, True),  # better than float
     ],
 )
-def test_what_loses_no_more_than_the_gate_is_accepted(num_correct: int, gate: float, accepted: bool) -> None:
+def test_what_loses_no_more_than_the_gate_is_accepted(num_correct, gate, accepted):
     rows = _rows(_measured("float", 90), _measured("a", num_correct), gate=gate)
 
     assert rows["a"].accepted == accepted
@@ -274,29 +274,29 @@ def test_what_loses_no_more_than_the_gate_is_accepted(num_correct: int, gate: fl
 # The winner
 
 
-def test_float_never_wins() -> None:
+def test_float_never_wins():
     assert _winner() is None
 
 
-def test_there_is_no_winner_where_none_is_accepted() -> None:
+def test_there_is_no_winner_where_none_is_accepted():
     assert _winner(_measured("a", 80), _measured("b", 70)) is None
 
 
-def test_the_fastest_of_those_inside_the_gate_wins() -> None:
+def test_the_fastest_of_those_inside_the_gate_wins():
     variants = _measured("slow", 90, 2.0), _measured("fast", 89, 1.0), _measured("fastest", 50, 0.5)
 
     assert _winner(*variants) == "fast"
 
 
-def test_a_file_that_is_faster_in_nearly_every_round_wins_however_small_the_difference() -> None:
+def test_a_file_that_is_faster_in_nearly_every_round_wins_however_small_the_difference():
     a, b = _measured("a", 89, 1.0), _measured("b", 95, 1.05)
 
     assert _winner(a, b) == "a"
     assert _won(a, b).reason == "the fastest inside the gate"
 
 
-def test_within_the_noise_of_timing_the_more_accurate_wins_if_chance_does_not_explain_it() -> None:
-    # Not so in a comparison of medians: there a is 3% faster.
+def test_within_the_noise_of_timing_the_more_accurate_wins_if_chance_does_not_explain_it():
+    # Comparing medians would say otherwise: by those, a is 3% faster.
     a = _measured("a", 89, samples_ms=_noisy(1.0, 3))
     b = _measured("b", 99, samples_ms=_noisy(1.03, 4))
     c = _measured("c", 96, samples_ms=_noisy(1.03, 5), size_bytes=900)
@@ -316,7 +316,7 @@ def test_within_the_noise_of_timing_the_more_accurate_wins_if_chance_does_not_ex
         (0.95, 40, "outside"),
     ],
 )
-def test_the_gate_is_undecided_only_where_it_asks_for_confidence(confidence, num_lost, outcome) -> None:
+def test_the_gate_is_undecided_only_where_it_asks_for_confidence(confidence, num_lost, outcome):
     before, after = _predictions(1000, 1000), _predictions(1000 - num_lost, 1000)
     float_model = _measured("float", 0, 4.0, files=(_file("float", 0, validation=before, selection=before),))
     variant = _measured("a", 0, files=(_file("a", 0, validation=after, selection=after),))
@@ -326,7 +326,7 @@ def test_the_gate_is_undecided_only_where_it_asks_for_confidence(confidence, num
     assert (row.num_images_to_decide is not None and row.num_images_to_decide > 1000) == (outcome == "undecided")
 
 
-def test_what_is_drawn_as_the_front_holds_the_winner_and_nothing_that_is_beaten_beyond_noise() -> None:
+def test_what_is_drawn_as_the_front_holds_the_winner_and_nothing_that_is_beaten_beyond_noise():
     rows = _rows(
         _measured("float", 90, 8.0),
         _measured("winner", 95, samples_ms=_noisy(1.03, 3), size_bytes=500),
@@ -348,7 +348,7 @@ def test_what_is_drawn_as_the_front_holds_the_winner_and_nothing_that_is_beaten_
     assert rows["winner"].winner
 
 
-def test_on_the_front_is_what_is_slower_but_surely_better_and_not_what_is_as_fast_but_surely_worse() -> None:
+def test_the_front_holds_what_is_slower_but_surely_better_and_not_what_is_as_fast_but_surely_worse():
     rows = _rows(
         _measured("float", 95, 8.0),
         _measured("best", 95, samples_ms=_noisy(1.0, 3)),
@@ -365,8 +365,8 @@ def test_on_the_front_is_what_is_slower_but_surely_better_and_not_what_is_as_fas
     assert [worse[name].pareto for name in ("fast", "surely better")] == [True, True]
 
 
-def test_accuracy_is_compared_on_the_images_that_choices_are_made_by() -> None:
-    # b is better on validation: to choose it for that would make its reported accuracy optimistic.
+def test_accuracy_is_compared_on_the_selection_images():
+    # b is better on validation, but choosing it for that would make its reported accuracy optimistic.
     variants = (
         _measured("a", 89, selection=_predictions(80)),
         _measured("b", 95, selection=_predictions(70)),
@@ -375,7 +375,7 @@ def test_accuracy_is_compared_on_the_images_that_choices_are_made_by() -> None:
     assert _winner(*variants) == "a"
 
 
-def test_a_tie_goes_to_the_smaller_file_then_to_the_first() -> None:
+def test_a_tie_goes_to_the_smaller_file_then_to_the_first():
     a, b, c = (_measured(name, 90, size_bytes=size) for name, size in (("a", 300), ("b", 200), ("c", 200)))
 
     assert _winner(a, b) == "b"
@@ -386,7 +386,7 @@ def test_a_tie_goes_to_the_smaller_file_then_to_the_first() -> None:
     assert _won(a).reason == "the only file inside the gate"
 
 
-def test_a_qat_that_kept_its_start_says_so() -> None:
+def test_a_qat_that_kept_its_start_says_so():
     qat = _measured("qat", 99, method="qat", kept_start=True, start_validation=_predictions(99))
     row = _rows(_measured("float", 99, method="float"), qat)["qat"]
     assert (row.kept_start, row.best_epoch, row.top1_start) == (True, None, 0.99)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,10 +24,8 @@ ONNX_RUNTIMES = [found.name for found in available.find_onnx_runtimes()]
 
 
 @pytest.fixture(scope="module")
-def exported(
-    calibrated: Calibrated, fused_model: nn.Module, engine: str, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A folder of int8.pt, int8.onnx and float.pt."""
+def exported(calibrated, fused_model, engine, tmp_path_factory):
+    """A folder with int8.pt, int8.onnx and float.pt."""
     pytest.importorskip("onnx", reason="the extra of an ONNX runtime is not installed")
     folder = tmp_path_factory.mktemp("files")
     (folder / "int8.pt").write_bytes(scripting.script(conversion.convert(calibrated("accurate"), engine), engine))
@@ -37,14 +34,12 @@ def exported(
     return folder
 
 
-def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+def _error(got, expected):
     return float((got - expected).square().sum() / expected.square().sum())
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_every_runtime_gives_the_logits_of_the_torchscript_file(
-    exported: Path, val_inputs: torch.Tensor, engine: str, layout: torch.memory_format
-) -> None:
+def test_every_runtime_gives_the_logits_of_the_torchscript_file(exported, val_inputs, engine, layout):
     expected = classifiers.open_model(exported / "int8.pt", f"torchscript-{engine}")(val_inputs)
     x = val_inputs.contiguous(memory_format=layout)
     supported = set(torch.backends.quantized.supported_engines)
@@ -53,7 +48,7 @@ def test_every_runtime_gives_the_logits_of_the_torchscript_file(
     for name in ONNX_RUNTIMES:
         model = classifiers.open_model(exported / "int8.onnx", name, num_threads=1)
         assert _error(model(x), expected) < 0.02, name
-        # Answers are the caller's: the next call leaves them as they are, and takes another number of images.
+        # Outputs belong to the caller: the next call leaves them as they are, and takes another number of images.
         first = model(x[:5])
         kept = first.clone()
         model(x[5:])
@@ -61,22 +56,18 @@ def test_every_runtime_gives_the_logits_of_the_torchscript_file(
         assert first.shape == (5, 3)
 
 
-def test_a_frozen_float_file_computes_the_same(
-    exported: Path, fused_model: nn.Module, val_inputs: torch.Tensor
-) -> None:
+def test_a_frozen_float_file_computes_the_same(exported, fused_model, val_inputs):
     with torch.inference_mode():
         expected = fused_model(val_inputs)
     torch.testing.assert_close(classifiers.open_model(exported / "float.pt", "torchscript")(val_inputs), expected)
 
 
-def test_the_onnx_file_has_the_same_bytes_each_time(exported: Path, engine: str) -> None:
+def test_the_onnx_file_has_the_same_bytes_each_time(exported, engine):
     assert onnx.to_onnx(exported / "int8.pt", engine, 32) == (exported / "int8.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
-def test_an_onnx_file_that_answers_otherwise_is_refused(
-    exported: Path, calibrated: Calibrated, engine: str, runtime: str, val_shard: Path, tmp_path: Path
-) -> None:
+def test_an_onnx_file_that_answers_differently_is_refused(exported, calibrated, engine, runtime, val_shard, tmp_path):
     other = copy.deepcopy(calibrated("accurate"))
     other.classifier[1].weight.data = other.classifier[1].weight.data.flip(0)
     (tmp_path / "other.pt").write_bytes(scripting.script(conversion.convert(other, engine), engine))
@@ -89,17 +80,17 @@ def test_an_onnx_file_that_answers_otherwise_is_refused(
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
 def test_float_as_onnx_answers_as_its_torchscript_file_to_a_hundredth_of_the_logits(
-    exported: Path, runtime: str, val_shard: Path, val_inputs: torch.Tensor, tmp_path: Path
-) -> None:
+    exported, runtime, val_shard, val_inputs, tmp_path
+):
     content = onnx.to_onnx(exported / "float.pt", None, 32)
     onnx.check_onnx(content, exported / "float.pt", None, runtime, val_shard)
     with pytest.raises(ModelError, match=r"at most 0.01% are allowed\.$"):
         onnx.check_onnx((exported / "int8.onnx").read_bytes(), exported / "float.pt", None, runtime, val_shard)
 
 
-def test_what_onnx_cannot_express_is_refused(tmp_path: Path, engine: str) -> None:
+def test_what_onnx_cannot_express_is_refused(tmp_path, engine):
     class Unusual(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             return torch.linalg.matrix_exp(x)
 
     (tmp_path / "model.pt").write_bytes(scripting.script(Unusual()))
@@ -108,7 +99,7 @@ def test_what_onnx_cannot_express_is_refused(tmp_path: Path, engine: str) -> Non
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, None])
-def test_the_loader_takes_what_the_report_names(exported: Path, val_inputs: torch.Tensor, runtime: str | None) -> None:
+def test_the_loader_takes_what_the_report_names(exported, val_inputs, runtime):
     name = "int8.pt" if runtime in {"torchscript", None} else "int8.onnx"
     threads = torch.get_num_threads()
     model = api.load(str(exported / name), runtime, num_threads=1)
@@ -117,11 +108,11 @@ def test_the_loader_takes_what_the_report_names(exported: Path, val_inputs: torc
 
 
 @pytest.mark.skipif(not ONNX_RUNTIMES, reason="no runtime for ONNX is installed")
-def test_the_loader_finds_a_runtime_for_an_onnx_file(exported: Path, val_inputs: torch.Tensor) -> None:
+def test_the_loader_finds_a_runtime_for_an_onnx_file(exported, val_inputs):
     assert api.load(exported / "int8.onnx")(val_inputs).shape == (len(val_inputs), 3)
 
 
-def test_the_loader_says_what_is_wrong(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loader_says_what_is_wrong(exported, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"No file .*give the \.pt or \.onnx file"):
         api.load(tmp_path / "none.pt")
     with pytest.raises(MachineError, match=r"Runtime 'tensorrt' is unknown: torchscript, .* are allowed"):
@@ -138,13 +129,13 @@ def test_the_loader_says_what_is_wrong(exported: Path, tmp_path: Path, monkeypat
         api.load(exported / "int8.onnx")
 
 
-def test_without_the_package_that_writes_onnx_there_are_no_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_that_writes_onnx_there_are_no_runtimes(monkeypatch):
     found = available.importlib.util.find_spec
     monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
     assert available.find_onnx_runtimes() == ()
 
 
-def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch):
     monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None if name == "openvino" else name)
     monkeypatch.setattr(available.importlib.metadata, "version", lambda _: "1.0")
     assert available.find_onnx_runtimes(("torchscript",)) == ()
@@ -154,7 +145,7 @@ def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch: pytest.MonkeyPat
         available.find_onnx_runtimes(("torchscript", "openvino"))
 
 
-def test_logits_of_real_images_in_shards(exported: Path, val_shard: Path, engine: str) -> None:
+def test_logits_of_real_images_in_shards(exported, val_shard, engine):
     pixels, _ = shards.open_shard(val_shard)
     logits = classifiers.open_model(exported / "int8.pt", "torchscript")(shards.to_input(pixels))
     assert logits.isfinite().all()
@@ -173,28 +164,26 @@ print([name for name, module in sys.modules.items() if "telemetry" in name and h
 """
 
 
-def _opened(exported: Path, home: Path, seconds: int) -> tuple[list[str], dict[str, str]]:
-    """A command that loads a file in every runtime, and waits; its environment, with an empty home."""
+def _opened(exported, home, seconds):
+    """A command that loads a file in every runtime, then waits; and its environment, with an empty home."""
     home.mkdir()
     own = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
     command = [sys.executable, "-c", _OPENED, str(seconds), str(exported / "int8.onnx"), *ONNX_RUNTIMES]
     return command, own | {"HOME": str(home)}
 
 
-def test_no_runtime_loads_what_reports_to_its_maker_nor_writes_to_the_users_home(
-    exported: Path, tmp_path: Path
-) -> None:
+def test_no_runtime_loads_what_reports_to_its_maker_nor_writes_to_the_users_home(exported, tmp_path):
     command, environment = _opened(exported, tmp_path / "home", 0)
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    # OpenVINO has a stand-in of its own for where telemetry is not installed.
+    # OpenVINO brings its own stand-in for when telemetry is not installed.
     assert done.stdout.strip() in {"[]", "['openvino.tools.ovc.telemetry_stub']"}
     assert list((tmp_path / "home").rglob("*")) == []
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(traces.MISSING is not None, reason=str(traces.MISSING))
-def test_no_runtime_reports_to_its_maker_later_either(exported: Path, tmp_path: Path) -> None:
-    # ONNX Runtime waits some seconds before it does.
+def test_no_runtime_reports_to_its_maker_later_either(exported, tmp_path):
+    # ONNX Runtime waits a few seconds before it reports.
     command, environment = _opened(exported, tmp_path / "home", 30)
     seen = traces.trace(command, tmp_path / "trace", env=environment)
     assert seen.returncode == 0, seen.said

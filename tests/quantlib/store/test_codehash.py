@@ -7,7 +7,7 @@ from quantlib.store import codehash
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """Writes modules of a project that Python finds; gives a fresh hash of one of them."""
+    """Writes modules of an importable project; returns a fresh hash of one of them."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(**modules):

@@ -60,7 +60,7 @@ def test_a_run_that_raises_is_failed_with_the_reason(tmp_path):
     assert (journal.status().state, journal.status().message) == ("failed", "Weights do not fit.")
 
 
-def test_a_run_whose_process_was_killed_is_crashed_and_can_go_on(crashed):
+def test_a_run_whose_process_was_killed_is_crashed_and_can_be_resumed(crashed):
     assert Journal(crashed).status().state == "crashed"
     assert find_unfinished(crashed.parent, None).file.run_id == crashed.name
     with Journal(crashed).record("quantize", RECIPE, None):
@@ -68,7 +68,7 @@ def test_a_run_whose_process_was_killed_is_crashed_and_can_go_on(crashed):
     assert Journal(crashed).status().state == "completed"
 
 
-def test_a_run_that_goes_on_keeps_the_time_it_began(crashed):
+def test_a_resumed_run_keeps_its_start_time(crashed):
     began = Journal(crashed).status().file.started_at
     with Journal(crashed).record("quantize", RECIPE, None):
         pass
@@ -175,7 +175,7 @@ def test_no_flipped_bit_stops_a_home_or_goes_unnoticed(name, crashed):
         assert find_unfinished(crashed.parent, None).file.run_id == crashed.name
 
 
-def test_a_stages_file_that_is_none_is_read_as_empty_and_not_written_to(crashed):
+def test_a_stages_entry_that_is_not_a_file_is_read_as_empty_and_not_written_to(crashed):
     _replaced(crashed / "stages.jsonl", os.mkfifo)
     assert Journal(crashed).stages() == []
     with pytest.raises(MachineError, match="named pipe"):
@@ -196,7 +196,7 @@ def shown(table):
     return console.file.getvalue().splitlines()
 
 
-def test_a_long_error_costs_the_list_no_line_and_is_told_on_request(crashed):
+def test_a_long_error_takes_no_line_in_the_list_and_is_shown_on_request(crashed):
     journal = Journal(crashed.parent / "20260102-000000-r-2")
     with pytest.raises(ModelError), journal.record("quantize", RECIPE, FLOW_RUN):
         raise ModelError("The weights do not fit. " * 20)

@@ -49,7 +49,7 @@ def test_damage_is_noticed_though_the_artifact_was_verified_before(store):
     assert not store.holds(ref)
 
 
-def test_putting_a_damaged_artifact_again_mends_it(store):
+def test_putting_a_damaged_artifact_again_repairs_it(store):
     ref = store.put("model", b"weights")
     store.path(ref).unlink()
     assert store.put("model", b"weights") == ref
@@ -86,7 +86,7 @@ def test_a_record_is_found_with_its_artifacts_and_not_without(store):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"outputs": [{"kind": 1}]}', b"\xff"])
-def test_a_damaged_record_counts_as_none(store, content):
+def test_a_damaged_record_counts_as_missing(store, content):
     ref = store.put("model", b"weights")
     store.add_record(record("key", ref))
     path = store.folder / "records" / "key.json"
@@ -95,7 +95,7 @@ def test_a_damaged_record_counts_as_none(store, content):
     assert store.find_record("key") is None
 
 
-def test_a_record_of_which_any_byte_was_changed_counts_as_none(store):
+def test_a_record_with_any_byte_changed_counts_as_missing(store):
     whole = record("key", store.put("model", b"weights"))
     store.add_record(whole)
     path = store.folder / "records" / "key.json"
@@ -119,7 +119,7 @@ def test_a_record_of_an_earlier_release_which_has_no_hash_is_read(store):
     assert store.find_record("key") == whole
 
 
-def test_a_record_under_another_key_counts_as_none(store):
+def test_a_record_under_another_key_counts_as_missing(store):
     store.add_record(record("key", store.put("model", b"weights")))
     (store.folder / "records" / "key.json").rename(store.folder / "records" / "other.json")
     assert store.find_record("other") is None

@@ -17,7 +17,7 @@ def run(name, days_ago, keys, state="completed"):
 
 @pytest.fixture
 def filled(store):
-    """Three stages of 1,000 bytes each, made ten, five and one days ago; `shared` is named by two of them."""
+    """Three stages of 1,000 bytes each, made ten, five and one days ago; two of them name `shared`."""
     shared = store.put("model", b"s" * 1000)
     for key, days_ago in (("old", 10), ("middle", 5), ("new", 1)):
         own = store.put("model", key.encode() * 200)

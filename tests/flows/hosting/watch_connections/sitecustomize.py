@@ -1,4 +1,4 @@
-"""Python imports this at each start where its folder is in PYTHONPATH: notes every address that a process tries."""
+"""Python imports this at startup if its folder is in PYTHONPATH: notes every address that a process tries."""
 
 import os
 import sys
@@ -17,12 +17,12 @@ def _write(host: object, event: str) -> None:
 def _note(event: str, arguments: tuple) -> None:
     if event not in _EVENTS:
         return
-    # (socket, address) for what sends; (host, port, …) for what looks a name up.
+    # (socket, address) for events that send; (host, port, …) for name lookups.
     address = arguments[1] if event.startswith(("socket.connect", "socket.send")) else arguments[:2]
     if isinstance(address, tuple) and address:
         _write(address[0], event)
 
 
-# So that a process that connects to nothing is seen to have been watched.
+# Shows that even a process that connects to nothing was watched.
 _write("started", "")
 sys.addaudithook(_note)
