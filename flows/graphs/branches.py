@@ -32,7 +32,7 @@ from tasks.run import NotYetKnownError
 
 # Each layer costs two passes over these images. A stage takes only some of them, to finish within minutes.
 _LAYER_IMAGES = 256
-_LAYER_IMAGES_A_STAGE = 64
+_LAYER_IMAGES_PER_STAGE = 64
 
 
 def float_branch(shared: SharedStages) -> VariantRefs:
@@ -303,10 +303,10 @@ def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool
             prepared,
             shard,
             start,
-            min(start + _LAYER_IMAGES_A_STAGE, num_images),
+            min(start + _LAYER_IMAGES_PER_STAGE, num_images),
             branch=f"{name}-{n}",
         )
-        for n, start in enumerate(range(0, num_images, _LAYER_IMAGES_A_STAGE))
+        for n, start in enumerate(range(0, num_images, _LAYER_IMAGES_PER_STAGE))
     )
 
 

@@ -28,7 +28,7 @@ class Disagreement:
     num_images: int
     num_broken: int
     """Images that float gets right and the variant does not."""
-    num_mended: int
+    num_fixed: int
     """Images that the variant gets right and float does not."""
     worse: tuple[Confusion, ...]
     """Confusions that are more frequent than with float, the worst first."""
@@ -47,7 +47,7 @@ def compare(predictions: pa.Table, variant: str) -> Disagreement:
     _, answers = _answers(predictions, variant)
     places = range(len(labels))
     broken = [n for n in places if float_answers[n] == labels[n] != answers[n]]
-    mended = [n for n in places if float_answers[n] != labels[n] == answers[n]]
+    fixed = [n for n in places if float_answers[n] != labels[n] == answers[n]]
     before = Counter(pair for pair in zip(labels, float_answers, strict=True) if pair[0] != pair[1])
     after = Counter(pair for pair in zip(labels, answers, strict=True) if pair[0] != pair[1])
     worse = [Confusion(*pair, before[pair], after[pair]) for pair in after if after[pair] > before[pair]]
@@ -56,7 +56,7 @@ def compare(predictions: pa.Table, variant: str) -> Disagreement:
         variant=variant,
         num_images=len(labels),
         num_broken=len(broken),
-        num_mended=len(mended),
+        num_fixed=len(fixed),
         worse=tuple(worse[:_MAX_CONFUSIONS]),
         broken=tuple(broken[:_MAX_BROKEN]),
     )

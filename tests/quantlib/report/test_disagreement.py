@@ -18,10 +18,10 @@ def predictions(**answers):
 def test_confusions_that_got_worse_are_counted_against_float():
     # Image 3 is broken by int8; image 0 is wrong in both, but differently.
     found = compare(predictions(float=[1, 1, 2, 3], trained=[2, 1, 2, 1]), "trained")
-    assert (found.num_images, found.num_broken, found.num_mended, found.broken) == (4, 1, 0, (3,))
+    assert (found.num_images, found.num_broken, found.num_fixed, found.broken) == (4, 1, 0, (3,))
     assert {(c.label, c.answer, c.in_float, c.in_variant) for c in found.worse} == {(0, 2, 0, 1), (3, 1, 0, 1)}
 
 
-def test_an_image_that_only_int8_gets_right_is_mended():
+def test_an_image_that_only_int8_gets_right_is_fixed():
     found = compare(predictions(float=[1, 1, 2, 3], trained=[0, 1, 2, 3]), "trained")
-    assert (found.num_broken, found.num_mended, found.worse) == (0, 1, ())
+    assert (found.num_broken, found.num_fixed, found.worse) == (0, 1, ())
