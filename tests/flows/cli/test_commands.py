@@ -247,4 +247,4 @@ def test_a_name_that_is_too_long_and_a_lock_that_is_a_folder_are_reported(tmp_pa
     (tmp_path / "prefect" / "server.lock").mkdir(parents=True)
     found = CliRunner().invoke(commands.main, ["run", "--home", str(tmp_path)])
     assert found.exit_code == 2
-    assert "server.lock is a folder, where a file to lock belongs" in found.stderr
+    assert "server.lock is a folder, where a regular file belongs" in found.stderr

@@ -77,7 +77,7 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_is_left_alone(st
     _, said = process.communicate(timeout=300)
     assert process.returncode == 2
     assert said.splitlines()[0].endswith(
-        f"{name} is a symbolic link, where a file to lock belongs. Remove it, then run again."
+        f"{name} is a symbolic link, where a regular file belongs. Remove it, then run again."
     )
     assert (tmp_path / "thesis").read_text() == "years of work"
 
