@@ -22,6 +22,7 @@ import torch
 
 from quantlib import machine
 from quantlib.data import datasets, loading, shards
+from quantlib.data.normalization import IMAGENET
 from quantlib.data.transforms import EvalTransform
 from quantlib.export import scripting
 from quantlib.graph import fusion
@@ -41,7 +42,12 @@ def evaluate(root: Path, num_images: int) -> dict[str, float]:
     for first in range(0, num_images, SHARD):
         indices = np.arange(first, min(first + SHARD, num_images))
         with (root / "shard").open("wb") as file:
-            shards.save(loading.decode(split, indices, EvalTransform(256, 224), seed=0), split.labels[indices], file)
+            shards.save(
+                loading.decode(split, indices, EvalTransform(resize=256, crop=(224, 224)), seed=0),
+                split.labels[indices],
+                IMAGENET,
+                file,
+            )
         evaluation.evaluate_file(root / "int8.pt", "torchscript", root / "shard", 50)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     return {"seconds": time.perf_counter() - start, "megabytes": peak}

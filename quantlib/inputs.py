@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import overload
 
+from quantlib.data.normalization import Normalization
 from quantlib.data.split import SplitInput, SplitName, Subset
+from quantlib.data.transforms import EvalTransform, Size
 from quantlib.errors import DataError, ModelError, RecipeError, suggest
 from quantlib.files import read_file, seal, unseal, write_atomically
+from quantlib.models import preprocessing
 from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
 from quantlib.recipe.schema import Recipe
@@ -33,6 +37,8 @@ class Inputs:
     """Everything that a recipe names, found and checked."""
 
     model: ModelInput
+    transform: EvalTransform
+    """How an image becomes the model's input when accuracy is measured."""
     train: SplitInput
     val: SplitInput
     validation: Subset
@@ -62,12 +68,14 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
         progress: Called with (files hashed, files in the split) while a split is hashed.
 
     Raises:
-        RecipeError: If the recipe asks for more images than there are, or for an unknown format.
+        RecipeError: If the recipe asks for more images than there are, or for an unknown format, or if the crop is
+            larger than the resized image.
         DataError: If the dataset is missing, empty or inconsistent.
         ModelError: If the weights file is missing, `num_classes` is not the data's, or the model lacks a layer that
             should stay float.
     """
     model = _find_model(recipe)
+    transform = _find_transform(recipe)
     train, val = (_find_split(recipe.data, name, cache, progress) for name in ("train", "val"))
     if train.classes != val.classes:
         different = sorted(set(train.classes) ^ set(val.classes))[:5]
@@ -89,6 +97,7 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
     _check_train_size(recipe, train.num_images, num_held_out)
     return Inputs(
         model=model,
+        transform=transform,
         train=train,
         val=val,
         validation=_validation(val, recipe),
@@ -178,6 +187,32 @@ def _find_model(recipe: Recipe) -> ModelInput:
         fingerprint=fingerprint,
         code=_user_code(section.architecture, "model.architecture"),
     )
+
+
+def _find_transform(recipe: Recipe) -> EvalTransform:
+    """The recipe's own settings; where it has none, those of the weights, else ImageNet's."""
+    data, known = recipe.data, preprocessing.of_weights(recipe.model.architecture, recipe.model.weights)
+    resize, crop = data.resize or known.resize, _both_sides(data.crop) or known.crop
+    normalization = known.normalization
+    if data.mean is not None and data.std is not None:
+        normalization = Normalization(data.mean, data.std)
+    for least, most in zip(_both_sides(resize), crop, strict=True):
+        if most > least:
+            raise RecipeError(
+                f"data.crop = {list(crop)} does not fit into data.resize = "
+                f"{resize if isinstance(resize, int) else list(resize)}: lower crop, or raise resize."
+            )
+    return EvalTransform(
+        resize=resize, crop=crop, interpolation=data.interpolation or known.interpolation, normalization=normalization
+    )
+
+
+@overload
+def _both_sides(size: int | Size) -> Size: ...
+@overload
+def _both_sides(size: int | Size | None) -> Size | None: ...
+def _both_sides(size: int | Size | None) -> Size | None:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Progress) -> SplitInput:

@@ -12,5 +12,5 @@ def decode(job: Job, images: Subset, transform: Transform, seed: int, *, branch:
     from quantlib.data import loading, shards
 
     split, indices = loading.select(images)
-    batches = loading.decode(split, indices, transform, seed, job.progress)
-    return job.store.write("images", lambda file: shards.save(batches, split.labels[indices], file))
+    pixels, labels = loading.decode(split, indices, transform, seed, job.progress), split.labels[indices]
+    return job.store.write("images", lambda file: shards.save(pixels, labels, transform.normalization, file))

@@ -20,7 +20,14 @@ def script_and_save(job: Job, model: Ref, *, branch: str) -> Ref:
 
 @stage("save_onnx-{branch}")
 def save_onnx(
-    job: Job, artifact: Ref, images: Ref, engine: str | None, runtime: Runtime, crop: int, *, branch: str
+    job: Job,
+    artifact: Ref,
+    images: Ref,
+    engine: str | None,
+    runtime: Runtime,
+    input_shape: tuple[int, int, int],
+    *,
+    branch: str,
 ) -> Ref:
     """The ONNX version of a TorchScript file, checked to give the same answers; or why there is none.
 
@@ -31,7 +38,7 @@ def save_onnx(
 
     store = job.store
     try:
-        content = onnx.to_onnx(store.path(artifact), engine, crop)
+        content = onnx.to_onnx(store.path(artifact), engine, input_shape)
         onnx.check_onnx(content, store.path(artifact), engine, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})

@@ -78,11 +78,11 @@ def benchmark(
     from quantlib.measure import benchmark as timer
     from quantlib.runtimes import classifiers
 
-    pixels, _ = shards.open_shard(job.store.path(images))
+    shard = shards.open_shard(job.store.path(images))
     files = [(job.store.path(target.artifact), target.runtime.name) for target in targets]
     timings = timer.time_models(
         lambda threads: [classifiers.open_model(path, runtime, threads) for path, runtime in files],
-        shards.to_input(pixels[: max(batch_sizes)]),
+        shard.inputs(stop=max(batch_sizes)),
         batch_sizes,
         num_threads,
         num_samples,
@@ -106,7 +106,7 @@ def pick_examples(
     from quantlib.data import shards
     from quantlib.measure import examples, predictions
 
-    pixels = [shards.open_shard(job.store.path(ref))[0] for ref in images]
+    pixels = [shards.open_shard(job.store.path(ref)).pixels for ref in images]
 
     def answers(refs: tuple[Ref, ...]) -> predictions.Predictions:
         return predictions.load_shards(map(job.store.read, refs))

@@ -21,14 +21,21 @@ class Training:
 
 
 @stage("load_float")
-def load_float(job: Job, model: ModelInput, num_classes: int, crop: int, seed: int, training: Training | None) -> Ref:
+def load_float(
+    job: Job,
+    model: ModelInput,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    seed: int,
+    training: Training | None,
+) -> Ref:
     """Build the float model and load its weights, or train it if `training` is given."""
     from quantlib.data import loading
     from quantlib.models import checkpoint, registry
     from quantlib.models import training as trainer
 
     module, header = registry.from_input(model, num_classes, seed)
-    registry.check_logits(module, num_classes, crop)
+    registry.check_logits(module, num_classes, input_shape)
     if training is not None:
         split, indices = loading.select(training.images)
         trainer.train(module, split, indices, training.transform, training.recipe, seed, job.progress)
@@ -36,14 +43,14 @@ def load_float(job: Job, model: ModelInput, num_classes: int, crop: int, seed: i
 
 
 @stage("equalize")
-def equalize(job: Job, model: Ref, crop: int) -> Ref:
+def equalize(job: Job, model: Ref, input_shape: tuple[int, int, int]) -> Ref:
     """Equalize channel ranges across layers; the float model's outputs stay the same."""
     from quantlib.models import checkpoint
     from quantlib.quantize import equalization, stored
 
     store = job.store
     module, header = stored.open_model(store.read(model))
-    return store.put(header.kind, checkpoint.save(equalization.equalize(module, crop), header))
+    return store.put(header.kind, checkpoint.save(equalization.equalize(module, input_shape), header))
 
 
 @stage("fuse-{branch}")

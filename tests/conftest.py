@@ -15,6 +15,7 @@ from schemes import scheme
 from torch import nn
 
 from quantlib.data import datasets, loading, shards
+from quantlib.data.normalization import IMAGENET
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.graph import fusion
 from quantlib.measure import significance
@@ -136,7 +137,12 @@ def val_split(image_folder):
 def _decoded(split, path):
     order = np.random.default_rng(1).permutation(len(split))
     with path.open("wb") as file:
-        shards.save(loading.decode(split, order, EvalTransform(CROP, CROP), seed=0), split.labels[order], file)
+        shards.save(
+            loading.decode(split, order, EvalTransform(resize=CROP, crop=(CROP, CROP)), seed=0),
+            split.labels[order],
+            IMAGENET,
+            file,
+        )
     return path
 
 
@@ -155,7 +161,7 @@ def val_shard(val_split, tmp_path_factory):
 @pytest.fixture(scope="session")
 def val_inputs(val_shard):
     """The 18 images of `val_shard` as a model's input."""
-    return shards.to_input(shards.open_shard(val_shard)[0])
+    return shards.open_shard(val_shard).inputs()
 
 
 @pytest.fixture(scope="session")
@@ -200,7 +206,14 @@ def trained_model(train_split):
     torch.manual_seed(0)
     model = mobilenet_v2.mobilenet_v2(**TINY_ARGUMENTS)
     recipe = TrainingRecipe(epochs=20, batch_size=12, learning_rate=0.01)
-    training.train(model, train_split, np.arange(len(train_split)), TrainTransform(CROP, (0.5, 1.0), 0.5), recipe, 0)
+    training.train(
+        model,
+        train_split,
+        np.arange(len(train_split)),
+        TrainTransform(crop=(CROP, CROP), scale=(0.5, 1.0), flip=0.5),
+        recipe,
+        0,
+    )
     return model
 
 

@@ -203,10 +203,10 @@ class _Reader:
             answers = self._helper.submit(_answers, str(path)).result()
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "quantlib":
-                findings.add("traceback", f"{what}: export.load: {type(error).__name__}: {str(error)[:300]}")
+                findings.add("traceback", f"{what}: api.load: {type(error).__name__}: {str(error)[:300]}")
             return
         if answers != self._answers[path]:
-            findings.add("silent", f"{what}: export.load gives a model that answers otherwise")
+            findings.add("silent", f"{what}: api.load gives a model that answers otherwise")
 
     def _run(self, arguments: list[str]) -> Result | None:
         """Result of a command; None if it hangs."""

@@ -10,7 +10,7 @@ import random, sys
 from quantlib.data import datasets
 from quantlib.data.transforms import EvalTransform, TrainTransform
 split = datasets.open_split("imagefolder", sys.argv[1], "train")
-for transform in (EvalTransform(32, 32), TrainTransform(32, (0.5, 1.0), 0.5)):
+for transform in (EvalTransform(resize=32, crop=(32, 32)), TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)):
     split.pixels(0, transform, random.Random(0))
 """
 _TRAIN = """
@@ -24,7 +24,7 @@ from quantlib.data.transforms import EvalTransform
 split = datasets.open_split("imagefolder", sys.argv[1], "train")
 schedule = Schedule(1, 6, None, 0.1, "constant", 0, 0, seed=0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
-qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(8, 8))
+qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(resize=8, crop=(8, 8)))
 """
 
 

@@ -105,7 +105,7 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
         seed=shared.recipe.seed,
     )
     images, scheme = shared.inputs.training, _scheme(shared, branch)
-    transform = replace(train_transform(shared.recipe), scale=branch.train_scale)
+    transform = replace(train_transform(shared.recipe, shared.inputs), scale=branch.train_scale)
     teacher = shared.fused_eval if branch.distill else None
     state = shared.fused("qat", equalized=branch.equalizes)
     candidates: list[CandidateRefs] = []
@@ -189,7 +189,7 @@ def _has_stalled(shared: SharedStages, candidates: list[CandidateRefs], patience
 
 
 def _export(shared: SharedStages, prepared: Ref, name: str) -> Ref:
-    int8 = shared.run(convert, prepared, shared.engine, shared.recipe.data.crop, branch=name)
+    int8 = shared.run(convert, prepared, shared.engine, shared.inputs.transform.input_shape, branch=name)
     return shared.run(script_and_save, int8, branch=name)
 
 
@@ -206,8 +206,8 @@ def _save_onnx(shared: SharedStages, artifact: Ref, engine: str | None, name: st
     """The ONNX file of a variant, or why there is none; None if no runtime for it is installed."""
     if not shared.onnx_runtimes:
         return None
-    crop = shared.recipe.data.crop
-    return shared.run(save_onnx, artifact, shared.validation[0], engine, shared.onnx_runtimes[0], crop, branch=name)
+    images, runtime, shape = shared.validation[0], shared.onnx_runtimes[0], shared.inputs.transform.input_shape
+    return shared.run(save_onnx, artifact, images, engine, runtime, shape, branch=name)
 
 
 def targets_of(shared: SharedStages, refs: VariantRefs) -> list[BenchmarkTarget]:
@@ -295,7 +295,7 @@ def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool
     reference = shared.fused("eval", equalized=equalized)
     images = shared.inputs.held_out if shared.held_out else shared.inputs.validation
     shard = (shared.held_out or shared.validation)[0]
-    num_images = min(_LAYER_IMAGES, images.stop - images.start, shard_size(shared.recipe))
+    num_images = min(_LAYER_IMAGES, images.stop - images.start, shard_size(shared.inputs.transform.input_shape))
     return tuple(
         shared.run(
             measure_layers,

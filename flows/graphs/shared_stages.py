@@ -1,11 +1,12 @@
 """Stages that the branches of a run share: the float model, the fused models, the decoded images."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from quantlib.data.split import Subset
-from quantlib.data.transforms import EvalTransform, TrainTransform, Transform
+from quantlib.data.transforms import TrainTransform, Transform
 from quantlib.inputs import Inputs
 from quantlib.recipe.schema import Recipe
 from quantlib.runtimes import available
@@ -60,13 +61,13 @@ class SharedStages:
         """Decoded shards of the calibration images."""
         recipe, first = self.recipe, self.inputs.training.start
         settings = recipe.calibration
-        transform = eval_transform(recipe) if settings.transform == "eval" else train_transform(recipe)
+        transform = self.inputs.transform if settings.transform == "eval" else train_transform(recipe, self.inputs)
         chosen = replace(self.inputs.training, stop=first + settings.batch_size * settings.num_batches)
         return _decode(self.run, recipe, chosen, transform, "calibration", settings.batch_size)
 
     @cached_property
     def _equalized(self) -> Ref:
-        return self.run(equalize, self.float_model, self.recipe.data.crop)
+        return self.run(equalize, self.float_model, self.inputs.transform.input_shape)
 
     @cached_property
     def _fused_qat(self) -> Ref:
@@ -83,41 +84,43 @@ class SharedStages:
 
 def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> SharedStages:
     """Load the float model and decode the images that accuracy is measured on."""
-    training = Training(inputs.training, train_transform(recipe), recipe.model.training)
+    training = Training(inputs.training, train_transform(recipe, inputs), recipe.model.training)
     float_model = run(
         load_float,
         inputs.model,
         inputs.val.num_classes,
-        recipe.data.crop,
+        inputs.transform.input_shape,
         recipe.seed,
         training if recipe.model.weights == "train" else None,
     )
-    validation = _decode(run, recipe, inputs.validation, eval_transform(recipe), "validation")
-    held_out = _decode(run, recipe, inputs.held_out, eval_transform(recipe), "held_out")
+    validation = _decode(run, recipe, inputs.validation, inputs.transform, "validation")
+    held_out = _decode(run, recipe, inputs.held_out, inputs.transform, "held_out")
     onnx_runtimes = available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
     return SharedStages(run, recipe, inputs, engine, onnx_runtimes, float_model, validation, held_out)
 
 
-def eval_transform(recipe: Recipe) -> EvalTransform:
-    """How an image becomes a model's input when accuracy is measured."""
-    return EvalTransform(recipe.data.resize, recipe.data.crop)
-
-
-def train_transform(recipe: Recipe) -> TrainTransform:
+def train_transform(recipe: Recipe, inputs: Inputs) -> TrainTransform:
     """How an image becomes a model's input in training."""
-    return TrainTransform(recipe.data.crop, recipe.data.train_scale, recipe.data.train_flip)
+    own, data = inputs.transform, recipe.data
+    return TrainTransform(
+        crop=own.crop,
+        interpolation=own.interpolation,
+        normalization=own.normalization,
+        scale=data.train_scale,
+        flip=data.train_flip,
+    )
 
 
 def _decode(
     run: Run, recipe: Recipe, images: Subset, transform: Transform, name: str, batch_size: int = 1
 ) -> tuple[Ref, ...]:
     """Decoded shards of whole batches: the size of a shard must change no batch."""
-    size = max(1, shard_size(recipe) // batch_size) * batch_size
+    size = max(1, shard_size(transform.input_shape) // batch_size) * batch_size
     return tuple(
         run(decode, part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))
     )
 
 
-def shard_size(recipe: Recipe) -> int:
+def shard_size(input_shape: tuple[int, int, int]) -> int:
     """Images per shard."""
-    return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * recipe.data.crop**2)))
+    return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // math.prod(input_shape)))

@@ -35,13 +35,13 @@ class Split:
         return len(self.labels)
 
     def pixels(self, index: int, transform: Transform, rng: random.Random) -> np.ndarray:
-        """One image as [crop, crop, 3] uint8.
+        """One image as [H, W, C] uint8.
 
         Raises:
             DataError: If it cannot be decoded.
         """
         try:
-            return np.asarray(transform(self.open(index), rng), dtype=np.uint8)
+            pixels = np.asarray(transform(self.open(index), rng), dtype=np.uint8)
         except (
             OSError,
             UnidentifiedImageError,
@@ -53,3 +53,4 @@ class Split:
                 f"Image {self.name_of(index)} cannot be decoded: {error}. "
                 "Replace the file, or remove it from the dataset."
             ) from None
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]  # PIL leaves out the one channel of grey.

@@ -69,7 +69,7 @@ def decode(
     seed: int,
     progress: Progress = silent,
 ) -> Iterator[np.ndarray]:
-    """Decode images in the order of `indices`, some at a time: pixels [k, crop, crop, 3] uint8.
+    """Decode images in the order of `indices`, some at a time: pixels [k, H, W, C] uint8.
 
     Args:
         split: The split that holds them.
@@ -91,7 +91,7 @@ def decode(
 def batches(
     split: Split, indices: np.ndarray, transform: Transform, seed: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decoded batches of pixels [n, crop, crop, 3] and labels [n], the next ones decoded while one is used.
+    """Decoded batches of pixels [n, H, W, C] and labels [n], the next ones decoded while one is used.
 
     Raises:
         DataError: If an image cannot be decoded.

@@ -1,61 +1,86 @@
-"""How an image becomes the square of pixels that a model takes: the tutorial's two transforms, on PIL images."""
+"""How an image becomes the pixels that a model takes: torchvision's two usual transforms, on PIL images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantlib.data.normalization import IMAGENET, Normalization
+
 if TYPE_CHECKING:
     import random
 
     from PIL import Image
 
+    from quantlib.recipe.sections import Interpolation
+
 
 # Resizing all of an image so much longer than wide would take unlimited memory for pixels that are then cut off.
 _LONG = 8
 
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
-@dataclass(frozen=True)
-class EvalTransform:
-    """Resize the shorter side to `resize` pixels, then crop the central square of `crop` pixels."""
 
-    resize: int
-    crop: int
+@dataclass(frozen=True, kw_only=True)
+class _Transform:
+    """What both transforms end with."""
+
+    crop: Size
+    """Of the model's input."""
+    interpolation: Interpolation = "bilinear"
+    normalization: Normalization = IMAGENET
+    """How the pixels become a model's input; it is left to whoever feeds the model."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the model's input."""
+        return self.normalization.num_channels, *self.crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTransform(_Transform):
+    """Resize, then crop the centre."""
+
+    resize: int | Size
+    """The shorter side, or both."""
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:  # noqa: ARG002 (nothing is random)
-        """A PIL image of crop x crop pixels."""
-        # Imported here, as a transform is created long before it is applied, and often is never applied.
-        from PIL.Image import Resampling
-
-        shorter = min(image.size)
-        width, height = (self.resize * side // shorter for side in image.size)
-        left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
-        if max(width, height) > _LONG * self.resize:
+        """A PIL image of the crop's size."""
+        image = _with_channels(image, self.normalization.num_channels)
+        if isinstance(self.resize, int):
+            shorter = min(image.size)
+            width, height = (self.resize * side // shorter for side in image.size)
+        else:
+            height, width = self.resize
+        crop_height, crop_width = self.crop
+        left, top = round((width - crop_width) / 2), round((height - crop_height) / 2)
+        if isinstance(self.resize, int) and max(width, height) > _LONG * self.resize:
             across, down = image.width / width, image.height / height
-            box = (left * across, top * down, (left + self.crop) * across, (top + self.crop) * down)
-            return image.resize((self.crop, self.crop), Resampling.BILINEAR, box=box)
-        resized = image.resize((width, height), Resampling.BILINEAR)
-        return resized.crop((left, top, left + self.crop, top + self.crop))
+            box = (left * across, top * down, (left + crop_width) * across, (top + crop_height) * down)
+            return image.resize((crop_width, crop_height), _resampling(self.interpolation), box=box)
+        resized = image.resize((width, height), _resampling(self.interpolation))
+        return resized.crop((left, top, left + crop_width, top + crop_height))
 
 
-@dataclass(frozen=True)
-class TrainTransform:
+@dataclass(frozen=True, kw_only=True)
+class TrainTransform(_Transform):
     """A random part of the image, resized to `crop` pixels, and mirrored with probability `flip`.
 
     Szegedy et al. 2014 (arXiv:1409.4842), section 6: area drawn from `scale`, aspect ratio from 3/4 to 4/3.
     """
 
-    crop: int
     scale: tuple[float, float]
     flip: float
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """A PIL image of crop x crop pixels."""
-        from PIL.Image import Resampling, Transpose
+        """A PIL image of the crop's size."""
+        from PIL.Image import Transpose
 
+        image = _with_channels(image, self.normalization.num_channels)
         top, left, height, width = self._box(image.width, image.height, rng)
         part = image.crop((left, top, left + width, top + height))
-        resized = part.resize((self.crop, self.crop), Resampling.BILINEAR)
+        resized = part.resize((self.crop[1], self.crop[0]), _resampling(self.interpolation))
         return resized.transpose(Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else resized
 
     def _box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
@@ -73,3 +98,14 @@ class TrainTransform:
 
 
 Transform = EvalTransform | TrainTransform
+
+
+def _with_channels(image: Image.Image, num_channels: int) -> Image.Image:
+    return image.convert("L") if num_channels == 1 else image
+
+
+def _resampling(interpolation: Interpolation) -> Image.Resampling:
+    # Imported here, as a transform is created long before it is applied, and often is never applied.
+    from PIL.Image import Resampling
+
+    return Resampling[interpolation.upper()]

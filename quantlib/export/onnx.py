@@ -26,7 +26,7 @@ _MAX_ERROR = 0.1
 _MAX_FLOAT_ERROR = 1e-4
 
 
-def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:
+def to_onnx(torchscript: Path, engine: str | None, input_shape: tuple[int, int, int]) -> bytes:
     """Export a TorchScript file to ONNX, for any number of images; int8 as QuantizeLinear and DequantizeLinear.
 
     The same model gives the same bytes.
@@ -34,7 +34,7 @@ def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:
     Args:
         torchscript: Made by `script`.
         engine: The engine whose packed weights are unpacked; None: float.
-        crop: Side of the model's input in pixels.
+        input_shape: Channels, height and width of the model's input.
 
     Raises:
         ModelError: If it has an operation that ONNX cannot express.
@@ -44,7 +44,7 @@ def to_onnx(torchscript: Path, engine: str | None, crop: int) -> bytes:
         with use_engine(engine or "auto"), torch.inference_mode():
             torch.onnx.export(
                 torch.jit.load(str(torchscript), map_location="cpu").eval(),
-                (torch.zeros(1, 3, crop, crop),),
+                (torch.zeros(1, *input_shape),),
                 cast("Any", buffer),  # It accepts a buffer; only its annotation does not.
                 opset_version=_OPSET,
                 dynamo=False,  # The newer exporter cannot express eager mode's quantized operations.
@@ -73,8 +73,7 @@ def check_onnx(content: bytes, torchscript: Path, engine: str | None, runtime: s
         ModelError: If the difference has more than a tenth of the logits' power, or for float a ten-thousandth; a
             wrong scale, zero point or layer causes more than all of it.
     """
-    pixels, _ = shards.open_shard(shard)
-    x = shards.to_input(pixels[:_NUM_CHECKED])
+    x = shards.open_shard(shard).inputs(stop=_NUM_CHECKED)
     with temporary.new_folder() as folder:
         (folder / "model.onnx").write_bytes(content)
         got = classifiers.open_model(folder / "model.onnx", runtime)(x)

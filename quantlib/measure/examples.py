@@ -71,7 +71,7 @@ def pick(
         variant: The variant that gave the answers `after`.
         before: Float's answers.
         after: The variant's, for the same images.
-        shards: The images: arrays or tensors [n, H, W, 3] uint8 RGB, one after another.
+        shards: The images: arrays or tensors [n, H, W, C] uint8, one after another.
         num_examples: How many at most.
     """
     ends = np.cumsum([len(shard) for shard in shards])
@@ -93,8 +93,8 @@ def pick(
 
 
 def draw(pixels: np.ndarray) -> bytes:
-    """Pixels [H, W, 3] uint8 as a PNG file; never enlarged."""
-    picture = Image.fromarray(pixels)
+    """Pixels [H, W, C] uint8, grey or RGB, as a PNG file; never enlarged."""
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
     content = io.BytesIO()
     picture.save(content, "PNG", optimize=True)

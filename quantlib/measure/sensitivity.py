@@ -125,13 +125,14 @@ def measure_layers(
         _keep_outputs(model)
     layers = _find_layers(float_model, int8_model)
     found = {path: _describe(path, layer) for path, layer in layers.items()}
-    pixels, labels = shards.open_shard(shard)
-    stop = min(stop, len(labels))
-    size = max(1, _MAX_PIXELS // (pixels.shape[1] * pixels.shape[2]))
+    images = shards.open_shard(shard)
+    stop = min(stop, len(images))
+    _, height, width, _ = images.pixels.shape
+    size = max(1, _MAX_PIXELS // (height * width))
     with torch.inference_mode():
         for first in range(start, stop, size):
             last = min(first + size, stop)
-            x, y = shards.to_input(pixels[first:last]), labels[first:last]
+            x, y = images.inputs(first, last), images.labels[first:last]
             before, after, in_float, in_int8 = _compare_outputs(float_model, int8_model, x, layers, found)
             answers, num_float, num_int8 = before.log_softmax(1), _num_correct(before, y), _num_correct(after, y)
             for path, layer in layers.items():

@@ -88,7 +88,7 @@ def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Modu
     return model.eval(), Header(architecture=source.architecture, arguments=arguments, code=source.code)
 
 
-def check_logits(model: nn.Module, num_classes: int, crop: int) -> None:
+def check_logits(model: nn.Module, num_classes: int, input_shape: tuple[int, int, int]) -> None:
     """Run one empty image through a model.
 
     Raises:
@@ -97,11 +97,12 @@ def check_logits(model: nn.Module, num_classes: int, crop: int) -> None:
     model.eval()
     try:
         with torch.inference_mode():
-            logits = model(torch.zeros(1, 3, crop, crop))
+            logits = model(torch.zeros(1, *input_shape))
     except (RuntimeError, TypeError, ValueError) as error:
+        channels, height, width = input_shape
         raise ModelError(
-            f"The model cannot take an image of {crop} x {crop} pixels: {error}. "
-            "Set data.crop to the size it was trained with."
+            f"The model cannot take an image of {height} x {width} pixels in {channels} channels: {error}. "
+            "Set data.crop and data.channels to what it was trained with."
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

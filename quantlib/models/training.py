@@ -47,7 +47,7 @@ def train(
     for epoch in range(epochs):
         order = indices[loading.shuffled(len(indices), seed + epoch)][: num_batches * batch_size]
         for step, (pixels, labels) in enumerate(loading.batches(split, order, transform, seed + epoch, batch_size)):
-            logits = model(shards.to_input(torch.from_numpy(pixels)))
+            logits = model(shards.to_input(torch.from_numpy(pixels), transform.normalization))
             loss = nn.functional.cross_entropy(logits, torch.from_numpy(labels))
             optimizer.zero_grad()
             loss.backward()

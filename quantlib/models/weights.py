@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantlib.errors import MachineError, ModelError
 
+TORCHVISION = "torchvision:"
 _PARALLEL = "module."
 
 
@@ -21,8 +22,8 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
         ModelError: If the file is missing or is not a state_dict, or torchvision knows no such weights.
         MachineError: If they would have to be downloaded and cannot be.
     """
-    if weights.startswith("torchvision:"):
-        return _torchvision_weights(architecture, weights.removeprefix("torchvision:"))
+    if weights.startswith(TORCHVISION):
+        return _download(find_torchvision_weights(architecture, weights))
     path = Path(weights)
     if not path.is_file():
         raise ModelError(
@@ -83,9 +84,15 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     model.load_state_dict(state)
 
 
-def _torchvision_weights(architecture: str, name: str) -> dict[str, Tensor]:
+def find_torchvision_weights(architecture: str, weights: str) -> Any:
+    """The member of torchvision's `WeightsEnum` that "torchvision:NAME" means for an architecture.
+
+    Raises:
+        ModelError: If torchvision has no such architecture, or no such weights for it.
+    """
     from torchvision.models import get_model_weights
 
+    name = weights.removeprefix(TORCHVISION)
     try:
         choices = get_model_weights(architecture)
     except ValueError:
@@ -96,12 +103,16 @@ def _torchvision_weights(architecture: str, name: str) -> dict[str, Tensor]:
         raise ModelError(
             f"torchvision has no weights {name!r} for {architecture!r}. Allowed: {', '.join(choices.__members__)}."
         )
+    return choices[name]
+
+
+def _download(weights: Any) -> dict[str, Tensor]:
     try:
-        state: dict[str, Tensor] = choices[name].get_state_dict(progress=False, check_hash=True, weights_only=True)
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except OSError as error:
         raise MachineError(
-            f"Weights torchvision:{name} are not on this machine and cannot be downloaded ({error}). "
-            f"Download {choices[name].url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints."
+            f"Weights {TORCHVISION}{weights.name} are not on this machine and cannot be downloaded ({error}). "
+            f"Download {weights.url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints."
         ) from None
     return state
 

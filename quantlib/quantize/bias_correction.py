@@ -93,10 +93,11 @@ def _first_images(paths: Sequence[Path]) -> Tensor:
     """The first images, as many as fit, [N, 3, H, W]."""
     chosen: list[Tensor] = []
     for path in paths:
-        pixels, _ = shards.open_shard(path)  # (n, H, W, 3)
-        most = max(1, _MAX_PIXELS // (pixels.shape[1] * pixels.shape[2])) - sum(len(part) for part in chosen)
-        chosen.append(shards.to_input(pixels[:most]))
-        if most <= len(pixels):
+        shard = shards.open_shard(path)
+        _, height, width, _ = shard.pixels.shape
+        most = max(1, _MAX_PIXELS // (height * width)) - sum(len(part) for part in chosen)
+        chosen.append(shard.inputs(stop=most))
+        if most <= len(shard):
             break
     return torch.cat(chosen)
 

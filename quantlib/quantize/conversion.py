@@ -18,7 +18,7 @@ def convert(prepared: nn.Module, engine: str, *, inplace: bool = False) -> nn.Mo
         return converting.convert(prepared, inplace=inplace)
 
 
-def check_int8(model: nn.Module, engine: str, crop: int) -> None:
+def check_int8(model: nn.Module, engine: str, input_shape: tuple[int, int, int]) -> None:
     """Run one empty image through an int8 model.
 
     Raises:
@@ -26,7 +26,7 @@ def check_int8(model: nn.Module, engine: str, crop: int) -> None:
     """
     try:
         with use_engine(engine), torch.inference_mode():
-            model(torch.zeros(1, 3, crop, crop))
+            model(torch.zeros(1, *input_shape))
     except (RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"The int8 model cannot run: {str(error).splitlines()[0]} The architecture needs QuantStub and DeQuantStub "

@@ -113,13 +113,13 @@ class ScaleGroup:
         )
 
 
-def equalize(model: nn.Module, crop: int) -> nn.Module:
+def equalize(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
     """Copy a float model with the channel ranges of consecutive layers made equal; it computes the same function.
 
     Args:
         model: Float, fused in mode "eval" or not fused; BatchNorm that is not folded absorbs the factors, so
             the model can still be fused for training.
-        crop: Side in pixels of the model's input.
+        input_shape: Channels, height and width of the model's input.
 
     Raises:
         ModelError: If the copy computes something else, because the model uses its layers differently from what its
@@ -131,7 +131,7 @@ def equalize(model: nn.Module, crop: int) -> nn.Module:
         for _ in range(_MAX_ROUNDS):
             if not groups or max(_equalize(group) for group in groups) < _CONVERGED:
                 break
-    _check_same(model, equal, crop)
+    _check_same(model, equal, input_shape)
     return equal.train(model.training)
 
 
@@ -292,9 +292,9 @@ def _equalize(group: ScaleGroup) -> float:
     return float(factors.clamp_min(1e-300).log().abs().max())
 
 
-def _check_same(model: nn.Module, equal: nn.Module, crop: int) -> None:
+def _check_same(model: nn.Module, equal: nn.Module, input_shape: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, crop, crop, generator=generator)
+    x = torch.randn(2, *input_shape, generator=generator)
     original = copy.deepcopy(model).eval()
     with torch.inference_mode():
         logits = original(x)

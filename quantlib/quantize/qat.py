@@ -97,7 +97,7 @@ def train_epoch(
     num_batches, total_loss, correct = -(-len(order) // schedule.batch_size), 0.0, 0
     for step, (pixels, labels_array) in enumerate(loading.batches(split, order, transform, seed, schedule.batch_size)):
         labels = torch.from_numpy(labels_array)
-        x = shards.to_input(torch.from_numpy(pixels))
+        x = shards.to_input(torch.from_numpy(pixels), transform.normalization)
         learning_rate = schedule.learning_rate_at(epoch, step / num_batches)
         loss, num_right = _step(model, learning_rate, x, labels, teacher)
         total_loss += loss * len(labels)

@@ -22,6 +22,7 @@ _LINE_IN_SCHEMA = {"pattern": r"^[^\x00-\x1f\x7f\ud800-\udfff]*$"}
 # Strict, so that a value is taken as it is or refused: "3" is not 3, 1 is not true, and 2.0 is not 2.
 Count = Annotated[int, Field(gt=0, le=MAX_INT, strict=True)]
 Pixels = Annotated[int, Field(gt=0, le=16384, strict=True)]
+Size = tuple[Pixels, Pixels]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 BranchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]

@@ -5,9 +5,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from quantlib.recipe.fields import MAX_INT, Arguments, Count, Flag, Fraction, Line, PathName, Pixels
+from quantlib.recipe.fields import MAX_INT, Arguments, Count, Flag, Fraction, Line, PathName, Pixels, Size
 
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
+
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 RuntimeName = Literal["torchscript", "onnxruntime", "openvino"]
@@ -20,6 +23,12 @@ _LearningRate = Annotated[float, Field(gt=0.0, le=1000.0, strict=True)]
 
 
 _Runtimes = Annotated[tuple[RuntimeName, ...], Field(max_length=16)]
+
+
+_Means = Annotated[tuple[Annotated[float, Field(ge=-1000.0, le=1000.0)], ...], Field(max_length=3)]
+
+
+_Deviations = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1000.0)], ...], Field(max_length=3)]
 
 
 _MAX_BRANCHES = 1000
@@ -73,10 +82,20 @@ class DataRecipe(Section):
     """digits, imagefolder, imagenet, cifar10, or "package.module:function" called as f(root, split)."""
     root: PathName | None = None
     """The dataset's folder, relative to the recipe file."""
-    resize: Pixels = 256
-    """Shorter side in pixels before the centre crop (evaluation)."""
-    crop: Pixels = 224
-    """Side in pixels of the model's input."""
+    resize: Pixels | Size | None = None
+    """Shorter side in pixels before the centre crop (evaluation), or [height, width]; default: as the weights say, else
+    256."""
+    crop: Pixels | Size | None = None
+    """Side in pixels of the model's input, or [height, width]; default: as the weights say, else 224."""
+    interpolation: Interpolation | None = None
+    """How images are resized; default: as the weights say, else bilinear."""
+    channels: Literal[1, 3] = 3
+    """Channels of the model's input: 3 for RGB, 1 for grey, which needs `mean` and `std`."""
+    mean: _Means | None = None
+    """Mean of each channel that the model was trained with, for pixels in [0, 1]; default: as the weights say, else
+    ImageNet's."""
+    std: _Deviations | None = None
+    """Standard deviation of each channel that the model was trained with; default: like `mean`."""
     train_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Share of the image's area that a random training crop takes: smallest and largest."""
     train_flip: Fraction = 0.5
@@ -88,9 +107,15 @@ class DataRecipe(Section):
         return check_scale(scale)
 
     @model_validator(mode="after")
-    def _crop_inside_resize(self) -> Self:
-        if self.crop > self.resize:
-            raise ValueError(f"crop = {self.crop} does not fit into resize = {self.resize}; lower crop")
+    def _normalization_of_each_channel(self) -> Self:
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{key} has {len(values)} values for {self.channels} channels; give one per channel")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: give both, or neither")
+        if self.channels == 1 and self.mean is None:
+            raise ValueError("channels = 1 needs mean and std, as the model was trained with")
         return self
 
 

@@ -1,6 +1,7 @@
 """The whole flow, once, on the small recipe of the harness."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,12 +14,30 @@ import httpx
 import pandas as pd
 import pyarrow.dataset as ds
 import pytest
+import torch
+from torchvision import transforms
 
+from quantlib import api
+from quantlib.data import datasets
 from quantlib.measure import evaluation
 from quantlib.report import tables
 from quantlib.runtimes.available import default_engine, torchscript_on
 from quantlib.store.journal import read_runs
 from quantlib.store.local import Store
+
+GREY_NET = """
+from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+
+def build(num_classes):
+    return nn.Sequential(
+        QuantStub(),
+        nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes),
+        DeQuantStub(),
+    )
+"""
 
 
 def test_shared_stages_run_once_whatever_the_number_of_branches(undisturbed):
@@ -227,3 +246,50 @@ def edges_of(home):
         label: [makers[value] for value in dict.fromkeys(record.ingredients.values()) if value in makers]
         for label, record in records.items()
     }
+
+
+def test_the_readmes_python_runs_as_written(undisturbed):
+    pytest.importorskip("openvino", reason="README loads the model in OpenVINO")
+    home, outcome = undisturbed
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    variables = {"images": torch.zeros(2, 3, 16, 16)}
+    for block in blocks:
+        run = read_runs(home / "runs")[0].file.run_id
+        exec(block.replace(".quantflow", str(home)).replace("RUN/VARIANT", f"{run}/per_channel"), variables)
+    assert len(blocks) == 2
+    assert variables["logits"].shape == (2, 10)
+    assert len(variables["variants"]) == len(outcome.variants)
+
+
+def test_a_grey_and_rectangular_model_gets_images_as_it_was_trained_with(tmp_path, monkeypatch):
+    (tmp_path / "grey_net.py").write_text(GREY_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    home = tmp_path / "home"
+    input_ = {"resize": [24, 16], "crop": [20, 12], "interpolation": "bicubic"}
+    done = harness.run(
+        home,
+        recipe=harness.RECIPE
+        | {
+            "model": {"architecture": "grey_net:build", "weights": "train", "training": {"epochs": 3}},
+            "data": harness.RECIPE["data"] | input_ | {"channels": 1, "mean": [0.3], "std": [0.4]},
+            "evaluation": {"num_held_out": 40},
+        },
+    )
+    assert done.error == ""
+    as_trained = transforms.Compose(
+        [
+            transforms.Grayscale(),
+            transforms.Resize((24, 16), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop((20, 12)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.3], [0.4]),
+        ]
+    )
+    split, run_id = datasets.open_split("digits", None, "val"), harness.run_id_of(home)
+    rows = tables.read_table(home / "reports", "predictions", run_id).to_pylist()
+    x = torch.stack([as_trained(split.open(index)) for index in range(len(split))])
+    for name, least in (("float", 0.999), ("per_channel", 0.98), ("qat", 0.98)):
+        expected = [row["top5"][0] for row in rows if row["variant"] == name]  # In the dataset's order.
+        model = api.load(home / "models" / run_id / f"{name}.pt", "torchscript")
+        assert (model(x).argmax(1) == torch.tensor(expected)).float().mean() >= least

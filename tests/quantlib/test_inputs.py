@@ -13,7 +13,9 @@ from PIL import Image
 
 from quantlib import inputs
 from quantlib.data import datasets, loading
+from quantlib.data.normalization import IMAGENET, Normalization
 from quantlib.data.split import SplitInput, Subset
+from quantlib.data.transforms import EvalTransform
 from quantlib.errors import DataError, ModelError, RecipeError
 from quantlib.inputs import find_inputs
 from quantlib.recipe.schema import parse_recipe
@@ -57,6 +59,38 @@ def test_a_recipe_that_asks_for_every_image_is_fine(find):
     assert found.train.classes == ("blue", "green", "red")
     assert found.val.num_classes == 3
     assert found.model.fingerprint == "train"
+
+
+# The model's input
+
+
+def test_the_models_input_is_torchvisions_usual_one_unless_the_recipe_or_the_weights_say_otherwise(find):
+    assert find().transform == EvalTransform(resize=256, crop=(224, 224), normalization=IMAGENET)
+    own = {"resize": 40, "crop": [32, 24], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.25] * 3}
+    assert find(data=own).transform == EvalTransform(
+        resize=40, crop=(32, 24), interpolation="bicubic", normalization=Normalization((0.5,) * 3, (0.25,) * 3)
+    )
+    weights = {"architecture": "mobilenet_v2", "weights": "torchvision:IMAGENET1K_V2"}
+    assert find(model=weights).transform == EvalTransform(resize=232, crop=(224, 224))
+    assert find(model=weights, data={"resize": 300, "crop": 288}).transform == EvalTransform(
+        resize=300, crop=(288, 288)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"resize": 32, "crop": 64}, r"data\.crop = \[64, 64\] does not fit into data\.resize = 32"),
+        ({"crop": 300}, r"data\.crop = \[300, 300\] does not fit into data\.resize = 256"),
+        (
+            {"resize": [40, 60], "crop": [50, 50]},
+            r"data\.crop = \[50, 50\] does not fit into data\.resize = \[40, 60\]",
+        ),
+    ],
+)
+def test_a_crop_larger_than_the_resized_image_is_refused(find, sizes, said):
+    with pytest.raises(RecipeError, match=said):
+        find(data=sizes)
 
 
 def test_class_folders_that_differ_are_named(find, own_folder):

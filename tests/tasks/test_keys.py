@@ -151,40 +151,40 @@ def key(stage, *arguments, **named):
 
 
 def test_what_decides_the_result_is_in_the_key():
-    base = key(data.decode, SELECTION, EvalTransform(64, 64), 1, branch="x")
+    base = key(data.decode, SELECTION, EvalTransform(resize=64, crop=(64, 64)), 1, branch="x")
     others = [
-        key(data.decode, replace(SELECTION, stop=40), EvalTransform(64, 64), 1, branch="x"),
-        key(data.decode, replace(SELECTION, seed=2), EvalTransform(64, 64), 1, branch="x"),
+        key(data.decode, replace(SELECTION, stop=40), EvalTransform(resize=64, crop=(64, 64)), 1, branch="x"),
+        key(data.decode, replace(SELECTION, seed=2), EvalTransform(resize=64, crop=(64, 64)), 1, branch="x"),
         key(
             data.decode,
             replace(SELECTION, split=replace(SPLIT, fingerprint="e" * 64)),
-            EvalTransform(64, 64),
+            EvalTransform(resize=64, crop=(64, 64)),
             1,
             branch="x",
         ),
-        key(data.decode, SELECTION, EvalTransform(72, 64), 1, branch="x"),
-        key(data.decode, SELECTION, TrainTransform(64, (0.5, 1.0), 0.5), 1, branch="x"),
-        key(data.decode, SELECTION, EvalTransform(64, 64), 2, branch="x"),
+        key(data.decode, SELECTION, EvalTransform(resize=72, crop=(64, 64)), 1, branch="x"),
+        key(data.decode, SELECTION, TrainTransform(crop=(64, 64), scale=(0.5, 1.0), flip=0.5), 1, branch="x"),
+        key(data.decode, SELECTION, EvalTransform(resize=64, crop=(64, 64)), 2, branch="x"),
     ]
     assert len({base, *others}) == 1 + len(others)
 
 
 def test_where_data_lies_and_what_a_run_is_called_are_not_in_the_key():
-    base = key(data.decode, SELECTION, EvalTransform(64, 64), 1, branch="x")
-    assert key(data.decode, SELECTION, EvalTransform(64, 64), 1, branch="y") == base
+    base = key(data.decode, SELECTION, EvalTransform(resize=64, crop=(64, 64)), 1, branch="x")
+    assert key(data.decode, SELECTION, EvalTransform(resize=64, crop=(64, 64)), 1, branch="y") == base
     assert (
         key(
             data.decode,
             replace(SELECTION, split=replace(SPLIT, root="/elsewhere")),
-            EvalTransform(64, 64),
+            EvalTransform(resize=64, crop=(64, 64)),
             1,
             branch="x",
         )
         == base
     )
     source = ModelInput("mobilenet_v2", "{}", "a.pth", "f" * 64, "")
-    assert key(model.load_float, source, 10, 64, 1, None) == key(
-        model.load_float, replace(source, weights="b.pth"), 10, 64, 1, None
+    assert key(model.load_float, source, 10, (3, 64, 64), 1, None) == key(
+        model.load_float, replace(source, weights="b.pth"), 10, (3, 64, 64), 1, None
     )
 
 
@@ -207,7 +207,7 @@ def test_the_number_of_qat_epochs_is_not_in_an_epochs_key():
     schedule = Schedule(None, 30, None, 1e-4, "constant", 2, 3, 1)
     names = quantize.qat_epoch.ingredients(
         quantize.qat_epoch.bind(
-            REF, 0, scheme("fbgemm"), schedule, SELECTION, EvalTransform(64, 64), None, branch="qat"
+            REF, 0, scheme("fbgemm"), schedule, SELECTION, EvalTransform(resize=64, crop=(64, 64)), None, branch="qat"
         )
     )
     assert names["schedule.epochs"] == "null"

@@ -43,17 +43,17 @@ def reuse_or_compute(run, stage, *arguments, **named):
 
 
 def test_a_stage_is_computed_once_and_then_returned_as_cached(run):
-    computed = reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None)
-    reused = reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None)
+    computed = reuse_or_compute(run, load_float, SOURCE, 10, (3, 16, 16), 1, None)
+    reused = reuse_or_compute(run, load_float, SOURCE, 10, (3, 16, 16), 1, None)
     assert isinstance(reused, State)
     assert (reused.name, reused.result()) == ("Cached", computed)
     assert [row.cached for row in run.stages] == [False, True]
 
 
 def test_a_stage_whose_artifact_is_gone_is_computed_again(run):
-    computed = reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None)
+    computed = reuse_or_compute(run, load_float, SOURCE, 10, (3, 16, 16), 1, None)
     run.store.path(computed).unlink()
-    assert reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None) == computed
+    assert reuse_or_compute(run, load_float, SOURCE, 10, (3, 16, 16), 1, None) == computed
     assert run.store.holds(computed)
 
 
@@ -64,9 +64,9 @@ def test_a_stage_that_fails_leaves_no_record_and_is_tried_again(run, monkeypatch
     with monkeypatch.context() as broken:
         broken.setattr("quantlib.models.registry.check_logits", fail)
         with pytest.raises(QuantflowError):
-            reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None)
+            reuse_or_compute(run, load_float, SOURCE, 10, (3, 16, 16), 1, None)
     assert list(run.store.records()) == []
-    assert not isinstance(reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None), State)
+    assert not isinstance(reuse_or_compute(run, load_float, SOURCE, 10, (3, 16, 16), 1, None), State)
 
 
 def _work(job, model):
@@ -91,13 +91,15 @@ def test_calibration_in_shards_is_calibration_in_one_piece(run, tmp_path):
     recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"resize": 16, "crop": 16})})
     training = find_inputs(recipe, tmp_path / "splits").training
     fused = reuse_or_compute(
-        run, fuse, reuse_or_compute(run, load_float, SOURCE, 10, 16, 1, None), "eval", branch="eval"
+        run, fuse, reuse_or_compute(run, load_float, SOURCE, 10, (3, 16, 16), 1, None), "eval", branch="eval"
     )
     observed = []
     for size in (64, 16):
         before = fused
         for n, part in enumerate(replace(training, stop=training.start + 64).parts(size)):
-            shard = reuse_or_compute(run, decode, part, EvalTransform(16, 16), 1, branch=f"{size}-{n}")
+            shard = reuse_or_compute(
+                run, decode, part, EvalTransform(resize=16, crop=(16, 16)), 1, branch=f"{size}-{n}"
+            )
             before = reuse_or_compute(run, calibrate, before, shard, (), 8, branch=f"{size}-{n}")
         observed.append(before)
     assert observed[0] == observed[1]
@@ -105,12 +107,12 @@ def test_calibration_in_shards_is_calibration_in_one_piece(run, tmp_path):
 
 def test_a_decoded_shard_holds_the_images_that_were_selected(run, tmp_path):
     selection = replace(find_inputs(RECIPE, tmp_path / "splits").held_out, start=5, stop=25)
-    pixels, labels = shards.open_shard(
-        run.store.path(reuse_or_compute(run, decode, selection, EvalTransform(16, 16), 1, branch="x"))
+    shard = shards.open_shard(
+        run.store.path(reuse_or_compute(run, decode, selection, EvalTransform(resize=16, crop=(16, 16)), 1, branch="x"))
     )
     split, indices = loading.select(selection)
-    assert pixels.shape == (20, 16, 16, 3)
-    assert np.array_equal(labels.numpy(), split.labels[indices])
+    assert shard.pixels.shape == (20, 16, 16, 3)
+    assert np.array_equal(shard.labels.numpy(), split.labels[indices])
 
 
 def _answers(run, *num_correct):

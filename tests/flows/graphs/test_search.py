@@ -13,6 +13,7 @@ import pytest
 from flows.graphs import search as flow
 from flows.graphs.planning import plan_run
 from quantlib.data.split import Subset
+from quantlib.data.transforms import EvalTransform
 from quantlib.inputs import Inputs
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.sections import SearchRecipe
@@ -157,7 +158,7 @@ def loop(monkeypatch):
         shared = SimpleNamespace(
             run=FakeRun(),
             recipe=SimpleNamespace(search=SearchRecipe(**settings)),
-            inputs=Inputs(None, None, None, images, images, images),
+            inputs=Inputs(None, EvalTransform(resize=32, crop=(32, 32)), None, None, images, images, images),
         )
         variants, best, note = flow.search_branches(shared, make(shared, SimpleNamespace(name="float")))
         assert best is None or f"{best}, " in note

@@ -23,7 +23,7 @@ from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.errors import DataError, RecipeError
 
 module_numbers = itertools.count()
-EVAL = EvalTransform(8, 8)
+EVAL = EvalTransform(resize=8, crop=(8, 8))
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,7 @@ def test_a_consumer_that_stops_early_stops_the_decoding():
 
 
 def test_random_crops_do_not_depend_on_the_batch_size(train_split):
-    transform = TrainTransform(16, (0.2, 1.0), 0.5)
+    transform = TrainTransform(crop=(16, 16), scale=(0.2, 1.0), flip=0.5)
     indices = np.array([5, 5, 5, 20, 1, 30, 2])
 
     results = [

@@ -8,6 +8,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from quantlib.data.images import Split
+from quantlib.data.normalization import Normalization
 from quantlib.data.transforms import EvalTransform, TrainTransform
 
 
@@ -22,7 +24,7 @@ def test_evaluation_is_torchvisions_pixel_for_pixel(width, height, resize, crop)
     image = _image(width, height)
     theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
 
-    got = EvalTransform(resize, crop)(image, random.Random())
+    got = EvalTransform(resize=resize, crop=(crop, crop))(image, random.Random())
 
     assert got.size == (crop, crop)
     assert np.array_equal(np.asarray(got), np.asarray(theirs(image)))
@@ -31,7 +33,7 @@ def test_evaluation_is_torchvisions_pixel_for_pixel(width, height, resize, crop)
 @pytest.mark.parametrize(("width", "height"), [(80, 60), (31, 97), (20, 13)])
 def test_training_is_torchvisions_pixel_for_pixel_once_the_box_is_drawn(rng, width, height):
     image = _image(width, height)
-    transform = TrainTransform(32, (0.08, 1.0), 0.5)
+    transform = TrainTransform(crop=(32, 32), scale=(0.08, 1.0), flip=0.5)
     for _ in range(10):
         state = rng.getstate()
         got = transform(image, rng)
@@ -42,9 +44,38 @@ def test_training_is_torchvisions_pixel_for_pixel_once_the_box_is_drawn(rng, wid
         assert np.array_equal(np.asarray(got), np.asarray(theirs))
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("resize", "crop"), [(40, (24, 36)), ((30, 50), (30, 40))])
+def test_other_sizes_and_interpolations_are_torchvisions_too(interpolation, resize, crop):
+    image = _image(80, 60)
+    mode = transforms.InterpolationMode(interpolation)
+    theirs = transforms.Compose([transforms.Resize(resize, mode), transforms.CenterCrop(crop)])
+
+    got = EvalTransform(resize=resize, crop=crop, interpolation=interpolation)(image, random.Random())
+
+    assert got.size == (crop[1], crop[0])
+    assert np.array_equal(np.asarray(got), np.asarray(theirs(image)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda grey: EvalTransform(resize=20, crop=(12, 16), normalization=grey),
+        lambda grey: TrainTransform(crop=(12, 16), scale=(0.5, 1.0), flip=0.5, normalization=grey),
+    ],
+)
+def test_a_model_of_one_channel_gets_grey_pixels(rng, make):
+    transform = make(Normalization((0.5,), (0.25,)))
+    image = _image(40, 30)
+    split = Split(np.zeros(1, dtype=np.int64), ("a",), lambda _: image, str)
+    assert transform.input_shape == (1, 12, 16)
+    assert transform(image, rng).mode == "L"
+    assert split.pixels(0, transform, rng).shape == (12, 16, 1)
+
+
 def test_evaluation_draws_nothing(rng):
     before = rng.getstate()
-    EvalTransform(16, 16)(_image(20, 20), rng)
+    EvalTransform(resize=16, crop=(16, 16))(_image(20, 20), rng)
 
     assert rng.getstate() == before
 
@@ -52,7 +83,7 @@ def test_evaluation_draws_nothing(rng):
 @pytest.mark.parametrize(("width", "height"), [(80, 60), (60, 80), (64, 64)])
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.3, 0.4)])
 def test_training_boxes_lie_inside_the_image_and_have_the_asked_area_and_shape(rng, width, height, scale):
-    transform = TrainTransform(32, scale, 0.5)
+    transform = TrainTransform(crop=(32, 32), scale=scale, flip=0.5)
     boxes = [transform._box(width, height, rng) for _ in range(4000)]
 
     shares, ratios = [], []
@@ -81,12 +112,12 @@ def test_training_boxes_lie_inside_the_image_and_have_the_asked_area_and_shape(r
     ],
 )
 def test_an_image_too_long_for_any_box_gives_its_middle(rng, width, height, box):
-    assert TrainTransform(8, (1.0, 1.0), 0.0)._box(width, height, rng) == box
+    assert TrainTransform(crop=(8, 8), scale=(1.0, 1.0), flip=0.0)._box(width, height, rng) == box
 
 
 def test_a_training_crop_of_everything_is_the_resized_image(rng):
     image = _image(40, 40)
-    transform = TrainTransform(16, (1.0, 1.0), 0.0)
+    transform = TrainTransform(crop=(16, 16), scale=(1.0, 1.0), flip=0.0)
     # Only the square has the image's area and fits.
     box = next(box for box in iter(lambda: transform._box(40, 40, rng), None) if box[2:] == (40, 40))
 
@@ -99,7 +130,7 @@ def test_images_are_mirrored_as_often_as_asked(rng, flip, expected):
     # Left half black, right half white: any crop shows which way round it is.
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (20, 0, 40, 40))
-    transform = TrainTransform(8, (0.99, 1.0), flip)
+    transform = TrainTransform(crop=(8, 8), scale=(0.99, 1.0), flip=flip)
     mirrored = 0
     for _ in range(200):
         row = np.asarray(transform(image, rng))[4, :, 0]
@@ -109,7 +140,7 @@ def test_images_are_mirrored_as_often_as_asked(rng, flip, expected):
 
 
 def test_training_is_a_function_of_the_seed():
-    image, transform = _image(50, 40), TrainTransform(16, (0.08, 1.0), 0.5)
+    image, transform = _image(50, 40), TrainTransform(crop=(16, 16), scale=(0.08, 1.0), flip=0.5)
     same, again, other = (np.asarray(transform(image, random.Random(seed))) for seed in (1, 1, 2))
 
     assert np.array_equal(same, again)
@@ -127,8 +158,8 @@ def test_only_what_the_crop_needs_of_a_long_thin_image_is_resized(size, rng):
 
     watched = Watched()
     watched._size = size
-    EvalTransform(256, 224)(watched, rng)
-    TrainTransform(224, (0.08, 1.0), 0.0)(Image.new("RGB", size), rng)
+    EvalTransform(resize=256, crop=(224, 224))(watched, rng)
+    TrainTransform(crop=(224, 224), scale=(0.08, 1.0), flip=0.0)(Image.new("RGB", size), rng)
     assert sizes == [(224, 224)]
 
 
@@ -136,5 +167,5 @@ def test_the_middle_of_a_long_image_is_what_resizing_all_of_it_would_give(rng):
     noise = np.random.default_rng(0).integers(0, 256, (16, 400, 3), np.uint8)
     image = Image.fromarray(noise).resize((1600, 64))
     whole = image.resize((800, 32), Image.Resampling.BILINEAR).crop((400 - 14, 2, 400 + 14, 30))
-    found = EvalTransform(32, 28)(image, rng)
+    found = EvalTransform(resize=32, crop=(28, 28))(image, rng)
     assert np.abs(np.asarray(found, int) - np.asarray(whole, int)).mean() < 1.0

@@ -71,7 +71,7 @@ def test_each_expected_warning_is_one_that_torch_gives(fused_model, calibrated, 
         warnings.simplefilter("always")
         converting.convert(preparation.prepare(fused_model, scheme("fbgemm"), "eval"))
         (tmp_path / "model.pt").write_bytes(scripting.script(converting.convert(calibrated("fbgemm"))))
-        onnx.to_onnx(tmp_path / "model.pt", "auto", 32)
+        onnx.to_onnx(tmp_path / "model.pt", "auto", (3, 32, 32))
 
     unseen = [
         message

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from quantlib.data import shards
+from quantlib.data.normalization import IMAGENET
 from quantlib.measure import evaluation, predictions
 from quantlib.quantize import conversion
 from quantlib.runtimes.engine import use_engine
@@ -17,7 +18,7 @@ def shard(tmp_path):
     pixels = np.zeros((3, 4, 4, 3), dtype=np.uint8)
     pixels[1], pixels[2] = 1, 2
     with (tmp_path / "shard").open("wb") as file:
-        shards.save(pixels, np.array([0, 1, 5]), file)
+        shards.save(pixels, np.array([0, 1, 5]), IMAGENET, file)
     return tmp_path / "shard"
 
 
@@ -29,7 +30,7 @@ class _Table(nn.Module):
         self.logits = torch.tensor(logits)
 
     def forward(self, x):
-        level = (x[:, 0, 0, 0] * shards.STD[0] + shards.MEAN[0]) * 255
+        level = (x[:, 0, 0, 0] * IMAGENET.std[0] + IMAGENET.mean[0]) * 255
         return self.logits[level.round().long()]
 
 
@@ -50,7 +51,7 @@ def test_predictions_are_those_that_one_computes_by_hand(shard):
 
 def test_two_classes_have_no_five_likeliest(shard):
     with (shard.parent / "two").open("wb") as file:
-        shards.save(shards.open_shard(shard)[0].numpy(), np.array([0, 1, 1]), file)
+        shards.save(shards.open_shard(shard).pixels.numpy(), np.array([0, 1, 1]), IMAGENET, file)
 
     answers = evaluation.evaluate(_Table([[1.0, 0], [0.0, 1], [1.0, 0]]), shard.parent / "two", batch_size=3)
 
@@ -63,7 +64,7 @@ def test_a_shards_predictions_are_the_models_own(trained_model, val_shard, val_i
 
     with torch.inference_mode():
         logits = trained_model(val_inputs)
-    labels = shards.open_shard(val_shard)[1]
+    labels = shards.open_shard(val_shard).labels
     assert answers.top5.tolist() == logits.argsort(descending=True).tolist()
     assert answers.labels.tolist() == labels.tolist()
     assert answers.mean_loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)

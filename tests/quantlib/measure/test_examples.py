@@ -48,7 +48,8 @@ def test_each_example_has_its_own_picture_whichever_shard_it_lies_in():
 
 
 def test_pictures_are_the_models_input_from_a_decoded_shard(val_shard):
-    pixels, labels = shards.open_shard(val_shard)
+    shard = shards.open_shard(val_shard)
+    pixels, labels = shard.pixels, shard.labels
     before = predictions(labels.tolist(), labels.tolist(), [0.0] * len(labels))
     after = predictions(labels.tolist(), ((labels + 1) % 3).tolist(), [1.0] * len(labels))
     found = examples.pick("a", before, after, [pixels], 3)

@@ -60,11 +60,12 @@ def _measured_by_hand(prepared, path, shard):
     def is_inside(name):
         return name == path or name.startswith(f"{path}.")
 
-    x, y = shards.open_shard(shard)[0], torch.as_tensor(shards.open_shard(shard)[1])
+    images = shards.open_shard(shard)
+    x, y = images.inputs(), images.labels
     reference, alone = _quantized(prepared, lambda _: False), _quantized(prepared, is_inside)
     all_but = _quantized(prepared, lambda name: not is_inside(name))
     with torch.inference_mode():
-        target, only, other = (model(shards.to_input(x)).log_softmax(1) for model in (reference, alone, all_but))
+        target, only, other = (model(x).log_softmax(1) for model in (reference, alone, all_but))
     divergence = float((target.exp() * (target - only)).sum())
     return divergence, int((only.argmax(1) == y).sum()), int((other.argmax(1) == y).sum())
 
@@ -107,7 +108,7 @@ def test_what_runs_again_after_a_layer_is_computed_again(path, train_shard):
     model = _Twice().eval()
     prepared = preparation.prepare(model, scheme("default"), "eval")
     with torch.inference_mode():
-        prepared(8.0 * shards.to_input(shards.open_shard(train_shard)[0]))  # A coarse grid, so that answers change.
+        prepared(8.0 * shards.open_shard(train_shard).inputs())  # A coarse grid, so that answers change.
     found = {s.layer: s for s in sensitivity.measure_layers(model, prepared, "eval", train_shard, 0, 36)}
     assert found[path].num_correct_all_but != found[path].num_correct_only
     assert _found(found[path]) == pytest.approx(_measured_by_hand(prepared, path, train_shard), rel=1e-3, abs=1e-5)
@@ -119,7 +120,7 @@ def test_a_layer_that_is_never_called_costs_nothing(train_shard):
     model.unused = torch.nn.Conv2d(3, 3, 1)
     prepared = preparation.prepare(model, scheme("default"), "eval")
     with torch.inference_mode():
-        prepared(shards.to_input(shards.open_shard(train_shard)[0]))
+        prepared(shards.open_shard(train_shard).inputs())
         prepared.unused(torch.ones(1, 3, 4, 4))
     found = {s.layer: s for s in sensitivity.measure_layers(model, prepared, "eval", train_shard, 0, 36)}
     assert (found["unused"].num_values, found["unused"].divergence_only) == (0, 0.0)
@@ -146,7 +147,7 @@ def test_a_layer_of_uneven_channels_costs_most(fused_model, train_shard):
         following.weight[0] /= 1000.0
     prepared = preparation.prepare(uneven, scheme("default"), "eval")
     with torch.inference_mode():
-        prepared(shards.to_input(shards.open_shard(train_shard)[0]))
+        prepared(shards.open_shard(train_shard).inputs())
     found = sensitivity.measure_layers(uneven, prepared, "eval", train_shard, 0, 36)
     assert max(found, key=lambda sums: sums.divergence_only).layer == "features.2.conv.0.0"
 
@@ -186,7 +187,7 @@ def test_a_layer_kept_in_float_is_measured_with_the_grid_behind_it_and_offers_no
     kept = dataclasses.replace(scheme("default"), float_layers=("features.2.conv.0.0",))
     prepared = preparation.prepare(fused_model, kept, "eval")
     with torch.inference_mode():
-        prepared(shards.to_input(shards.open_shard(train_shard)[0]))
+        prepared(shards.open_shard(train_shard).inputs())
     found = {s.layer: s for s in sensitivity.measure_layers(fused_model, prepared, "eval", train_shard, 0, 36)}
     sums = found["features.2.conv.0.0"]
     assert (sums.weight_min, sums.weight_max) == (None, None)

@@ -300,7 +300,7 @@ def test_a_users_architecture_is_built_with_the_number_of_classes(write_module):
 
     model, header = registry.from_input(_source(f"{name}:small", '{"channels": 6}'), num_classes=5, seed=0)
 
-    registry.check_logits(model, num_classes=5, crop=16)
+    registry.check_logits(model, num_classes=5, input_shape=(3, 16, 16))
     assert header.arguments == {"num_classes": 5, "channels": 6}
 
 
@@ -337,7 +337,7 @@ def test_an_architecture_that_is_no_module_is_refused(write_module):
 
 def test_a_model_with_more_or_fewer_classes_than_the_data_is_refused(tiny_model):
     with pytest.raises(ModelError, match=r"\[1, 3\] for one image, and the data has 10 classes"):
-        registry.check_logits(tiny_model, num_classes=10, crop=32)
+        registry.check_logits(tiny_model, num_classes=10, input_shape=(3, 32, 32))
 
 
 def test_a_model_that_gives_no_tensor_is_refused():
@@ -346,15 +346,15 @@ def test_a_model_that_gives_no_tensor_is_refused():
             return x, x
 
     with pytest.raises(ModelError, match="gives tuple"):
-        registry.check_logits(Pair(), num_classes=10, crop=32)
+        registry.check_logits(Pair(), num_classes=10, input_shape=(3, 32, 32))
 
 
 def test_a_model_that_cannot_take_the_crop_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
 
-    registry.check_logits(model, num_classes=10, crop=8)
+    registry.check_logits(model, num_classes=10, input_shape=(3, 8, 8))
     with pytest.raises(ModelError, match=r"16 x 16 pixels.*data\.crop"):
-        registry.check_logits(model, num_classes=10, crop=16)
+        registry.check_logits(model, num_classes=10, input_shape=(3, 16, 16))
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])

@@ -28,7 +28,7 @@ def _train(split, recipe, arguments, seed=3):
         model,
         split,
         np.arange(len(split)),
-        EvalTransform(32, 32),
+        EvalTransform(resize=32, crop=(32, 32)),
         recipe,
         seed,
         lambda done, total: calls.append((done, total)),

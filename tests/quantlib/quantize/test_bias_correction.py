@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from quantlib.data import shards
+from quantlib.data.normalization import IMAGENET
 from quantlib.graph import fusion
 from quantlib.models import checkpoint, mobilenet_v2
 from quantlib.models.checkpoint import Header
@@ -20,9 +21,8 @@ SCHEME = Scheme(observer="minmax", weights="per_tensor", activation_bits=7)
 def shard(tmp_path):
     torch.manual_seed(0)
     with (tmp_path / "shard").open("wb") as file:
-        shards.save(
-            torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8).numpy(), torch.zeros(24).long().numpy(), file
-        )
+        pixels = torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8).numpy()
+        shards.save(pixels, torch.zeros(24).long().numpy(), IMAGENET, file)
     return tmp_path / "shard"
 
 

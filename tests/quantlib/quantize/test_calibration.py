@@ -11,6 +11,7 @@ from schemes import scheme
 from torch import nn
 
 from quantlib.data import shards
+from quantlib.data.normalization import IMAGENET
 from quantlib.eager.modules import ObserverBase
 from quantlib.graph import fusion
 from quantlib.models import checkpoint, mobilenet_v2
@@ -28,7 +29,7 @@ def fused(tiny_model):
 
 def _shard(path, pixels):
     with path.open("wb") as file:
-        shards.save(pixels, np.zeros(len(pixels), dtype=np.int64), file)
+        shards.save(pixels, np.zeros(len(pixels), dtype=np.int64), IMAGENET, file)
     return path
 
 
@@ -60,7 +61,7 @@ def test_shard_after_shard_through_the_store_is_one_calibration(fused, tiny_head
     content = checkpoint.save(whole, header)
     calibration.calibrate(whole, train_shard, batch_size=12)
 
-    pixels = shards.open_shard(train_shard)[0].numpy()
+    pixels = shards.open_shard(train_shard).pixels.numpy()
     for number, part in enumerate((pixels[:24], pixels[24:])):
         parts, _ = stored.open_model(content)
         calibration.calibrate(parts, _shard(tmp_path / f"{number}", part), batch_size=12)

@@ -9,6 +9,7 @@ from schemes import scheme
 from torch import nn
 
 from quantlib.data import shards
+from quantlib.data.normalization import IMAGENET
 from quantlib.eager.modules import DeQuantStub, QuantStub
 from quantlib.errors import MachineError, ModelError
 from quantlib.export import scripting
@@ -31,7 +32,7 @@ def _signal_to_noise(expected, got):
 @pytest.mark.parametrize("qconfig", get_args(QConfigName))
 def test_int8_logits_are_close_to_float(calibrated, fused_model, val_inputs, engine, qconfig):
     int8 = conversion.convert(calibrated(qconfig), engine)
-    conversion.check_int8(int8, engine, crop=32)
+    conversion.check_int8(int8, engine, input_shape=(3, 32, 32))
 
     with torch.inference_mode(), use_engine(engine):
         expected, got = fused_model(val_inputs), int8(val_inputs)
@@ -90,7 +91,7 @@ def test_an_architecture_that_cannot_run_in_int8_is_refused_with_what_it_needs(a
     int8 = conversion.convert(prepared, engine)
 
     with pytest.raises(ModelError, match=r"cannot run.*QuantStub.*FloatFunctional in place of"):
-        conversion.check_int8(int8, engine, crop=32)
+        conversion.check_int8(int8, engine, input_shape=(3, 32, 32))
 
 
 # Sizes of MobileNetV2 with 1,000 classes, in MB, as the tutorial's own script writes it with torch 2.15.
@@ -110,7 +111,7 @@ def test_float_file_has_13_99_mb(full_size):
 def test_int8_file_is_less_than_a_third_of_float(full_size, tmp_path, engine, qconfig, megabytes):
     with (tmp_path / "shard").open("wb") as file:
         pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-        shards.save(pixels.numpy(), torch.zeros(2, dtype=torch.int64).numpy(), file)
+        shards.save(pixels.numpy(), torch.zeros(2, dtype=torch.int64).numpy(), IMAGENET, file)
     prepared = preparation.prepare(full_size, scheme(qconfig), "eval")
     calibration.calibrate(prepared, tmp_path / "shard", batch_size=2)
 
@@ -135,7 +136,12 @@ def real_shards(shared, tmp_path_factory):
         chosen = loading.shuffled(len(split), 0)[:num_images]
         paths.append(tmp_path_factory.mktemp("real") / name)
         with paths[-1].open("wb") as file:
-            shards.save(loading.decode(split, chosen, EvalTransform(64, 64), seed=0), split.labels[chosen], file)
+            shards.save(
+                loading.decode(split, chosen, EvalTransform(resize=64, crop=(64, 64)), seed=0),
+                split.labels[chosen],
+                IMAGENET,
+                file,
+            )
     return paths[0], paths[1]
 
 

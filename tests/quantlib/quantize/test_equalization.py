@@ -39,12 +39,12 @@ def logits_of(model):
 @pytest.mark.parametrize("fused", [True, False])
 def test_equalize_keeps_logits_within_1e_4(net, fused):
     model = fusion.fuse_model(net, "eval") if fused else net
-    assert torch.allclose(logits_of(model), logits_of(equalization.equalize(model, 32)), atol=1e-4)
+    assert torch.allclose(logits_of(model), logits_of(equalization.equalize(model, (3, 32, 32))), atol=1e-4)
 
 
 def test_equalize_leaves_the_model_it_was_given_as_it_was(net):
     before = copy.deepcopy(net.state_dict())
-    equalization.equalize(net, 32)
+    equalization.equalize(net, (3, 32, 32))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
@@ -52,7 +52,7 @@ def test_equalize_makes_consecutive_ranges_equal_channel_by_channel():
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)
     first.weight.data *= torch.tensor([0.01, 1, 3, 100, 7]).view(-1, 1, 1, 1)
-    equal = equalization.equalize(nn.Sequential(first, nn.ReLU(), second), 8)
+    equal = equalization.equalize(nn.Sequential(first, nn.ReLU(), second), (3, 8, 8))
     # Nagel et al. 2019, eq. 11: both become sqrt(r1 r2).
     incoming = second.weight.detach().abs().amax((0, 2, 3))
     expected = (ranges(first) * incoming).sqrt()
@@ -64,7 +64,7 @@ def test_equalize_goes_through_depthwise_chains_until_they_are_equal():
     torch.manual_seed(0)
     chain = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 2, 1))
     chain[0].weight.data *= torch.logspace(-2, 2, 6).view(-1, 1, 1, 1)
-    equal = equalization.equalize(chain, 8)
+    equal = equalization.equalize(chain, (3, 8, 8))
     assert torch.allclose(ranges(equal[0]), ranges(equal[2]), rtol=1e-2)
     assert torch.allclose(ranges(equal[2]), equal[4].weight.detach().abs().amax((0, 2, 3)), rtol=1e-2)
 
@@ -77,7 +77,7 @@ def test_a_rescaled_model_is_equalized_to_the_same_weights(net):
     depthwise.weight.data *= factors.view(-1, 1, 1, 1)
     depthwise.bias.data *= factors
     project.weight.data /= factors.view(1, -1, 1, 1)
-    one, other = equalization.equalize(fused, 32), equalization.equalize(uneven, 32)
+    one, other = equalization.equalize(fused, (3, 32, 32)), equalization.equalize(uneven, (3, 32, 32))
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     assert all(torch.allclose(a, b, rtol=0.05, atol=1e-4) for a, b in pairs)
 
@@ -91,7 +91,7 @@ def test_layers_between_which_something_is_not_homogeneous_stay_as_they_are():
     torch.manual_seed(0)
     for between in (nn.ReLU6(), nn.Sigmoid(), nn.Hardswish()):
         chain = nn.Sequential(nn.Conv2d(3, 4, 1), between, nn.Conv2d(4, 2, 1))
-        equal = equalization.equalize(chain, 4)
+        equal = equalization.equalize(chain, (3, 4, 4))
         assert all(torch.equal(a, b) for a, b in zip(chain.parameters(), equal.parameters(), strict=True))
 
 
@@ -99,7 +99,7 @@ def test_a_channel_without_weights_stays_finite():
     chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     chain[0].weight.data[1] = 0
     chain[2].weight.data[:, 2] = 0
-    equal = equalization.equalize(chain, 4)
+    equal = equalization.equalize(chain, (3, 4, 4))
     assert all(torch.isfinite(parameter).all() for parameter in equal.parameters())
 
 
@@ -127,7 +127,7 @@ class Peeking(Branching):
 
 def test_a_model_that_uses_layers_in_another_order_than_they_stand_is_refused():
     with pytest.raises(ModelError, match="Set equalize = false"):
-        equalization.equalize(Peeking(), 4)
+        equalization.equalize(Peeking(), (3, 4, 4))
 
 
 class Shared(nn.Module):
@@ -144,4 +144,4 @@ class Shared(nn.Module):
 
 def test_a_layer_that_runs_twice_stays_as_it_is():
     model = Shared()
-    assert torch.equal(equalization.equalize(model, 4).layer.weight, model.layer.weight)
+    assert torch.equal(equalization.equalize(model, (3, 4, 4)).layer.weight, model.layer.weight)

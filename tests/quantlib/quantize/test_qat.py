@@ -10,6 +10,7 @@ from schemes import scheme
 from torch import nn
 
 from quantlib.data import loading, shards
+from quantlib.data.normalization import IMAGENET
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.graph import fusion
 from quantlib.measure import evaluation
@@ -18,7 +19,7 @@ from quantlib.quantize import conversion, preparation, qat, stored
 from quantlib.recipe.schedule import Schedule
 from quantlib.runtimes.engine import use_engine
 
-TRANSFORM = TrainTransform(32, (0.5, 1.0), 0.5)
+TRANSFORM = TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)
 SCHEDULE = Schedule(
     batches_per_epoch=2,
     batch_size=6,
@@ -223,7 +224,7 @@ def test_loss_and_accuracy_are_means_over_images_and_not_over_batches(train_spli
     schedule = replace(SCHEDULE, batches_per_epoch=None, batch_size=5)
     indices = np.concatenate([np.arange(5), np.arange(12, 14)])  # five of class 0, two of class 1: batches of 5 and 2
 
-    metrics = qat.train_epoch(_Fixed(), 3, schedule, train_split, indices, EvalTransform(32, 32))
+    metrics = qat.train_epoch(_Fixed(), 3, schedule, train_split, indices, EvalTransform(resize=32, crop=(32, 32)))
 
     # Cross-entropy of softmax([2, 0, 0]), in nats.
     normalizer = np.log(np.exp(2) + 2)
@@ -241,7 +242,7 @@ def test_a_step_is_plain_gradient_descent(fused_content, train_split):
     order = loading.shuffled(len(train_split), schedule.seed)[: schedule.batch_size]
     pixels, labels = next(loading.batches(train_split, order, TRANSFORM, schedule.seed, schedule.batch_size))
     twin.train().to(memory_format=torch.channels_last)
-    logits = twin(shards.to_input(torch.from_numpy(pixels)))
+    logits = twin(shards.to_input(torch.from_numpy(pixels), IMAGENET))
     nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
     weight = twin.classifier[1].weight
 

@@ -25,7 +25,7 @@ def net():
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
             module.weight.data = torch.exp(torch.randn(module.num_features))
-    return equalization.equalize(model.eval(), 16)
+    return equalization.equalize(model.eval(), (3, 16, 16))
 
 
 def test_training_starts_as_the_calibrated_int8_model(net):

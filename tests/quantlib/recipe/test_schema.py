@@ -35,7 +35,7 @@ def test_what_a_recipe_leaves_out_is_the_designs_default():
     recipe = parse_recipe(MINIMAL)
 
     assert recipe.model.architecture == "mobilenet_v2"
-    assert (recipe.data.resize, recipe.data.crop) == (256, 224)
+    assert (recipe.data.resize, recipe.data.crop) == (None, None)
     assert (recipe.calibration.batch_size, recipe.calibration.num_batches, recipe.calibration.transform) == (
         30,
         32,
@@ -178,10 +178,29 @@ def test_all_errors_are_reported_at_once():
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_a_crop_larger_than_the_resized_image_is_refused():
-    with pytest.raises(RecipeError, match=r"data: crop = 64 does not fit into resize = 32"):
-        parse_recipe(_with("data", {"format": "digits", "resize": 32, "crop": 64}))
-    parse_recipe(_with("data", {"format": "digits", "resize": 32, "crop": 32}))
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mean": [0.5, 0.5], "std": [0.2, 0.2]}, r"mean has 2 values for 3 channels; give one per channel"),
+        ({"channels": 1, "mean": [0.5], "std": [0.2, 0.2, 0.2]}, r"std has 3 values for 1 channels"),
+        ({"mean": [0.5, 0.5, 0.5]}, "mean and std belong together"),
+        ({"channels": 1}, "channels = 1 needs mean and std, as the model was trained with"),
+        ({"channels": 2}, "channels"),
+        ({"mean": [0.5] * 3, "std": [0.2, 0.2, 0.0]}, "std"),
+        ({"interpolation": "cubic"}, "interpolation"),
+        ({"crop": [32, 32, 32]}, "crop"),
+    ],
+)
+def test_a_wrong_input_of_the_model_is_refused(changes, said):
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(_with("data", {"format": "digits"} | changes))
+
+
+def test_the_models_input_may_be_grey_and_rectangular():
+    data = parse_recipe(
+        _with("data", {"format": "digits", "channels": 1, "mean": [0.1], "std": [0.3], "crop": [28, 56]})
+    ).data
+    assert (data.channels, data.mean, data.crop) == (1, (0.1,), (28, 56))
 
 
 def test_a_recipe_without_branches_is_refused():

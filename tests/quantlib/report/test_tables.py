@@ -277,7 +277,9 @@ def test_no_flipped_bit_changes_what_is_read_nor_escapes_as_another_error(report
         for _ in range(300):
             place = random.randrange(len(whole))
             path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << random.randrange(8))]) + whole[place + 1 :])
-            with pytest.raises(StoreError, match=rf"{path} is damaged .* `quantflow resume {found.run_id}` rebuilds it"):
+            with pytest.raises(
+                StoreError, match=rf"{path} is damaged .* `quantflow resume {found.run_id}` rebuilds it"
+            ):
                 tables.read_table(reports, name, found.run_id)
         path.write_bytes(whole)
         assert tables.read_table(reports, name, found.run_id) == right

@@ -30,7 +30,7 @@ def exported(calibrated, fused_model, engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     (folder / "int8.pt").write_bytes(scripting.script(conversion.convert(calibrated("accurate"), engine), engine))
     (folder / "float.pt").write_bytes(scripting.script(fused_model))
-    (folder / "int8.onnx").write_bytes(onnx.to_onnx(folder / "int8.pt", engine, 32))
+    (folder / "int8.onnx").write_bytes(onnx.to_onnx(folder / "int8.pt", engine, (3, 32, 32)))
     return folder
 
 
@@ -63,7 +63,7 @@ def test_a_frozen_float_file_computes_the_same(exported, fused_model, val_inputs
 
 
 def test_the_onnx_file_has_the_same_bytes_each_time(exported, engine):
-    assert onnx.to_onnx(exported / "int8.pt", engine, 32) == (exported / "int8.onnx").read_bytes()
+    assert onnx.to_onnx(exported / "int8.pt", engine, (3, 32, 32)) == (exported / "int8.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
@@ -71,7 +71,7 @@ def test_an_onnx_file_that_answers_differently_is_refused(exported, calibrated, 
     other = copy.deepcopy(calibrated("accurate"))
     other.classifier[1].weight.data = other.classifier[1].weight.data.flip(0)
     (tmp_path / "other.pt").write_bytes(scripting.script(conversion.convert(other, engine), engine))
-    right, wrong = (onnx.to_onnx(path, engine, 32) for path in (exported / "int8.pt", tmp_path / "other.pt"))
+    right, wrong = (onnx.to_onnx(path, engine, (3, 32, 32)) for path in (exported / "int8.pt", tmp_path / "other.pt"))
 
     onnx.check_onnx(right, exported / "int8.pt", engine, runtime, val_shard)
     with pytest.raises(ModelError, match=rf"In {runtime} the logits are [\d.]+% of their power away"):
@@ -82,7 +82,7 @@ def test_an_onnx_file_that_answers_differently_is_refused(exported, calibrated, 
 def test_float_as_onnx_answers_as_its_torchscript_file_to_a_hundredth_of_the_logits(
     exported, runtime, val_shard, val_inputs, tmp_path
 ):
-    content = onnx.to_onnx(exported / "float.pt", None, 32)
+    content = onnx.to_onnx(exported / "float.pt", None, (3, 32, 32))
     onnx.check_onnx(content, exported / "float.pt", None, runtime, val_shard)
     with pytest.raises(ModelError, match=r"at most 0.01% are allowed\.$"):
         onnx.check_onnx((exported / "int8.onnx").read_bytes(), exported / "float.pt", None, runtime, val_shard)
@@ -95,7 +95,7 @@ def test_what_onnx_cannot_express_is_refused(tmp_path, engine):
 
     (tmp_path / "model.pt").write_bytes(scripting.script(Unusual()))
     with pytest.raises(ModelError, match="cannot be written as ONNX"):
-        onnx.to_onnx(tmp_path / "model.pt", engine, 32)
+        onnx.to_onnx(tmp_path / "model.pt", engine, (3, 32, 32))
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, None])
@@ -146,8 +146,8 @@ def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch):
 
 
 def test_logits_of_real_images_in_shards(exported, val_shard, engine):
-    pixels, _ = shards.open_shard(val_shard)
-    logits = classifiers.open_model(exported / "int8.pt", "torchscript")(shards.to_input(pixels))
+    x = shards.open_shard(val_shard).inputs()
+    logits = classifiers.open_model(exported / "int8.pt", "torchscript")(x)
     assert logits.isfinite().all()
     assert not logits.requires_grad
 
