@@ -82,8 +82,9 @@ def make_files(folder: Path) -> None:
         with torch.no_grad():
             prepared(x)
         engine = "fbgemm" if name == "tutorial" else "x86"
-        (folder / f"{name}.pt").write_bytes(scripting.script(conversion.convert(prepared, engine), engine))
-    (folder / "ours.onnx").write_bytes(onnx.to_onnx(folder / "ours.pt", "x86", (3, 224, 224)))
+        int8 = conversion.convert(prepared, engine)
+        (folder / f"{name}.pt").write_bytes(scripting.script(int8, engine))
+    (folder / "ours.onnx").write_bytes(onnx.to_onnx(int8, (3, 224, 224)))
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     torch.onnx.export(
         fused,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from quantlib.models import preprocessing
 from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
 from quantlib.recipe.schema import Recipe
-from quantlib.recipe.sections import DataRecipe, is_import_path, is_weights_file
+from quantlib.recipe.sections import DataRecipe, is_import_path, is_model_name, is_weights_file
 from quantlib.store import codehash
 
 ARCHITECTURES = ("mobilenet_v2",)
@@ -92,7 +93,7 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
         )
     float_layers = dict.fromkeys(name for branch in (*recipe.ptq, *recipe.qat) for name in branch.float_layers)
     if float_layers:
-        _check_float_layers(model, val.num_classes, tuple(float_layers))
+        _check_float_layers(model, val.num_classes, transform.input_shape, tuple(float_layers))
     num_held_out = _num_held_out(recipe, train.num_images)
     _check_train_size(recipe, train.num_images, num_held_out)
     return Inputs(
@@ -115,14 +116,18 @@ def _validation(val: SplitInput, recipe: Recipe) -> Subset:
 
 
 @functools.lru_cache(maxsize=1)
-def _check_float_layers(model: ModelInput, num_classes: int, float_layers: tuple[str, ...]) -> None:
+def _check_float_layers(
+    model: ModelInput, num_classes: int, input_shape: tuple[int, int, int], float_layers: tuple[str, ...]
+) -> None:
     """Build the model and find them in it: otherwise a misspelt one would only be noticed after minutes."""
     from quantlib.graph import fusion
+    from quantlib.graph.quantizable import make_quantizable
     from quantlib.models import registry
     from quantlib.quantize import preparation  # They import torch.
 
     built = registry.build(model.architecture, registry.arguments_of(model, num_classes))
-    preparation.find_layers(fusion.fuse_model(built, "eval"), float_layers)
+    quantizable = make_quantizable(built.eval(), input_shape)
+    preparation.find_layers(fusion.fuse_model(quantizable, "eval", inplace=True), float_layers)
 
 
 def _num_held_out(recipe: Recipe, num_train: int) -> int:
@@ -165,10 +170,10 @@ def _check_train_size(recipe: Recipe, num_train: int, num_held_out: int) -> None
 
 def _find_model(recipe: Recipe) -> ModelInput:
     section = recipe.model
-    if section.architecture not in ARCHITECTURES and not is_import_path(section.architecture):
+    if section.architecture not in ARCHITECTURES and not is_model_name(section.architecture):
         raise RecipeError(
             f"model.architecture = {section.architecture!r} is unknown{suggest(section.architecture, ARCHITECTURES)} "
-            f'Allowed: {", ".join(ARCHITECTURES)}, or "package.module:function".'
+            f'Allowed: {", ".join(ARCHITECTURES)}, "torchvision:NAME", "timm:NAME", or "package.module:function".'
         )
     fingerprint = section.weights
     if is_weights_file(section.weights):
@@ -285,7 +290,9 @@ def _library(data_format: str) -> str:
 
 def _user_code(name: str, key: str) -> str:
     """A hash of the user's module that "package.module:function" names; "" for a registered name."""
-    if not is_import_path(name):
+    if name.startswith("timm:"):
+        return f"timm {importlib.metadata.version('timm')}" if importlib.util.find_spec("timm") else ""
+    if name.startswith("torchvision:") or not is_import_path(name):
         return ""
     module = name.partition(":")[0]
     try:

@@ -11,11 +11,9 @@ EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("torch.ao.quantization is deprecated", DeprecationWarning),
     ("`torch.jit.(script|save|load|trace|freeze|optimize_for_inference)` is deprecated", FutureWarning),
     ("torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning),
-    # The exporter of quantized operations is the legacy one, and says so in four ways.
+    # The exporter to ONNX is the legacy one, which warns about it in two ways.
     ("You are using the legacy TorchScript-based ONNX export", DeprecationWarning),
     ("The feature will be removed. Please remove usage of this function", DeprecationWarning),
-    ("The input to trace is already a ScriptModule", UserWarning),
-    ("no signature found for <torch.ScriptMethod object", UserWarning),
     # torch's own qconfigs ask for reduce_range in the way that its own observers advise against.
     ("Please use quant_min and quant_max to specify the range", UserWarning),
 )

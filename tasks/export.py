@@ -21,25 +21,28 @@ def script_and_save(job: Job, model: Ref, *, branch: str) -> Ref:
 @stage("save_onnx-{branch}")
 def save_onnx(
     job: Job,
+    model: Ref,
     artifact: Ref,
     images: Ref,
-    engine: str | None,
     runtime: Runtime,
     input_shape: tuple[int, int, int],
     *,
     branch: str,
 ) -> Ref:
-    """The ONNX version of a TorchScript file, checked to give the same answers; or why there is none.
+    """The ONNX file of a fused float model, or of an int8 model, once it answers as its TorchScript file does.
 
-    A model that ONNX cannot express, or that answers differently in an ONNX runtime, still has its TorchScript file.
+    Or why there is none: a model that ONNX cannot express, or that answers differently in an ONNX runtime, still has
+    its TorchScript file.
     """
     from quantlib.errors import ModelError
     from quantlib.export import onnx
+    from quantlib.quantize import stored
 
     store = job.store
+    module, header = stored.open_model(store.read(model))
     try:
-        content = onnx.to_onnx(store.path(artifact), engine, input_shape)
-        onnx.check_onnx(content, store.path(artifact), engine, runtime.name, store.path(images))
+        content = onnx.to_onnx(module, input_shape)
+        onnx.check_onnx(content, store.path(artifact), header.engine, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)

@@ -31,14 +31,16 @@ def load_float(
 ) -> Ref:
     """Build the float model and load its weights, or train it if `training` is given."""
     from quantlib.data import loading
+    from quantlib.graph.quantizable import make_quantizable
     from quantlib.models import checkpoint, registry
     from quantlib.models import training as trainer
 
-    module, header = registry.from_input(model, num_classes, seed)
+    module, header = registry.from_input(model, num_classes, input_shape, seed)
     registry.check_logits(module, num_classes, input_shape)
     if training is not None:
         split, indices = loading.select(training.images)
         trainer.train(module, split, indices, training.transform, training.recipe, seed, job.progress)
+    module = make_quantizable(module, input_shape)
     return job.store.put(header.kind, checkpoint.save(module, header))
 
 

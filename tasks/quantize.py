@@ -127,22 +127,23 @@ def has_stalled(run: Run, evaluations: Sequence[tuple[Ref, ...]], patience: int)
 @stage("choose_epoch-{branch}")
 def choose_epoch(
     job: Job,
+    models: tuple[Ref, ...],
     artifacts: tuple[Ref, ...],
     states: tuple[Ref, ...],
     evaluations: tuple[tuple[Ref, ...], ...],
     *,
     branch: str,
-) -> tuple[Ref, Ref, Ref]:
+) -> tuple[Ref, Ref, Ref, Ref]:
     """The candidate that is most accurate on the selection images; among equals, the first.
 
     The candidates are the start of QAT, if that is a calibrated model, and its epochs.
 
     Returns:
-        Its artifact, its state, and its place among the candidates.
+        Its int8 model, its TorchScript file, its state, and its place among the candidates.
     """
     from quantlib.measure import predictions
 
     store = job.store
     top1 = [predictions.load_shards(map(store.read, parts)).top1 for parts in evaluations]
     best = top1.index(max(top1))
-    return artifacts[best], states[best], job.store.put_json("choice", best)
+    return models[best], artifacts[best], states[best], job.store.put_json("choice", best)

@@ -22,7 +22,9 @@ class BenchmarkTarget:
 class CandidateRefs:
     """The artifacts of an int8 model that QAT may choose."""
 
+    model: Ref
     artifact: Ref
+    """Its TorchScript file."""
     validation: tuple[Ref, ...]
     selection: tuple[Ref, ...]
 

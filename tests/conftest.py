@@ -197,7 +197,7 @@ def tiny_model(stir_batch_norm):
 @pytest.fixture(scope="session")
 def tiny_header():
     """The header `checkpoint.save` gets for `tiny_model` and `trained_model`."""
-    return Header(architecture="mobilenet_v2", arguments=TINY_ARGUMENTS, code="")
+    return Header(architecture="mobilenet_v2", arguments=TINY_ARGUMENTS, code="", input_shape=(3, CROP, CROP))
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ _LAYER_IMAGES_PER_STAGE = 64
 def float_branch(shared: SharedStages) -> VariantRefs:
     """The baseline: fused, scripted, evaluated."""
     artifact = shared.run(script_and_save, shared.fused_eval, branch="float")
-    onnx = _save_onnx(shared, artifact, None, "float")
+    onnx = _save_onnx(shared, shared.fused_eval, artifact, "float")
     batch_size = shared.recipe.evaluation.batch_size
     validation, selection = _on_shards(
         shared, "float", lambda shard, name: shared.run(evaluate_baseline, artifact, shard, batch_size, branch=name)
@@ -78,7 +78,7 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
     """A PTQ variant: calibrated, corrected, converted, scripted, evaluated."""
     calibrated = _calibrate(shared, branch)
     prepared = _correct(shared, branch, calibrated)
-    artifact = _export(shared, prepared, branch.name)
+    model, artifact = _export(shared, prepared, branch.name)
     validation, selection = _evaluate(shared, artifact, shared.runtime, branch.name)
     return VariantRefs(
         variant=_variant(shared, branch, "ptq", bias_corrected=branch.corrects_bias),
@@ -86,7 +86,7 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
         prepared=prepared,
         validation=validation,
         selection=selection,
-        onnx=_save_onnx(shared, artifact, shared.engine, branch.name),
+        onnx=_save_onnx(shared, model, artifact, branch.name),
         simulated=_simulate(shared, prepared, branch.name, in_float=calibrated),
         layers=_layers(shared, prepared, branch),
     )
@@ -124,8 +124,9 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
         states.append(state)
         if branch.patience is not None and _has_stalled(shared, candidates, branch.patience):
             break
-    best_artifact, best_state, choice = shared.run(
+    best_model, best_artifact, best_state, choice = shared.run(
         choose_epoch,
+        tuple(candidate.model for candidate in candidates),
         tuple(candidate.artifact for candidate in candidates),
         tuple(states),
         tuple(candidate.selection for candidate in candidates),
@@ -148,7 +149,7 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
         selection=best.selection if best else (),
         best_epoch=best_epoch,
         start=start,
-        onnx=_save_onnx(shared, best_artifact, shared.engine, branch.name),
+        onnx=_save_onnx(shared, best_model, best_artifact, branch.name),
         simulated=_simulate(shared, best_state, branch.name, in_float=best_state),
         layers=_layers(shared, best_state, branch),
         epochs=tuple(
@@ -173,9 +174,9 @@ def _variant(
 
 def _candidate(shared: SharedStages, state: Ref, name: str) -> CandidateRefs:
     """The file that a QAT state would ship, evaluated."""
-    artifact = _export(shared, state, name)
+    model, artifact = _export(shared, state, name)
     validation, selection = _evaluate(shared, artifact, shared.runtime, name)
-    return CandidateRefs(artifact=artifact, validation=validation, selection=selection)
+    return CandidateRefs(model=model, artifact=artifact, validation=validation, selection=selection)
 
 
 def _has_stalled(shared: SharedStages, candidates: list[CandidateRefs], patience: int) -> bool:
@@ -188,9 +189,10 @@ def _has_stalled(shared: SharedStages, candidates: list[CandidateRefs], patience
         return False
 
 
-def _export(shared: SharedStages, prepared: Ref, name: str) -> Ref:
-    int8 = shared.run(convert, prepared, shared.engine, shared.inputs.transform.input_shape, branch=name)
-    return shared.run(script_and_save, int8, branch=name)
+def _export(shared: SharedStages, prepared: Ref, name: str) -> tuple[Ref, Ref]:
+    """The int8 model, and its TorchScript file."""
+    model = shared.run(convert, prepared, shared.engine, shared.inputs.transform.input_shape, branch=name)
+    return model, shared.run(script_and_save, model, branch=name)
 
 
 def _evaluate(
@@ -202,12 +204,12 @@ def _evaluate(
     )
 
 
-def _save_onnx(shared: SharedStages, artifact: Ref, engine: str | None, name: str) -> Ref | None:
+def _save_onnx(shared: SharedStages, model: Ref, artifact: Ref, name: str) -> Ref | None:
     """The ONNX file of a variant, or why there is none; None if no runtime for it is installed."""
     if not shared.onnx_runtimes:
         return None
     images, runtime, shape = shared.validation[0], shared.onnx_runtimes[0], shared.inputs.transform.input_shape
-    return shared.run(save_onnx, artifact, images, engine, runtime, shape, branch=name)
+    return shared.run(save_onnx, model, artifact, images, runtime, shape, branch=name)
 
 
 def targets_of(shared: SharedStages, refs: VariantRefs) -> list[BenchmarkTarget]:

@@ -1,8 +1,9 @@
 """Fusion: Conv, BatchNorm and ReLU become one module, which int8 needs and float benefits from."""
 
 import copy
+from collections import Counter
 
-from torch import nn
+from torch import fx, nn
 
 from quantlib.eager.fusing import fuse_modules
 from quantlib.recipe.scheme import FuseMode
@@ -33,6 +34,8 @@ def fuse_model(model: nn.Module, mode: FuseMode, *, inplace: bool = False) -> nn
 
 def find_groups(model: nn.Module) -> list[list[str]]:
     """The chains of submodules to fuse, by dotted path."""
+    if isinstance(model, fx.GraphModule):
+        return _groups_of_graph(model)
     own = getattr(model, "modules_to_fuse", None)
     if own is not None:
         return [list(group) for group in own()]
@@ -42,6 +45,26 @@ def find_groups(model: nn.Module) -> list[list[str]]:
         if isinstance(module, nn.Sequential)
         for group in _groups_of(module, prefix=f"{name}." if name else "")
     ]
+
+
+def _groups_of_graph(model: fx.GraphModule) -> list[list[str]]:
+    modules, groups = dict(model.named_modules()), []
+    calls = Counter(node.target for node in model.graph.nodes)
+    for node in model.graph.nodes:
+        chain, paths = [node], []
+        while len(chain[-1].users) == 1:
+            chain.append(next(iter(chain[-1].users)))
+        for each in chain:
+            module = modules.get(str(each.target)) if each.op == "call_module" else None
+            # Not what stays float, nor a module that has more to do than this.
+            if module is None or getattr(module, "qconfig", module) is None or calls[each.target] > 1:
+                break
+            paths.append(str(each.target))
+        kinds = tuple(type(modules[path]) for path in paths)
+        length = next((len(pattern) for pattern in _PATTERNS if kinds[: len(pattern)] == pattern), 1)
+        if length > 1:
+            groups.append(paths[:length])
+    return groups
 
 
 def _groups_of(chain: nn.Sequential, prefix: str) -> list[list[str]]:

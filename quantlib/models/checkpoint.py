@@ -26,6 +26,8 @@ class Header:
     """What the architecture is called with."""
     code: str
     """Hash of the user's own module, "" for a registered architecture."""
+    input_shape: tuple[int, int, int]
+    """Channels, height and width of its input."""
     fused: FuseMode | None = None
     """The mode in which it is fused; None: it is not."""
     observed: tuple[str, ...] | None = None

@@ -5,6 +5,7 @@ A float model is stored as what is needed to rebuild it (architecture, arguments
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -13,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantlib.errors import ModelError
+from quantlib.errors import MachineError, ModelError, RecipeError, suggest
 from quantlib.imports import call_function, import_function
 from quantlib.models.checkpoint import Header
 from quantlib.models.mobilenet_v2 import mobilenet_v2
-from quantlib.models.weights import load_weights, read_weights
+from quantlib.models.weights import TORCHVISION, load_weights, read_weights
 
 if TYPE_CHECKING:
     from quantlib.models.source import ModelInput
 
+TIMM = "timm:"
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2}
 """The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES lists their names."""
 
@@ -30,13 +32,17 @@ def find_architecture(name: str) -> Callable[..., nn.Module]:
     """The callable that builds an architecture.
 
     Args:
-        name: A registered name, or "package.module:function".
+        name: A registered name, "torchvision:NAME", "timm:NAME", or "package.module:function".
 
     Raises:
         RecipeError: If there is none.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
+    if name.startswith(TORCHVISION):
+        return _find_in_torchvision(name.removeprefix(TORCHVISION))
+    if name.startswith(TIMM):
+        return _find_in_timm(name.removeprefix(TIMM))
     return import_function(name, "model.architecture", ARCHITECTURES)
 
 
@@ -61,20 +67,51 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model
 
 
+def _find_in_torchvision(name: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise RecipeError(f"torchvision has no classifier {name!r}{suggest(name, known)}")
+    builder: Callable[..., nn.Module] = models.get_model_builder(name)
+    return builder
+
+
+def _find_in_timm(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError:
+        raise MachineError(
+            f"model.architecture = {TIMM + name!r} needs timm, which is not installed: pip install quantflow[timm]"
+        ) from None
+    known = timm.list_models()
+    if name not in known:
+        raise RecipeError(f"timm has no model {name!r}{suggest(name, known)}")
+    return functools.partial(timm.create_model, name)
+
+
+def _takes_num_classes(function: Callable[..., nn.Module]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
 def arguments_of(source: ModelInput, num_classes: int) -> dict[str, Any]:
     """What the architecture is called with: the recipe's arguments, and `num_classes` if it takes that."""
     arguments: dict[str, Any] = json.loads(source.arguments)
-    if "num_classes" in inspect.signature(find_architecture(source.architecture)).parameters:
+    if _takes_num_classes(find_architecture(source.architecture)):
         arguments = {"num_classes": num_classes} | arguments
     return arguments
 
 
-def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Module, Header]:
+def from_input(
+    source: ModelInput, num_classes: int, input_shape: tuple[int, int, int], seed: int
+) -> tuple[nn.Module, Header]:
     """The model that a recipe names, and its header.
 
     Args:
         source: Its weights are loaded, unless they are "train".
         num_classes: Passed to the architecture if it takes that and the recipe does not set it.
+        input_shape: Channels, height and width of its input.
         seed: Seeds the initial weights.
 
     Raises:
@@ -85,7 +122,9 @@ def from_input(source: ModelInput, num_classes: int, seed: int) -> tuple[nn.Modu
     model = build(source.architecture, arguments)
     if source.weights != "train":
         load_weights(model, read_weights(source.weights, source.architecture), source.weights)
-    return model.eval(), Header(architecture=source.architecture, arguments=arguments, code=source.code)
+    return model.eval(), Header(
+        architecture=source.architecture, arguments=arguments, code=source.code, input_shape=input_shape
+    )
 
 
 def check_logits(model: nn.Module, num_classes: int, input_shape: tuple[int, int, int]) -> None:

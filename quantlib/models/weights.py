@@ -94,7 +94,7 @@ def find_torchvision_weights(architecture: str, weights: str) -> Any:
 
     name = weights.removeprefix(TORCHVISION)
     try:
-        choices = get_model_weights(architecture)
+        choices = get_model_weights(architecture.removeprefix(TORCHVISION))
     except ValueError:
         raise ModelError(
             f"torchvision has no model {architecture!r}, so no weights for it: give a state_dict file."

@@ -122,5 +122,5 @@ def _means(model: nn.Module, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]
 
 
 def _mean(output: Tensor) -> Tensor:
-    """The mean per channel: [N, C, H, W] to [C, 1, 1], and [N, C] to [C]."""
-    return output.mean(0) if output.dim() == 2 else output.mean((0, 2, 3)).view(-1, 1, 1)
+    """By channel: [N, C, H, W] to [C, 1, 1], and a linear layer's [N, ..., C] to [C]."""
+    return output.mean((0, 2, 3)).view(-1, 1, 1) if output.dim() == 4 else output.flatten(0, -2).mean(0)

@@ -66,7 +66,7 @@ class ModelRecipe(Section):
     """The float model: its architecture and where its weights come from."""
 
     architecture: Line = "mobilenet_v2"
-    """A registered name, or "package.module:function", which returns an nn.Module."""
+    """mobilenet_v2; "torchvision:NAME" or "timm:NAME"; or "package.module:function", which returns an nn.Module."""
     arguments: Arguments = {}
     """Keyword arguments of the architecture; `num_classes` is taken from the data if it is not given."""
     weights: PathName
@@ -205,6 +205,11 @@ class GateRecipe(Section):
 def is_import_path(name: str) -> bool:
     """Whether a recipe's value names a Python function, in the form "package.module:function"."""
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def is_model_name(name: str) -> bool:
+    """Whether `[model] architecture` names a model of torchvision or timm, or a Python function."""
+    return name.startswith(("torchvision:", "timm:")) or is_import_path(name)
 
 
 def is_weights_file(weights: str) -> bool:

@@ -125,10 +125,12 @@ def _answers(run, *num_correct):
 
 @pytest.mark.parametrize(("top1", "best"), [((8, 7, 8), 0), ((8, 9, 9), 1), ((1, 2, 3), 2)])
 def test_an_epoch_is_chosen_only_where_it_is_better_than_all_before_it(run, top1, best):
-    models = tuple(run.store.put("model", bytes([n])) for n in range(3))
-    states = tuple(run.store.put("model", bytes([n, n])) for n in range(3))
-    assert reuse_or_compute(run, choose_epoch, models, states, tuple(_answers(run, *top1)), branch="b") == (
+    models = tuple(run.store.put("int8-model", bytes([n])) for n in range(3))
+    files = tuple(run.store.put("torchscript", bytes([n, n])) for n in range(3))
+    states = tuple(run.store.put("trainable-model", bytes([n, n, n])) for n in range(3))
+    assert reuse_or_compute(run, choose_epoch, models, files, states, tuple(_answers(run, *top1)), branch="b") == (
         models[best],
+        files[best],
         states[best],
         run.store.put_json("choice", best),
     )

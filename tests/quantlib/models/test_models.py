@@ -157,7 +157,7 @@ def test_weights_are_loaded_into_the_named_architecture(weights_file, tiny_model
     arguments = {name: value for name, value in tiny_arguments.items() if name != "num_classes"}
     source = _source(arguments=json.dumps(arguments), weights=str(weights_file))
 
-    model, header = registry.from_input(source, num_classes=3, seed=0)
+    model, header = registry.from_input(source, num_classes=3, input_shape=(3, 32, 32), seed=0)
 
     assert header.arguments == tiny_arguments  # num_classes comes from the data
     assert not model.training
@@ -167,7 +167,7 @@ def test_weights_are_loaded_into_the_named_architecture(weights_file, tiny_model
 
 
 def test_initial_weights_are_a_function_of_the_seed():
-    same, again, other = (registry.from_input(_source(), 2, seed)[0].state_dict() for seed in (1, 1, 2))
+    same, again, other = (registry.from_input(_source(), 2, (3, 32, 32), seed)[0].state_dict() for seed in (1, 1, 2))
 
     assert all(torch.equal(same[name], again[name]) for name in same)
     assert not torch.equal(same["features.0.0.weight"], other["features.0.0.weight"])
@@ -298,7 +298,9 @@ def test_a_users_architecture_is_built_with_the_number_of_classes(write_module):
         "                         nn.Linear(channels, num_classes))\n"
     )
 
-    model, header = registry.from_input(_source(f"{name}:small", '{"channels": 6}'), num_classes=5, seed=0)
+    model, header = registry.from_input(
+        _source(f"{name}:small", '{"channels": 6}'), num_classes=5, input_shape=(3, 32, 32), seed=0
+    )
 
     registry.check_logits(model, num_classes=5, input_shape=(3, 16, 16))
     assert header.arguments == {"num_classes": 5, "channels": 6}
@@ -307,7 +309,9 @@ def test_a_users_architecture_is_built_with_the_number_of_classes(write_module):
 def test_an_architecture_without_num_classes_is_not_given_it(write_module):
     name = write_module("from torch import nn\ndef fixed():\n    return nn.Linear(1, 1)\n")
 
-    assert registry.from_input(_source(f"{name}:fixed"), num_classes=5, seed=0)[1].arguments == {}
+    assert (
+        registry.from_input(_source(f"{name}:fixed"), num_classes=5, input_shape=(3, 32, 32), seed=0)[1].arguments == {}
+    )
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known():

@@ -56,7 +56,8 @@ def test_corrected_biases_bring_the_mean_logits_back(calibrated, shard):
 
 def test_a_corrected_model_handed_over_converts_to_the_bytes_of_one_read_back(calibrated, shard, engine):
     arguments = {"num_classes": 4, "width_mult": 0.25, "inverted_residual_setting": SETTING}
-    header = Header(architecture="mobilenet_v2", arguments=arguments, code="", fused="eval", scheme=SCHEME)
+    header = Header(architecture="mobilenet_v2", arguments=arguments, code="", input_shape=(3, 16, 16))
+    header = replace(header, fused="eval", scheme=SCHEME)
     content = stored.hand_over(bias_correction.correct_bias(calibrated, [shard]), header)
     handed_over, read_back = (conversion.convert(stored.open_model(content)[0], engine) for _ in range(2))
     header = replace(header, engine=engine)

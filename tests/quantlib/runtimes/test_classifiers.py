@@ -20,6 +20,7 @@ from quantlib.runtimes import available, classifiers
 
 Calibrated = Callable[[str], nn.Module]
 
+SHAPE = (3, 32, 32)
 ONNX_RUNTIMES = [found.name for found in available.find_onnx_runtimes()]
 
 
@@ -28,9 +29,10 @@ def exported(calibrated, fused_model, engine, tmp_path_factory):
     """A folder with int8.pt, int8.onnx and float.pt."""
     pytest.importorskip("onnx", reason="the extra of an ONNX runtime is not installed")
     folder = tmp_path_factory.mktemp("files")
-    (folder / "int8.pt").write_bytes(scripting.script(conversion.convert(calibrated("accurate"), engine), engine))
+    int8 = conversion.convert(calibrated("accurate"), engine)
+    (folder / "int8.pt").write_bytes(scripting.script(int8, engine))
     (folder / "float.pt").write_bytes(scripting.script(fused_model))
-    (folder / "int8.onnx").write_bytes(onnx.to_onnx(folder / "int8.pt", engine, (3, 32, 32)))
+    (folder / "int8.onnx").write_bytes(onnx.to_onnx(int8, SHAPE))
     return folder
 
 
@@ -62,16 +64,33 @@ def test_a_frozen_float_file_computes_the_same(exported, fused_model, val_inputs
     torch.testing.assert_close(classifiers.open_model(exported / "float.pt", "torchscript")(val_inputs), expected)
 
 
-def test_the_onnx_file_has_the_same_bytes_each_time(exported, engine):
-    assert onnx.to_onnx(exported / "int8.pt", engine, (3, 32, 32)) == (exported / "int8.onnx").read_bytes()
+def test_the_onnx_file_has_the_same_bytes_each_time(exported, calibrated, engine):
+    int8 = conversion.convert(calibrated("accurate"), engine)
+    assert onnx.to_onnx(int8, SHAPE) == (exported / "int8.onnx").read_bytes()
+
+
+def test_the_onnx_file_holds_int8_weights_and_leaves_the_model_as_it_was(calibrated, engine, val_inputs):
+    int8 = conversion.convert(calibrated("accurate"), engine)
+    with torch.inference_mode():
+        before = int8(val_inputs)
+    written = pytest.importorskip("onnx").load_from_string(onnx.to_onnx(int8, SHAPE))
+    kinds = {each.name: each.data_type for each in written.graph.initializer}
+    stored = [name for name in kinds if name.endswith("_int8")]
+    layers = [m for m in int8.modules() if hasattr(m, "weight") and callable(m.weight)]
+    assert len(stored) == len(layers) > 10
+    assert {kinds[name] for name in stored} == {3}  # TensorProto.INT8.
+    assert not [each.name for each in written.graph.initializer if each.data_type == 1 and len(each.dims) > 1]
+    with torch.inference_mode():
+        assert torch.equal(int8(val_inputs), before)
 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
-def test_an_onnx_file_that_answers_differently_is_refused(exported, calibrated, engine, runtime, val_shard, tmp_path):
+def test_an_onnx_file_that_answers_differently_is_refused(exported, calibrated, engine, runtime, val_shard):
     other = copy.deepcopy(calibrated("accurate"))
     other.classifier[1].weight.data = other.classifier[1].weight.data.flip(0)
-    (tmp_path / "other.pt").write_bytes(scripting.script(conversion.convert(other, engine), engine))
-    right, wrong = (onnx.to_onnx(path, engine, (3, 32, 32)) for path in (exported / "int8.pt", tmp_path / "other.pt"))
+    right, wrong = (
+        onnx.to_onnx(conversion.convert(prepared, engine), SHAPE) for prepared in (calibrated("accurate"), other)
+    )
 
     onnx.check_onnx(right, exported / "int8.pt", engine, runtime, val_shard)
     with pytest.raises(ModelError, match=rf"In {runtime} the logits are [\d.]+% of their power away"):
@@ -80,22 +99,22 @@ def test_an_onnx_file_that_answers_differently_is_refused(exported, calibrated, 
 
 @pytest.mark.parametrize("runtime", ONNX_RUNTIMES)
 def test_float_as_onnx_answers_as_its_torchscript_file_to_a_hundredth_of_the_logits(
-    exported, runtime, val_shard, val_inputs, tmp_path
+    exported, fused_model, runtime, val_shard
 ):
-    content = onnx.to_onnx(exported / "float.pt", None, (3, 32, 32))
+    content = onnx.to_onnx(fused_model, SHAPE)
     onnx.check_onnx(content, exported / "float.pt", None, runtime, val_shard)
     with pytest.raises(ModelError, match=r"at most 0.01% are allowed\.$"):
         onnx.check_onnx((exported / "int8.onnx").read_bytes(), exported / "float.pt", None, runtime, val_shard)
 
 
-def test_what_onnx_cannot_express_is_refused(tmp_path, engine):
+def test_what_onnx_cannot_express_is_refused(capfd):
     class Unusual(nn.Module):
         def forward(self, x):
             return torch.linalg.matrix_exp(x)
 
-    (tmp_path / "model.pt").write_bytes(scripting.script(Unusual()))
     with pytest.raises(ModelError, match="cannot be written as ONNX"):
-        onnx.to_onnx(tmp_path / "model.pt", engine, (3, 32, 32))
+        onnx.to_onnx(Unusual(), SHAPE)
+    assert "".join(capfd.readouterr()) == ""  # torch prints the whole graph.
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, None])
