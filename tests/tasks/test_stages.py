@@ -147,8 +147,9 @@ def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run):
     start, epoch = run.store.put("torchscript", b"start"), run.store.put("torchscript", b"epoch")
     metrics = {"epoch": 0, "loss": 1.0, "train_top1": 0.5, "observers_frozen": True, "batch_norm_frozen": True}
     variant = Variant(name="q", method="qat", qconfig="accurate", engine="x86")
-    candidate = CandidateRefs(artifact=start, validation=start_answers, selection=start_answers)
+    candidate = CandidateRefs(model=start, artifact=start, validation=start_answers, selection=start_answers)
     trained = EpochRefs(
+        model=epoch,
         artifact=epoch,
         validation=epoch_answers,
         selection=epoch_answers,

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -312,6 +313,36 @@ def test_an_architecture_without_num_classes_is_not_given_it(write_module):
     assert (
         registry.from_input(_source(f"{name}:fixed"), num_classes=5, input_shape=(3, 32, 32), seed=0)[1].arguments == {}
     )
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet10t"])
+def test_the_head_of_a_published_architecture_follows_the_data(name):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
+    model, header = registry.from_input(_source(name), num_classes=7, input_shape=(3, 32, 32), seed=0)
+    registry.check_logits(model, num_classes=7, input_shape=(3, 32, 32))
+    assert header.arguments == {"num_classes": 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("torchvision:resnet81", r"torchvision has no classifier 'resnet81'.*resnet18"),
+        ("torchvision:maskrcnn_resnet50_fpn", "torchvision has no classifier"),
+        ("timm:resnet10x", r"timm has no model 'resnet10x'.*resnet10t"),
+    ],
+)
+def test_an_unknown_name_of_torchvision_or_timm_is_refused_with_the_nearest(name, said):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
+    with pytest.raises(RecipeError, match=said):
+        registry.find_architecture(name)
+
+
+def test_timm_that_is_missing_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MachineError, match=r"needs timm, which is not installed: pip install quantflow\[timm\]"):
+        registry.find_architecture("timm:resnet10t")
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known():
