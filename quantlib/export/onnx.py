@@ -13,6 +13,7 @@ from quantlib import temporary
 from quantlib.data import shards
 from quantlib.eager.twin import float_twin
 from quantlib.errors import ModelError
+from quantlib.graph.tracing import untraced
 from quantlib.runtimes import available, classifiers
 
 # The newest opset that torch's legacy exporter writes.
@@ -43,6 +44,10 @@ def to_onnx(model: nn.Module, input_shape: tuple[int, int, int]) -> bytes:
     """
     import onnx
 
+    if whole := untraced(model):
+        raise ModelError(
+            f"The model cannot be written as ONNX: {whole[0]} branches on values, and the file would hold one branch."
+        )
     twin, weights = float_twin(model)
     buffer = io.BytesIO()
     fast_attention = torch.backends.mha.get_fastpath_enabled()

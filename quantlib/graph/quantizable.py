@@ -27,7 +27,7 @@ class Add(nn.Module):
         self.operation = FloatFunctional()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """X + y."""
+        """The sum of two tensors of one shape."""
         return self.operation.add(x, y)
 
 
@@ -56,20 +56,6 @@ class Concatenate(nn.Module):
         return self.operation.cat(tensors, self.dim)
 
 
-class Island(nn.Module):
-    """A layer that is int8 by itself, between float neighbours."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.quant = QuantStub()
-        self.layer = layer
-        self.dequant = DeQuantStub()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the layer computes, float in and float out."""
-        return self.dequant(self.layer(self.quant(x)))
-
-
 def make_quantizable(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
     """A float model with the same parameters and answers, ready for fusion and preparation.
 
@@ -80,7 +66,7 @@ def make_quantizable(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.
         input_shape: Channels, height and width of its input.
 
     Raises:
-        ModelError: If it has nothing to quantize.
+        ModelError: If it has nothing to quantize, cannot be traced, or computes something else then.
     """
     if any(isinstance(module, QuantStub) for module in model.modules()):
         return model
@@ -92,22 +78,23 @@ def make_quantizable(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.
     with torch.inference_mode():
         expected = model(x)
     traced = trace(model)
-    if traced is None or not _same(traced, x, expected):
-        raise ModelError("The model's forward() cannot be traced.")
     _separate_calls(traced)
     with torch.inference_mode():
         note_shapes(traced, x)
     plan = draw_plan(traced)
     _put_in(traced, plan)
     if not _same(traced, x, expected):
-        raise ModelError("The traced model computes something else than the model itself.")
+        raise ModelError(
+            f"{type(model).__name__} computes something else once it is traced: its forward() depends on something "
+            "other than tensors, or on the number of images. Put QuantStub and DeQuantStub around the part to "
+            "quantize, and the model is taken as it is."
+        )
     return traced.train(training)
 
 
 def plan_of(model: nn.Module, input_shape: tuple[int, int, int]) -> Plan:
     """The plan that `make_quantizable` follows."""
     traced = trace(copy.deepcopy(model).eval())
-    assert traced is not None
     _separate_calls(traced)
     with torch.inference_mode():
         note_shapes(traced, torch.zeros(1, *input_shape))

@@ -8,26 +8,42 @@ from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 from quantlib.eager.modules import FusedModule
+from quantlib.errors import ModelError
 
 
-def trace(model: nn.Module) -> fx.GraphModule | None:
-    """Trace a model; None if its own forward() cannot be traced.
+def trace(model: nn.Module) -> fx.GraphModule:
+    """Trace a model.
 
-    A submodule whose forward() branches on values, or does anything else that symbols cannot, is taken as a whole.
+    A submodule whose forward() branches on values, or does anything else that symbols cannot, is taken as a whole;
+    `untraced` names them.
+
+    Raises:
+        ModelError: If the model's own forward() cannot be traced.
     """
     leaves: set[str] = set()
     while True:
         tracer = _Tracer(leaves)
         try:
             graph = tracer.trace(model)
-        except Exception:  # noqa: BLE001, RUF100 (a user's forward() may raise anything when run on symbols)
+        except Exception as error:
             if tracer.failed is None:
-                return None
+                raise ModelError(
+                    f"The forward() of {type(model).__name__} cannot be traced: {str(error).partition(chr(10))[0]} "
+                    "Move what branches on values into a submodule, which then stays float; or put QuantStub and "
+                    "DeQuantStub around the part to quantize, and the model is taken as it is."
+                ) from None
             leaves.add(tracer.failed)
         else:
             for node in graph.nodes:
                 node.type = None  # A return annotation names a class for training, which scripting would insist on.
-            return fx.GraphModule(model, graph, type(model).__name__)
+            traced = fx.GraphModule(model, graph, type(model).__name__)
+            traced.meta["untraced"] = tuple(sorted(leaves))
+            return traced
+
+
+def untraced(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the submodules of a traced model, or of what was made of it, that were taken as a whole."""
+    return model.meta.get("untraced", ()) if isinstance(model, fx.GraphModule) else ()
 
 
 class _Tracer(fx.Tracer):

@@ -9,6 +9,7 @@ from torchvision import models
 
 from quantlib.eager.modules import DeQuantStub, QuantStub
 from quantlib.errors import ModelError
+from quantlib.export import onnx
 from quantlib.graph import fusion
 from quantlib.graph.quantizable import make_quantizable, plan_of
 from quantlib.quantize import conversion, preparation, simulation
@@ -176,6 +177,8 @@ def test_a_module_that_cannot_be_traced_stays_float_and_the_rest_is_int8(engine)
     with torch.inference_mode():
         assert noise(model(x), simulated(x)) < 0.01
         assert noise(simulated(x), int8(x)) < 0.01
+    with pytest.raises(ModelError, match="2 branches on values, and the file would hold one branch"):
+        onnx.to_onnx(int8, (3, 8, 8))
 
 
 class Branches(nn.Module):
@@ -188,8 +191,25 @@ class Branches(nn.Module):
 
 
 def test_a_model_that_cannot_be_traced_is_refused():
-    with pytest.raises(ModelError, match="cannot be traced"):
+    with pytest.raises(ModelError, match=r"Branches cannot be traced.*QuantStub and DeQuantStub"):
         make_quantizable(Branches().eval(), (3, 8, 8))
+
+
+class Remembering(nn.Module):
+    """Adds the number of images that it saw when it was first called."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.calls = nn.Linear(192, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(x.flatten(1)) + self.calls
+
+
+def test_a_model_that_computes_something_else_once_traced_is_refused():
+    with pytest.raises(ModelError, match="Remembering computes something else once it is traced"):
+        make_quantizable(Remembering().eval(), (3, 8, 8))
 
 
 def test_float_operations_between_layers_have_borders_around_them():
