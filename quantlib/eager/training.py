@@ -85,8 +85,13 @@ def freeze_observers(model: nn.Module) -> None:
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Keep the BatchNorm statistics of fused QAT modules as they are from now on.
+    """Keep BatchNorm's statistics as they are from now on, inside fused QAT modules and on its own.
 
-    This sets an attribute that no state_dict holds: whoever loads a model must freeze it again.
+    This sets attributes that no state_dict holds: whoever loads a model, or puts it into training mode, must freeze it
+    again.
     """
+    inside = {id(module.bn) for module in model.modules() if hasattr(module, "freeze_bn_stats")}
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and id(module) not in inside:
+            module.eval()
     model.apply(intrinsic_qat.freeze_bn_stats)

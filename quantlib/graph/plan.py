@@ -145,7 +145,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _carries(node: fx.Node, module: nn.Module | None, modules: dict[str, nn.Module]) -> bool:
-    if not _tensors(node) or not _is_tensor(node):
+    if not node.args or not _tensors(node) or not _is_tensor(node):
         return False
     if isinstance(module, nn.BatchNorm2d):
         return is_fused_away(node, modules)

@@ -2,17 +2,20 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
+from quantlib.data.transforms import TrainTransform
 from quantlib.eager.modules import DeQuantStub, QuantStub
 from quantlib.errors import ModelError
 from quantlib.export import onnx
 from quantlib.graph import fusion
 from quantlib.graph.quantizable import make_quantizable, plan_of
-from quantlib.quantize import conversion, preparation, simulation
+from quantlib.quantize import conversion, preparation, qat, simulation
+from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
 
 SCHEME = Scheme(observer="minmax", weights="per_channel", activation_bits=8)
@@ -246,3 +249,37 @@ def test_depth_and_dropout_are_left_out_in_evaluation_and_random_in_training():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         assert not torch.equal(model(x), model(x))
+
+
+def test_batch_norm_that_stands_alone_is_frozen_as_the_fused_are(train_split):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(8),  # As in DenseNet: before a convolution, not behind one.
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+    fused = fusion.fuse_model(make_quantizable(settled(model, (3, 32, 32)), (3, 32, 32)), "qat")
+    prepared = preparation.prepare(fused, SCHEME, "qat")
+    before = {name: value.clone() for name, value in prepared.state_dict().items() if "running" in name}
+    schedule = Schedule(
+        batches_per_epoch=2,
+        batch_size=6,
+        epochs=None,
+        learning_rate=0.01,
+        decay="constant",
+        freeze_batch_norm_after_epoch=-2,
+        freeze_observer_after_epoch=0,
+        seed=7,
+    )
+    transform = TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)
+    qat.train_epoch(prepared, 0, schedule, train_split, np.arange(len(train_split)), transform)
+    after = prepared.state_dict()
+    assert len(before) == 4
+    assert all(torch.equal(after[name], value) for name, value in before.items())
