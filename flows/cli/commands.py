@@ -1,4 +1,4 @@
-"""The command line: `quantflow run`, `plan`, `resume`, `runs`, `report`, `dashboard`, `recipes`, `cache`.
+"""The command line: `quantflow run`, `plan`, `inspect`, `resume`, `runs`, `report`, `dashboard`, `recipes`, `cache`.
 
 Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
 Heavy imports wait until a command needs them.
@@ -87,6 +87,27 @@ def plan(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
         click.echo(f"  {stage.label:<42} {'reuse' if stage.reused else f'run    {stage.reason}'}")
     num_reused = sum(stage.reused for stage in stages)
     click.echo(f"{num_reused} stages would be reused, {len(stages) - num_reused} would run.")
+    return 0
+
+
+@main.command()
+@recipe_argument
+@set_option
+@home_option
+@reports_errors
+def inspect(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
+    """Show which layers of RECIPE's model become int8, and why the others stay float. Runs nothing."""
+    from rich.console import Console
+
+    from flows.cli.console import layers_table
+    from flows.parameters import find_recipe
+    from quantlib.graph.inspection import inspect_model, share_of_int8
+    from quantlib.inputs import find_inputs
+
+    inputs = find_inputs(find_recipe(recipe, overrides), home.resolve() / "splits")
+    layers = inspect_model(inputs.model, inputs.val.num_classes, inputs.transform.input_shape)
+    Console().print(layers_table(layers))
+    click.echo(f"{share_of_int8(layers):.1%} of the multiply-adds are int8.")
     return 0
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from quantlib.graph.plan import LayerPlan
     from quantlib.report.diagnosis import Diagnosis
     from quantlib.report.rows import Report, VariantRow
     from quantlib.store.journal import RunStatus
@@ -255,6 +256,21 @@ def cache_table(entries: Sequence[Entry]) -> Table:
         )
         created = datetime.fromisoformat(entry.record.created_at)
         table.add_row(entry.record.stage, _age(created), f"{entry.size / 1e6:.2f} MB", used_by)
+    return table
+
+
+def layers_table(layers: Sequence[LayerPlan]) -> Table:
+    """The layers of a model: what each becomes, why, and its share of the work."""
+    total = max(1, sum(layer.num_multiplications for layer in layers))
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind")
+    table.add_column("becomes")
+    table.add_column("work", justify="right")
+    table.add_column("why", overflow="fold")
+    for layer in layers:
+        work = f"{layer.num_multiplications / total:.1%}" if layer.num_multiplications else ""
+        table.add_row(Text(layer.path), layer.kind, "int8" if layer.int8 else "float", work, layer.reason)
     return table
 
 

@@ -56,7 +56,7 @@ class LayerPlan:
     reason: str
     """Why it stays float; "" for int8."""
     num_multiplications: int
-    """Multiply-adds for one image."""
+    """Multiply-adds for one image; 0 where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ def draw_plan(traced: fx.GraphModule) -> Plan:
     layers: list[LayerPlan] = []
     for node in traced.graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.MultiheadAttention):
+            layers.append(_attention_plan(node, module))
+        elif module is not None:
+            layers += _layers_inside(node, module)
         if isinstance(module, nn.Conv2d | nn.Linear):
             reason = _why_float(node, module)
             layers.append(_layer_plan(node, module, reason))
@@ -133,6 +137,34 @@ def _layer_plan(node: fx.Node, module: nn.Conv2d | nn.Linear, reason: str) -> La
         reason=reason,
         num_multiplications=outputs * module.weight[0].numel(),
     )
+
+
+def _attention_plan(node: fx.Node, module: nn.MultiheadAttention) -> LayerPlan:
+    shape = node.all_input_nodes[0].meta["shape"]
+    tokens, width = shape[1 if module.batch_first else 0], module.embed_dim
+    return LayerPlan(
+        path=str(node.target),
+        kind="MultiheadAttention",
+        int8=False,
+        reason="attention stays float",
+        # Four projections of each token; then each with each, twice.
+        num_multiplications=4 * tokens * width**2 + 2 * tokens**2 * width,
+    )
+
+
+def _layers_inside(node: fx.Node, whole: nn.Module) -> list[LayerPlan]:
+    """The layers of a module that could not be traced; what they compute is not known."""
+    return [
+        LayerPlan(
+            path=f"{node.target}.{path}",
+            kind=type(module).__name__,
+            int8=False,
+            reason=f"{node.target} branches on values, and is taken as a whole",
+            num_multiplications=0,
+        )
+        for path, module in whole.named_modules()
+        if path and isinstance(module, nn.Conv2d | nn.Linear)
+    ]
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

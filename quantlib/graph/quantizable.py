@@ -93,7 +93,11 @@ def make_quantizable(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.
 
 
 def plan_of(model: nn.Module, input_shape: tuple[int, int, int]) -> Plan:
-    """The plan that `make_quantizable` follows."""
+    """The plan that `make_quantizable` follows; of a model with stubs of its own, what it would be without them.
+
+    Raises:
+        ModelError: If the model cannot be traced.
+    """
     traced = trace(copy.deepcopy(model).eval())
     _separate_calls(traced)
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -248,3 +249,34 @@ def test_a_name_that_is_too_long_and_a_lock_that_is_a_folder_are_reported(tmp_pa
     found = CliRunner().invoke(commands.main, ["run", "--home", str(tmp_path)])
     assert found.exit_code == 2
     assert "server.lock is a folder, where a regular file belongs" in found.stderr
+
+
+def test_inspect_shows_what_becomes_int8_and_why_the_rest_does_not_and_runs_nothing(recipe, quantflow, tmp_path):
+    status, said = quantflow(
+        "inspect",
+        str(recipe),
+        "--set",
+        "model.architecture=torchvision:mobilenet_v3_small",
+        "--set",
+        "model.arguments={}",
+    )
+    assert status == 0
+    assert re.search(r"features\.0\.0 +Conv2d +int8", said)
+    assert re.search(r"features\.1\.block\.1\.fc1 +Conv2d +float +0\.\d% +it computes a gate", said)
+    assert re.search(r"\d\d\.\d% of the multiply-adds are int8", said)
+    assert not (tmp_path / ".quantflow" / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("torchvision:resnet81", "torchvision has no classifier 'resnet81'"),
+        ("torch.nn:Identity", "The model gives [1, 3, 32, 32] for one image, and the data has 2 classes"),
+    ],
+)
+def test_inspect_refuses_what_run_would_refuse(architecture, message, recipe, quantflow):
+    status, said = quantflow(
+        "inspect", str(recipe), "--set", f"model.architecture={architecture}", "--set", "model.arguments={}"
+    )
+    assert status == outcome.WRONG_INPUT
+    assert message in said
