@@ -32,7 +32,7 @@ class _Sum(nn.Module):
         self.round = Round(scale, zero_point)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """X + y."""
+        """Add two tensors."""
         return self.round(x + y)
 
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class _Sum(nn.Module):
         return self.round(torch.relu(x + y))
 
     def mul(self, x: Tensor, y: Tensor) -> Tensor:
-        """X * y."""
+        """Multiply two tensors."""
         return self.round(x * y)
 
     def cat(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
@@ -48,34 +48,31 @@ class _Sum(nn.Module):
         return self.round(torch.cat(tensors, dim))
 
 
-def float_twin(int8: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+def float_twin(int8: nn.Module) -> tuple[nn.Module, list[Tensor]]:
     """A float model that computes what an int8 one does, and the int8 weights of its layers.
 
     Args:
         int8: As `converting.convert` makes it.
 
     Returns:
-        The twin, whose layers hold dequantized weights; and the quantized weight of each layer by its path in the twin,
-        [out, ...] qint8.
+        The twin, whose layers hold dequantized weights; and the quantized weight of each layer, [out, ...] qint8.
     """
-    twin, weights = copy.deepcopy(int8), {}
+    twin, weights = copy.deepcopy(int8), []
     modules: list[tuple[str, Any]] = list(twin.named_modules())
     own: nn.Module
     for path, module in modules:
         if isinstance(module, _CONVOLUTIONS + _LINEARS):
             own = _layer(module)
-            weights[f"{path}.0"] = module.weight()  # type: ignore[no-untyped-call]
+            weights.append(module.weight())  # type: ignore[no-untyped-call]
         elif isinstance(module, nnq.QFunctional):
             own = _Sum(module.scale, module.zero_point)
         elif isinstance(module, nnq.Quantize):
             own = Round(module.scale, module.zero_point)
-        elif isinstance(module, nnq.DeQuantize):
-            own = nn.Identity()
         elif isinstance(module, nnq.Hardswish):
             own = nn.Sequential(nn.Hardswish(), Round(module.scale, module.zero_point))
         elif isinstance(module, nnq.ReLU6):
             own = nn.ReLU6()
-        elif isinstance(module, nnq.Dropout):
+        elif isinstance(module, nnq.DeQuantize | nnq.Dropout):
             own = nn.Identity()
         else:
             continue

@@ -1,6 +1,7 @@
 """A model as ONNX, written from its weights and grids, and whether it answers as the TorchScript file does."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -76,18 +77,18 @@ def to_onnx(model: nn.Module, input_shape: tuple[int, int, int]) -> bytes:
     return content
 
 
-def _store_as_int8(graph: Any, weights: dict[str, Tensor]) -> None:
+def _store_as_int8(graph: Any, weights: Sequence[Tensor]) -> None:
     """Replace float weights that lie on a grid by their int8 values and a DequantizeLinear, in place.
 
     Args:
         graph: ONNX's GraphProto.
-        weights: Quantized tensors [out, ...] by path.
+        weights: Quantized tensors [out, ...].
     """
     from onnx import helper, numpy_helper
 
     # By value: a layer over tokens is written as MatMul with its weight transposed, under a new name.
     known = {}
-    for weight in weights.values():
+    for weight in weights:
         values = weight.dequantize().numpy()
         known[values.shape, values.tobytes()] = (weight, 0)
         if values.ndim == 2:

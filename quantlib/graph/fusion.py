@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import fx, nn
 
@@ -52,7 +53,7 @@ def _groups_of_graph(model: fx.GraphModule) -> list[list[str]]:
     calls = Counter(node.target for node in model.graph.nodes)
     for node in model.graph.nodes:
         chain, paths = [node], []
-        while len(chain[-1].users) == 1:
+        while len(chain[-1].users) == 1 and len(chain) < len(_PATTERNS[0]):
             chain.append(next(iter(chain[-1].users)))
         for each in chain:
             module = modules.get(str(each.target)) if each.op == "call_module" else None
@@ -60,8 +61,7 @@ def _groups_of_graph(model: fx.GraphModule) -> list[list[str]]:
             if module is None or getattr(module, "qconfig", module) is None or calls[each.target] > 1:
                 break
             paths.append(str(each.target))
-        kinds = tuple(type(modules[path]) for path in paths)
-        length = next((len(pattern) for pattern in _PATTERNS if kinds[: len(pattern)] == pattern), 1)
+        length = _num_fusible([type(modules[path]) for path in paths])
         if length > 1:
             groups.append(paths[:length])
     return groups
@@ -72,8 +72,13 @@ def _groups_of(chain: nn.Sequential, prefix: str) -> list[list[str]]:
     groups = []
     position = 0
     while position < len(names):
-        length = next((len(p) for p in _PATTERNS if tuple(kinds[position : position + len(p)]) == p), 1)
+        length = _num_fusible(kinds[position:])
         if length > 1:
             groups.append([prefix + name for name in names[position : position + length]])
         position += length
     return groups
+
+
+def _num_fusible(kinds: Sequence[type[nn.Module]]) -> int:
+    """How many modules from the first on become one; 1: the first stays alone."""
+    return next((len(pattern) for pattern in _PATTERNS if tuple(kinds[: len(pattern)]) == pattern), 1)

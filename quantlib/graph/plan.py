@@ -93,7 +93,7 @@ def draw_plan(traced: fx.GraphModule) -> Plan:
     return Plan(frozenset(int8), tuple(layers))
 
 
-def is_fused_away(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_fused_away(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a BatchNorm's call becomes part of the convolution before it."""
     before = node.all_input_nodes[0]
     if before.op != "call_module" or len(before.users) > 1:
@@ -117,14 +117,21 @@ def _why_float(node: fx.Node, module: nn.Conv2d | nn.Linear) -> str:
 
 def _gates_channels(node: fx.Node) -> bool:
     """Whether what a node gives for one pixel is multiplied with an image of more, as squeeze-and-excite does."""
-    if tuple(node.meta.get("shape", ())[-2:]) != (1, 1):
-        return False
-    for user in node.users:
-        if user.target in _MULTIPLICATIONS and tuple(user.meta.get("shape", ())[-2:]) != (1, 1):
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if each in seen or not _is_one_pixel(each):
+            continue
+        seen.add(each)
+        if any(user.target in _MULTIPLICATIONS and not _is_one_pixel(user) for user in each.users):
             return True
-        if _gates_channels(user):
-            return True
+        waiting += each.users
     return False
+
+
+def _is_one_pixel(node: fx.Node) -> bool:
+    return tuple(node.meta.get("shape", ())[-2:]) == (1, 1)
 
 
 def _layer_plan(node: fx.Node, module: nn.Conv2d | nn.Linear, reason: str) -> LayerPlan:
@@ -180,7 +187,7 @@ def _carries(node: fx.Node, module: nn.Module | None, modules: dict[str, nn.Modu
     if not node.args or not _tensors(node) or not _is_tensor(node):
         return False
     if isinstance(module, nn.BatchNorm2d):
-        return is_fused_away(node, modules)
+        return _is_fused_away(node, modules)
     if module is not None:
         return isinstance(module, _CARRYING_MODULES + _ROUNDED)
     if node.target in ADDITIONS:

@@ -20,27 +20,16 @@ _MAX_CHANGE = 1e-4
 
 
 class Add(nn.Module):
-    """A sum of two tensors, rounded as one operation."""
+    """A sum of two tensors, or the ReLU of it, rounded as one operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, relu: bool) -> None:
         super().__init__()
+        self.relu = relu
         self.operation = FloatFunctional()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum of two tensors of one shape."""
-        return self.operation.add(x, y)
-
-
-class AddReLU(nn.Module):
-    """ReLU of a sum of two tensors, rounded as one operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operation = FloatFunctional()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """relu(x + y)."""
-        return self.operation.add_relu(x, y)
+        """Add two tensors of one shape."""
+        return self.operation.add_relu(x, y) if self.relu else self.operation.add(x, y)
 
 
 class Concatenate(nn.Module):
@@ -72,24 +61,26 @@ def make_quantizable(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.
         return model
     if not any(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()):
         raise ModelError("The model has no Conv2d and no Linear: there is nothing to quantize.")
-    training = model.training
-    model.eval()
+    quantizable = rewrite(model, input_shape)
     x = torch.rand(3, *input_shape, generator=torch.Generator().manual_seed(0)) * 4 - 2
     with torch.inference_mode():
-        expected = model(x)
-    traced = trace(model)
-    _separate_calls(traced)
-    with torch.inference_mode():
-        note_shapes(traced, x)
-    plan = draw_plan(traced)
-    _put_in(traced, plan)
-    if not _same(traced, x, expected):
+        expected = model.eval()(x)
+    if not _same(quantizable.eval(), x, expected):
         raise ModelError(
             f"{type(model).__name__} computes something else once it is traced: its forward() depends on something "
             "other than tensors, or on the number of images. Put QuantStub and DeQuantStub around the part to "
             "quantize, and the model is taken as it is."
         )
-    return traced.train(training)
+    return quantizable
+
+
+def rewrite(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
+    """Do what `make_quantizable` does, for a model that has passed its checks: they take longer than all else."""
+    if any(isinstance(module, QuantStub) for module in model.modules()):
+        return model
+    traced, plan = _trace_and_plan(model, input_shape)
+    _put_in(traced, plan)
+    return traced
 
 
 def plan_of(model: nn.Module, input_shape: tuple[int, int, int]) -> Plan:
@@ -98,11 +89,16 @@ def plan_of(model: nn.Module, input_shape: tuple[int, int, int]) -> Plan:
     Raises:
         ModelError: If the model cannot be traced.
     """
-    traced = trace(copy.deepcopy(model).eval())
+    return _trace_and_plan(copy.deepcopy(model), input_shape)[1]
+
+
+def _trace_and_plan(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[fx.GraphModule, Plan]:
+    traced = trace(model.eval())
     _separate_calls(traced)
     with torch.inference_mode():
-        note_shapes(traced, torch.zeros(1, *input_shape))
-    return draw_plan(traced)
+        # Two images: of one, a tensor of the batch has the shape of one that is added to each image.
+        note_shapes(traced, torch.zeros(2, *input_shape))
+    return traced, draw_plan(traced)
 
 
 def _same(traced: nn.Module, x: Tensor, expected: Tensor) -> bool:
@@ -175,23 +171,29 @@ def _border(traced: fx.GraphModule, node: fx.Node, users: list[fx.Node], stub: n
 
 def _as_module(traced: fx.GraphModule, node: fx.Node) -> None:
     module: nn.Module
+    arguments: tuple[Any, ...]
     if is_sum(node):
-        module = Add()
-        arguments: tuple[Any, ...] = node.args
+        relu = _only_relu(traced, node)
+        module, arguments = Add(relu=relu is not None), node.args
+        if relu is not None:
+            traced.set_submodule(relu, nn.Identity())
     elif node.target in CONCATENATIONS:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         module, arguments = Concatenate(int(str(dim))), (node.args[0],)
     else:
         return
     path = _new_path(traced, node.name)
-    only = next(iter(node.users)) if len(node.users) == 1 else None
-    if isinstance(module, Add) and only is not None and only.op == "call_module":
-        relu = traced.get_submodule(str(only.target))
-        if type(relu) is nn.ReLU:
-            module = AddReLU()
-            traced.set_submodule(str(only.target), nn.Identity())
     traced.add_submodule(path, module)
     node.op, node.target, node.args, node.kwargs = "call_module", path, arguments, {}
+
+
+def _only_relu(traced: fx.GraphModule, node: fx.Node) -> str | None:
+    """Path of the ReLU that alone reads a node."""
+    only = next(iter(node.users)) if len(node.users) == 1 else None
+    if only is None or only.op != "call_module":
+        return None
+    path = str(only.target)
+    return path if type(traced.get_submodule(path)) is nn.ReLU else None
 
 
 def _new_path(traced: fx.GraphModule, name: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from quantlib.eager.converting import convert_blank
 from quantlib.graph.fusion import fuse_model
-from quantlib.graph.quantizable import make_quantizable
+from quantlib.graph.quantizable import rewrite
 from quantlib.models import checkpoint, registry
 from quantlib.models.checkpoint import Header
 from quantlib.quantize.preparation import observe, prepare
@@ -50,7 +50,7 @@ def hand_over(model: nn.Module, header: Header) -> bytes:
 
 def build_blank(header: Header) -> nn.Module:
     """Build a model of the shape that a header describes; its weights and ranges are still to be loaded."""
-    model = make_quantizable(registry.build(header.architecture, header.arguments).eval(), header.input_shape)
+    model = rewrite(registry.build(header.architecture, header.arguments).eval(), header.input_shape)
     if header.fused is None:
         return model
     model = fuse_model(model, header.fused, inplace=True)
