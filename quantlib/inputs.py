@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import overload
 
 from quantlib.data.normalization import Normalization
 from quantlib.data.split import SplitInput, SplitName, Subset
@@ -26,7 +25,7 @@ from quantlib.models import preprocessing
 from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
 from quantlib.recipe.schema import Recipe
-from quantlib.recipe.sections import DataRecipe, is_import_path, is_model_name, is_weights_file
+from quantlib.recipe.sections import TIMM, TORCHVISION, DataRecipe, is_import_path, is_model_name, is_weights_file
 from quantlib.store import codehash
 
 ARCHITECTURES = ("mobilenet_v2",)
@@ -197,7 +196,7 @@ def _find_model(recipe: Recipe) -> ModelInput:
 def _find_transform(recipe: Recipe) -> EvalTransform:
     """The recipe's own settings; where it has none, those of the weights, else ImageNet's."""
     data, known = recipe.data, preprocessing.of_weights(recipe.model.architecture, recipe.model.weights)
-    resize, crop = data.resize or known.resize, _both_sides(data.crop) or known.crop
+    resize, crop = data.resize or known.resize, _both_sides(data.crop or known.crop)
     normalization = known.normalization
     if data.mean is not None and data.std is not None:
         normalization = Normalization(data.mean, data.std)
@@ -212,11 +211,7 @@ def _find_transform(recipe: Recipe) -> EvalTransform:
     )
 
 
-@overload
-def _both_sides(size: int | Size) -> Size: ...
-@overload
-def _both_sides(size: int | Size | None) -> Size | None: ...
-def _both_sides(size: int | Size | None) -> Size | None:
+def _both_sides(size: int | Size) -> Size:
     return (size, size) if isinstance(size, int) else size
 
 
@@ -290,9 +285,9 @@ def _library(data_format: str) -> str:
 
 def _user_code(name: str, key: str) -> str:
     """A hash of the user's module that "package.module:function" names; "" for a registered name."""
-    if name.startswith("timm:"):
+    if name.startswith(TIMM):
         return f"timm {importlib.metadata.version('timm')}" if importlib.util.find_spec("timm") else ""
-    if name.startswith("torchvision:") or not is_import_path(name):
+    if name.startswith(TORCHVISION) or not is_import_path(name):
         return ""
     module = name.partition(":")[0]
     try:

@@ -25,7 +25,6 @@ def save_onnx(
     artifact: Ref,
     images: Ref,
     runtime: Runtime,
-    input_shape: tuple[int, int, int],
     *,
     branch: str,
 ) -> Ref:
@@ -41,7 +40,7 @@ def save_onnx(
     store = job.store
     module, header = stored.open_model(store.read(model))
     try:
-        content = onnx.to_onnx(module, input_shape)
+        content = onnx.to_onnx(module, header.input_shape)
         onnx.check_onnx(content, store.path(artifact), header.engine, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})

@@ -45,14 +45,14 @@ def load_float(
 
 
 @stage("equalize")
-def equalize(job: Job, model: Ref, input_shape: tuple[int, int, int]) -> Ref:
+def equalize(job: Job, model: Ref) -> Ref:
     """Equalize channel ranges across layers; the float model's outputs stay the same."""
     from quantlib.models import checkpoint
     from quantlib.quantize import equalization, stored
 
     store = job.store
     module, header = stored.open_model(store.read(model))
-    return store.put(header.kind, checkpoint.save(equalization.equalize(module, input_shape), header))
+    return store.put(header.kind, checkpoint.save(equalization.equalize(module, header.input_shape), header))
 
 
 @stage("fuse-{branch}")

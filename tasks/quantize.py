@@ -56,7 +56,7 @@ def correct_bias(job: Job, prepared: Ref, images: tuple[Ref, ...], *, branch: st
 
 
 @stage("convert-{branch}")
-def convert(job: Job, prepared: Ref, engine: str, input_shape: tuple[int, int, int], *, branch: str) -> Ref:
+def convert(job: Job, prepared: Ref, engine: str, *, branch: str) -> Ref:
     """Convert a calibrated model, or an epoch's state, to int8."""
     from quantlib.quantize import conversion, stored
 
@@ -64,7 +64,7 @@ def convert(job: Job, prepared: Ref, engine: str, input_shape: tuple[int, int, i
     module, before = stored.open_model(store.read(prepared))
     header = replace(before, engine=engine)
     int8 = conversion.convert(module, engine, inplace=True)
-    conversion.check_int8(int8, engine, input_shape)
+    conversion.check_int8(int8, engine, header.input_shape)
     return store.put(header.kind, stored.hand_over(int8, header))
 
 

@@ -94,16 +94,7 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
 
 def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     """A QAT variant: each epoch trained, converted, scripted, evaluated; the best is kept, or else the start."""
-    schedule = Schedule(
-        batches_per_epoch=branch.batches_per_epoch,
-        batch_size=branch.batch_size,
-        epochs=None if branch.learning_rate_decay == "constant" else branch.epochs,
-        learning_rate=branch.learning_rate,
-        decay=branch.learning_rate_decay,
-        freeze_batch_norm_after_epoch=branch.freeze_batch_norm_after_epoch,
-        freeze_observer_after_epoch=branch.freeze_observer_after_epoch,
-        seed=shared.recipe.seed,
-    )
+    schedule = _schedule(branch, shared.recipe.seed)
     images, scheme = shared.inputs.training, _scheme(shared, branch)
     transform = replace(train_transform(shared.recipe, shared.inputs), scale=branch.train_scale)
     teacher = shared.fused_eval if branch.distill else None
@@ -158,6 +149,19 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     )
 
 
+def _schedule(branch: QATRecipe, seed: int) -> Schedule:
+    return Schedule(
+        batches_per_epoch=branch.batches_per_epoch,
+        batch_size=branch.batch_size,
+        epochs=None if branch.learning_rate_decay == "constant" else branch.epochs,
+        learning_rate=branch.learning_rate,
+        decay=branch.learning_rate_decay,
+        freeze_batch_norm_after_epoch=branch.freeze_batch_norm_after_epoch,
+        freeze_observer_after_epoch=branch.freeze_observer_after_epoch,
+        seed=seed,
+    )
+
+
 def _variant(
     shared: SharedStages, branch: BranchRecipe, method: Literal["ptq", "qat"], *, bias_corrected: bool
 ) -> Variant:
@@ -191,7 +195,7 @@ def _has_stalled(shared: SharedStages, candidates: list[CandidateRefs], patience
 
 def _export(shared: SharedStages, prepared: Ref, name: str) -> tuple[Ref, Ref]:
     """The int8 model, and its TorchScript file."""
-    model = shared.run(convert, prepared, shared.engine, shared.inputs.transform.input_shape, branch=name)
+    model = shared.run(convert, prepared, shared.engine, branch=name)
     return model, shared.run(script_and_save, model, branch=name)
 
 
@@ -208,8 +212,8 @@ def _save_onnx(shared: SharedStages, model: Ref, artifact: Ref, name: str) -> Re
     """The ONNX file of a variant, or why there is none; None if no runtime for it is installed."""
     if not shared.onnx_runtimes:
         return None
-    images, runtime, shape = shared.validation[0], shared.onnx_runtimes[0], shared.inputs.transform.input_shape
-    return shared.run(save_onnx, model, artifact, images, runtime, shape, branch=name)
+    images, runtime = shared.validation[0], shared.onnx_runtimes[0]
+    return shared.run(save_onnx, model, artifact, images, runtime, branch=name)
 
 
 def targets_of(shared: SharedStages, refs: VariantRefs) -> list[BenchmarkTarget]:

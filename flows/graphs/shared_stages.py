@@ -67,7 +67,7 @@ class SharedStages:
 
     @cached_property
     def _equalized(self) -> Ref:
-        return self.run(equalize, self.float_model, self.inputs.transform.input_shape)
+        return self.run(equalize, self.float_model)
 
     @cached_property
     def _fused_qat(self) -> Ref:

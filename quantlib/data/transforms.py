@@ -27,7 +27,7 @@ class _Transform:
     """What both transforms end with."""
 
     crop: Size
-    """Of the model's input."""
+    """Size of the model's input."""
     interpolation: Interpolation = "bilinear"
     normalization: Normalization = IMAGENET
     """How the pixels become a model's input; it is left to whoever feeds the model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quantlib.data.normalization import Normalization
 from quantlib.data.transforms import EvalTransform
+from quantlib.recipe.sections import TORCHVISION
 
 _DEFAULT = EvalTransform(resize=256, crop=(224, 224))
 
@@ -14,7 +15,7 @@ def of_weights(architecture: str, weights: str) -> EvalTransform:
     Raises:
         ModelError: If torchvision has no such weights.
     """
-    if not weights.startswith("torchvision:"):
+    if not weights.startswith(TORCHVISION):
         return _DEFAULT
     from quantlib.models.weights import find_torchvision_weights  # It imports torch.
 

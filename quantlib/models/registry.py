@@ -18,12 +18,12 @@ from quantlib.errors import MachineError, ModelError, RecipeError, suggest
 from quantlib.imports import call_function, import_function
 from quantlib.models.checkpoint import Header
 from quantlib.models.mobilenet_v2 import mobilenet_v2
-from quantlib.models.weights import TORCHVISION, load_weights, read_weights
+from quantlib.models.weights import load_weights, read_weights
+from quantlib.recipe.sections import TIMM, TORCHVISION
 
 if TYPE_CHECKING:
     from quantlib.models.source import ModelInput
 
-TIMM = "timm:"
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2}
 """The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES lists their names."""
 

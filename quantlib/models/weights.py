@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.errors import MachineError, ModelError
+from quantlib.recipe.sections import TORCHVISION
 
-TORCHVISION = "torchvision:"
 _PARALLEL = "module."
 
 

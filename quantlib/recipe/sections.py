@@ -7,6 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from quantlib.recipe.fields import MAX_INT, Arguments, Count, Flag, Fraction, Line, PathName, Pixels, Size
 
+TORCHVISION = "torchvision:"
+TIMM = "timm:"
+"""Before the name of a published architecture, or of published weights."""
+
+
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 
 
@@ -209,9 +214,9 @@ def is_import_path(name: str) -> bool:
 
 def is_model_name(name: str) -> bool:
     """Whether `[model] architecture` names a model of torchvision or timm, or a Python function."""
-    return name.startswith(("torchvision:", "timm:")) or is_import_path(name)
+    return name.startswith((TORCHVISION, TIMM)) or is_import_path(name)
 
 
 def is_weights_file(weights: str) -> bool:
     """Whether `[model] weights` names a file."""
-    return weights != "train" and not weights.startswith("torchvision:")
+    return weights != "train" and not weights.startswith(TORCHVISION)

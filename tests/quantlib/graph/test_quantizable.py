@@ -1,10 +1,12 @@
 """A model as it is, made quantizable: the same answers and parameters, and int8 wherever it pays."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from schemes import SCHEDULE
 from torch import nn
 from torchvision import models
 
@@ -15,7 +17,6 @@ from quantlib.export import onnx
 from quantlib.graph import fusion
 from quantlib.graph.quantizable import make_quantizable, plan_of
 from quantlib.quantize import conversion, preparation, qat, simulation
-from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
 
 SCHEME = Scheme(observer="minmax", weights="per_channel", activation_bits=8)
@@ -272,16 +273,7 @@ def test_batch_norm_that_stands_alone_is_frozen_as_the_fused_are(train_split):
     fused = fusion.fuse_model(make_quantizable(settled(model, (3, 32, 32)), (3, 32, 32)), "qat")
     prepared = preparation.prepare(fused, SCHEME, "qat")
     before = {name: value.clone() for name, value in prepared.state_dict().items() if "running" in name}
-    schedule = Schedule(
-        batches_per_epoch=2,
-        batch_size=6,
-        epochs=None,
-        learning_rate=0.01,
-        decay="constant",
-        freeze_batch_norm_after_epoch=-2,
-        freeze_observer_after_epoch=0,
-        seed=7,
-    )
+    schedule = replace(SCHEDULE, freeze_batch_norm_after_epoch=-2, freeze_observer_after_epoch=0)
     transform = TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)
     qat.train_epoch(prepared, 0, schedule, train_split, np.arange(len(train_split)), transform)
     after = prepared.state_dict()

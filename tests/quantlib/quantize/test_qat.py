@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from schemes import scheme
+from schemes import SCHEDULE, scheme
 from torch import nn
 
 from quantlib.data import loading, shards
@@ -16,20 +16,9 @@ from quantlib.graph import fusion
 from quantlib.measure import evaluation
 from quantlib.models import checkpoint
 from quantlib.quantize import conversion, preparation, qat, stored
-from quantlib.recipe.schedule import Schedule
 from quantlib.runtimes.engine import use_engine
 
 TRANSFORM = TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)
-SCHEDULE = Schedule(
-    batches_per_epoch=2,
-    batch_size=6,
-    epochs=None,
-    learning_rate=0.01,
-    decay="constant",
-    freeze_batch_norm_after_epoch=0,
-    freeze_observer_after_epoch=1,
-    seed=7,
-)
 
 
 @pytest.fixture(scope="module")
