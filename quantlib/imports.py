@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from quantlib.errors import ModelError, QuantflowError, RecipeError
 
 T = TypeVar("T")
+_OWN = {"flows", "tasks", "quantlib", "recipes"}
 
 
 def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[..., Any]:
@@ -21,6 +22,7 @@ def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[.
     module_name, colon, function_name = name.partition(":")
     if not colon:
         raise RecipeError(f'{key} = {name!r} is unknown. Allowed: {", ".join(known)}, or "package.module:function".')
+    check_module(module_name, key)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
@@ -33,6 +35,19 @@ def import_function(name: str, key: str, known: Mapping[str, Any]) -> Callable[.
     if not callable(function):
         raise RecipeError(f"{key} = {name!r} is a {type(function).__name__}: it must be a function or a class.")
     return function
+
+
+def check_module(module: str, key: str) -> None:
+    """Raise an error if a user's module cannot be reached under its name.
+
+    Raises:
+        RecipeError: If one of quantflow's own packages has that name.
+    """
+    package = module.partition(".")[0]
+    if package in _OWN:
+        raise RecipeError(
+            f"{key} names the module {module!r}, but {package!r} is a package of quantflow itself: rename your module."
+        )
 
 
 def call_function(function: Callable[..., T], name: str, *arguments: Any, **named: Any) -> T:

@@ -21,6 +21,7 @@ from quantlib.data.split import SplitInput, SplitName, Subset
 from quantlib.data.transforms import EvalTransform, Size
 from quantlib.errors import DataError, ModelError, RecipeError, suggest
 from quantlib.files import read_file, seal, unseal, write_atomically
+from quantlib.imports import check_module
 from quantlib.models import preprocessing
 from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
@@ -120,13 +121,13 @@ def _check_float_layers(
 ) -> None:
     """Build the model and find them in it: otherwise a misspelt one would only be noticed after minutes."""
     from quantlib.graph import fusion
-    from quantlib.graph.quantizable import make_quantizable
+    from quantlib.graph.tracing import trace
     from quantlib.models import registry
     from quantlib.quantize import preparation  # They import torch.
 
     built = registry.build(model.architecture, registry.arguments_of(model, num_classes))
-    quantizable = make_quantizable(built.eval(), input_shape)
-    preparation.find_layers(fusion.fuse_model(quantizable, "eval", inplace=True), float_layers)
+    traced = trace(built.eval(), input_shape)
+    preparation.find_layers(fusion.fuse_model(traced, "eval", inplace=True), float_layers)
 
 
 def _num_held_out(recipe: Recipe, num_train: int) -> int:
@@ -179,8 +180,8 @@ def _find_model(recipe: Recipe) -> ModelInput:
         path = Path(section.weights)
         if not path.is_file():
             raise ModelError(
-                f"No weights file {section.weights!r}: set model.weights to a state_dict file, "
-                'to "torchvision:NAME", or to "train".'
+                f"No weights file {section.weights!r}: set model.weights to a state_dict file (.pth or .safetensors), "
+                'to "torchvision:NAME", "timm:TAG", or "train".'
             )
         with path.open("rb") as file:
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
@@ -290,6 +291,7 @@ def _user_code(name: str, key: str) -> str:
     if name.startswith(TORCHVISION) or not is_import_path(name):
         return ""
     module = name.partition(":")[0]
+    check_module(module, key)
     try:
         return hashlib.sha256(repr(sorted(codehash.module_hashes(module).items())).encode()).hexdigest()
     except ModuleNotFoundError as error:

@@ -6,16 +6,11 @@ import warnings
 from quantlib import machine
 
 EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    # Eager-mode quantization and TorchScript are announced for removal; torch is pinned below the release that drops
-    # them.
-    ("torch.ao.quantization is deprecated", DeprecationWarning),
-    ("`torch.jit.(script|save|load|trace|freeze|optimize_for_inference)` is deprecated", FutureWarning),
+    # TorchScript and its int8 kernels are announced for removal; torch is pinned below the release that drops them.
+    ("`torch.jit.(script|save|load|trace|trace_method|freeze|optimize_for_inference)` is deprecated", FutureWarning),
     ("torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning),
-    # The exporter to ONNX is the legacy one, which warns about it in two ways.
-    ("You are using the legacy TorchScript-based ONNX export", DeprecationWarning),
-    ("The feature will be removed. Please remove usage of this function", DeprecationWarning),
-    # torch's own qconfigs ask for reduce_range in the way that its own observers advise against.
-    ("Please use quant_min and quant_max to specify the range", UserWarning),
+    # TorchScript finds an annotation that it does not know in torch's own GraphModule.
+    ("The TorchScript type system doesn't support instance-level annotations", UserWarning),
 )
 """Warnings that torch is known to give here: start of the message, and category. pyproject.toml lists the same."""
 

@@ -1,4 +1,4 @@
-"""Stages that export: script_and_save, save_onnx."""
+"""Stages that export: script_and_save, draft_onnx, save_onnx."""
 
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
@@ -8,45 +8,58 @@ _REFUSAL = "refusal"
 
 
 @stage("script_and_save-{branch}")
-def script_and_save(job: Job, model: Ref, *, branch: str) -> Ref:
-    """The TorchScript file of a fused float model, or of an int8 model."""
+def script_and_save(job: Job, model: Ref, engine: str | None, *, branch: str) -> Ref:
+    """The TorchScript file of a quantized model for an engine, or of a fused float model; or why there is none."""
+    from quantlib.errors import ModelError
     from quantlib.export import scripting
     from quantlib.quantize import stored
 
-    store = job.store
-    module, header = stored.open_model(store.read(model))
-    return store.put("torchscript", scripting.script(module, header.engine))
+    module, header = stored.open_model(job.store.read(model))
+    try:
+        content = scripting.script(module, engine, header.input_shape)
+    except ModelError as error:
+        return job.store.put_json(_REFUSAL, {"reason": str(error)})
+    return job.store.put("torchscript", content)
+
+
+@stage("draft_onnx")
+def draft_onnx(job: Job, fused: Ref, exporter: str) -> Ref:  # The exporter's version is a part of the key.
+    """The ONNX graph that the files of every variant are filled into; or why there is none."""
+    from quantlib.errors import ModelError
+    from quantlib.export import onnx_draft
+    from quantlib.quantize import stored
+
+    module, header = stored.open_model(job.store.read(fused))
+    try:
+        content = onnx_draft.draft(module, header.input_shape)
+    except ModelError as error:
+        return job.store.put_json(_REFUSAL, {"reason": str(error)})
+    return job.store.put("onnx-draft", content)
 
 
 @stage("save_onnx-{branch}")
-def save_onnx(
-    job: Job,
-    model: Ref,
-    artifact: Ref,
-    images: Ref,
-    runtime: Runtime,
-    *,
-    branch: str,
-) -> Ref:
-    """The ONNX file of a fused float model, or of an int8 model, once it answers as its TorchScript file does.
+def save_onnx(job: Job, draft: Ref, model: Ref, images: Ref, runtime: Runtime, *, branch: str) -> Ref:
+    """The ONNX file of a fused float model, or of a quantized model, once it answers in a runtime as the model does.
 
-    Or why there is none: a model that ONNX cannot express, or that answers differently in an ONNX runtime, still has
-    its TorchScript file.
+    Or why there is none: a model that ONNX cannot express, or that answers differently in a runtime, still has its
+    other files.
     """
     from quantlib.errors import ModelError
     from quantlib.export import onnx
     from quantlib.quantize import stored
 
     store = job.store
-    module, header = stored.open_model(store.read(model))
+    if is_refusal(draft):
+        return store.put_json(_REFUSAL, store.read_json(draft))
+    module, _ = stored.open_model(store.read(model))
     try:
-        content = onnx.to_onnx(module, header.input_shape)
-        onnx.check_onnx(content, store.path(artifact), header.engine, runtime.name, store.path(images))
+        content = onnx.write_onnx(store.read(draft), module, runtime.name)
+        onnx.check_onnx(content, module, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)
 
 
 def is_refusal(file: Ref) -> bool:
-    """Whether `save_onnx` found that there is no ONNX file; False if the stage is only planned."""
+    """Whether a stage found that there is no such file; False if the stage is only planned."""
     return isinstance(file, Ref) and file.kind == _REFUSAL

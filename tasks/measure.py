@@ -9,12 +9,12 @@ from tasks.stage import Job, stage
 
 
 @stage("evaluate_baseline-{branch}")
-def evaluate_baseline(job: Job, artifact: Ref, images: Ref, batch_size: int, *, branch: str) -> Ref:
+def evaluate_baseline(job: Job, artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, *, branch: str) -> Ref:
     """The float model's predictions, which every variant is compared with."""
     from quantlib.measure import evaluation, predictions
 
     file, shard = job.store.path(artifact), job.store.path(images)
-    answers = evaluation.evaluate_file(file, "torchscript", shard, batch_size, job.progress)
+    answers = evaluation.evaluate_file(file, runtime.name, shard, batch_size, job.progress)
     return job.store.put("predictions", predictions.save(answers))
 
 
@@ -31,35 +31,33 @@ def evaluate(job: Job, artifact: Ref, images: Ref, batch_size: int, runtime: Run
 @stage("simulate-{branch}-{parts}")
 def simulate(
     job: Job,
-    prepared: Ref,
+    model: Ref,
     images: Ref,
     batch_size: int,
     parts: Literal["both", "weights", "activations"],
     *,
     branch: str,
 ) -> Ref:
-    """Predictions of the float model with fake quantization of weights, activations or both."""
+    """Predictions of a quantized model that rounds weights, activations or both, in float."""
     from quantlib.measure import evaluation, predictions
     from quantlib.quantize import simulation, stored
 
-    model, header = stored.open_model(job.store.read(prepared))
-    assert header.fused is not None  # Every prepared model is.
-    simulated = simulation.simulate(model, header.fused, parts)
+    module, _ = stored.open_model(job.store.read(model))
+    simulated = simulation.simulate(module, parts)
     answers = evaluation.evaluate(simulated, job.store.path(images), batch_size, job.progress)
     return job.store.put("predictions", predictions.save(answers))
 
 
 @stage("measure_layers-{branch}")
-def measure_layers(job: Job, fused: Ref, prepared: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
-    """What each layer of a calibrated model or an epoch's state costs, on some images of a shard."""
+def measure_layers(job: Job, fused: Ref, model: Ref, images: Ref, start: int, stop: int, *, branch: str) -> Ref:
+    """What each layer of a quantized model costs, on some images of a shard."""
     from quantlib.measure import sensitivity
     from quantlib.quantize import stored
 
     reference, _ = stored.open_model(job.store.read(fused))
-    model, header = stored.open_model(job.store.read(prepared))
-    assert header.fused is not None  # Every prepared model is.
+    module, _ = stored.open_model(job.store.read(model))
     shard = job.store.path(images)
-    sums = sensitivity.measure_layers(reference, model, header.fused, shard, start, stop, job.progress)
+    sums = sensitivity.measure_layers(reference, module, shard, start, stop, job.progress)
     return job.store.put_json("layers", sums)
 
 

@@ -31,7 +31,8 @@ def load_float(
 ) -> Ref:
     """Build the float model and load its weights, or train it if `training` is given."""
     from quantlib.data import loading
-    from quantlib.graph.quantizable import make_quantizable
+    from quantlib.graph.model import trace_model
+    from quantlib.graph.tracing import is_whole
     from quantlib.models import checkpoint, registry
     from quantlib.models import training as trainer
 
@@ -40,8 +41,9 @@ def load_float(
     if training is not None:
         split, indices = loading.select(training.images)
         trainer.train(module, split, indices, training.transform, training.recipe, seed, job.progress)
-    module = make_quantizable(module, input_shape)
-    return job.store.put(header.kind, checkpoint.save(module, header))
+    traced = trace_model(module, input_shape)
+    header = replace(header, whole=is_whole(traced))
+    return job.store.put(header.kind, checkpoint.save(traced, header))
 
 
 @stage("equalize")
@@ -53,6 +55,17 @@ def equalize(job: Job, model: Ref) -> Ref:
     store = job.store
     module, header = stored.open_model(store.read(model))
     return store.put(header.kind, checkpoint.save(equalization.equalize(module, header.input_shape), header))
+
+
+@stage("plan_layers-{branch}")
+def plan_layers(job: Job, fused: Ref, float_layers: tuple[str, ...], *, branch: str) -> Ref:
+    """What becomes int8 of a model fused for PTQ, layer by layer."""
+    from quantlib.graph.plan import draw_plan, share_of_int8
+    from quantlib.quantize import preparation, stored
+
+    module, _ = stored.open_model(job.store.read(fused))
+    plan = draw_plan(module, preparation.find_layers(module, float_layers))
+    return job.store.put_json("plan", {"int8_share": share_of_int8(plan.layers), "layers": plan.layers})
 
 
 @stage("fuse-{branch}")

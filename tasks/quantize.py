@@ -25,8 +25,8 @@ def calibrate(
 
     model, header = stored.open_model(job.store.read(before))
     if header.state == "fused":
-        header = replace(header, observed=float_layers)
         model = preparation.observe(model, float_layers, inplace=True)
+        header = replace(header, observed=float_layers, int8_layers=tuple(preparation.int8_layers(model)))
     calibration.calibrate(model, job.store.path(images), batch_size, job.progress)
     return job.store.put(header.kind, checkpoint.save(model, header))
 
@@ -39,9 +39,8 @@ def choose_ranges(job: Job, observed: Ref, scheme: Scheme, *, branch: str) -> Re
     store = job.store
     model, before = stored.open_model(store.read(observed))
     header = replace(before, observed=None, scheme=scheme)
-    prepared = stored.build_blank(header)
-    calibration.choose_ranges(model, prepared)
-    return store.put(header.kind, stored.hand_over(prepared, header))
+    calibration.choose_ranges(model, scheme)
+    return store.put(header.kind, stored.hand_over(model, header))
 
 
 @stage("correct_bias-{branch}")
@@ -51,21 +50,21 @@ def correct_bias(job: Job, prepared: Ref, images: tuple[Ref, ...], *, branch: st
 
     store = job.store
     module, header = stored.open_model(store.read(prepared))
-    corrected = bias_correction.correct_bias(module, [store.path(ref) for ref in images])
+    assert header.scheme is not None  # Every calibrated model has one.
+    corrected = bias_correction.correct_bias(module, header.scheme, [store.path(ref) for ref in images])
     return store.put(header.kind, stored.hand_over(corrected, header))
 
 
 @stage("convert-{branch}")
-def convert(job: Job, prepared: Ref, engine: str, *, branch: str) -> Ref:
-    """Convert a calibrated model, or an epoch's state, to int8."""
+def convert(job: Job, prepared: Ref, *, branch: str) -> Ref:
+    """The quantized model of a calibrated model, or of an epoch's state: every file is written from it."""
     from quantlib.quantize import conversion, stored
 
     store = job.store
     module, before = stored.open_model(store.read(prepared))
-    header = replace(before, engine=engine)
-    int8 = conversion.convert(module, engine, inplace=True)
-    conversion.check_int8(int8, engine, header.input_shape)
-    return store.put(header.kind, stored.hand_over(int8, header))
+    assert before.scheme is not None  # Every prepared model has one.
+    header = replace(before, quantized=True)
+    return store.put(header.kind, stored.hand_over(conversion.convert(module, before.scheme, inplace=True), header))
 
 
 @stage("start_qat-{branch}")
@@ -78,7 +77,7 @@ def start_qat(job: Job, trainable: Ref, calibrated: Ref, *, branch: str) -> Ref:
     fused, before = stored.open_model(store.read(trainable))
     source, its_header = stored.open_model(store.read(calibrated))
     assert its_header.scheme is not None  # Every calibrated model has one.
-    header = replace(before, scheme=its_header.scheme)
+    header = replace(before, scheme=its_header.scheme, int8_layers=its_header.int8_layers)
     return store.put(header.kind, checkpoint.save(qat.start_from(fused, source, its_header.scheme), header))
 
 
@@ -101,8 +100,8 @@ def qat_epoch(
 
     model, header = stored.open_model(job.store.read(before))
     if header.state == "fused":
-        header = replace(header, scheme=scheme)
-        model = preparation.prepare(model, scheme, "qat", inplace=True)
+        model = preparation.prepare_qat(model, scheme, inplace=True)
+        header = replace(header, scheme=scheme, int8_layers=tuple(preparation.int8_layers(model)))
     split, indices = loading.select(images)
     taught_by = stored.open_model(job.store.read(teacher))[0] if teacher is not None else None
     metrics = qat.train_epoch(model, epoch, schedule, split, indices, transform, taught_by, job.progress)
@@ -129,7 +128,7 @@ def choose_epoch(
     job: Job,
     models: tuple[Ref, ...],
     artifacts: tuple[Ref, ...],
-    states: tuple[Ref, ...],
+    files: tuple[Ref, ...],
     evaluations: tuple[tuple[Ref, ...], ...],
     *,
     branch: str,
@@ -139,11 +138,12 @@ def choose_epoch(
     The candidates are the start of QAT, if that is a calibrated model, and its epochs.
 
     Returns:
-        Its int8 model, its TorchScript file, its state, and its place among the candidates.
+        Its quantized model, its TorchScript file or why there is none, the file it is judged by, and its place among
+        the candidates.
     """
     from quantlib.measure import predictions
 
     store = job.store
     top1 = [predictions.load_shards(map(store.read, parts)).top1 for parts in evaluations]
     best = top1.index(max(top1))
-    return models[best], artifacts[best], states[best], job.store.put_json("choice", best)
+    return models[best], artifacts[best], files[best], job.store.put_json("choice", best)

@@ -19,14 +19,24 @@ class BenchmarkTarget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileRefs:
+    """A file in a runtime, with its answers there."""
+
+    file: Ref
+    runtime: Runtime
+    validation: tuple[Ref, ...]
+    selection: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CandidateRefs:
     """The artifacts of an int8 model that QAT may choose."""
 
     model: Ref
     artifact: Ref
-    """Its TorchScript file."""
-    validation: tuple[Ref, ...]
-    selection: tuple[Ref, ...]
+    """Its TorchScript file, or why there is none."""
+    reference: FileRefs
+    """The file that it is judged by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +47,20 @@ class EpochRefs(CandidateRefs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileRefs:
-    """A file in its fastest runtime, with its answers there."""
-
-    file: Ref
-    runtime: Runtime
-    validation: tuple[Ref, ...]
-    selection: tuple[Ref, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class VariantRefs:
     """The artifacts of a variant."""
 
     variant: Variant
     artifact: Ref
-    validation: tuple[Ref, ...]
-    """Answers of `artifact` on its own engine; empty for QAT in a plan that cannot know the chosen epoch."""
-    selection: tuple[Ref, ...]
-    onnx: Ref | None = None
-    """The ONNX file, or why there is none; None if no runtime for it is installed."""
+    """The TorchScript file, or why there is none."""
+    reference: FileRefs
+    """The file that choices are made by: TorchScript on its own engine, if there is one. Without answers for QAT in a
+    plan that cannot know the chosen epoch."""
+    onnx: tuple[tuple[Runtime, Ref], ...] = ()
+    """For each installed runtime its ONNX file, or why there is none."""
     files: tuple[FileRefs, ...] = ()
-    """The files that may be shipped, once that is known; empty if no file runs in an allowed runtime."""
+    """The files that may be shipped, once that is known, each in its fastest runtime; empty if no file runs in an
+    allowed runtime."""
     simulated: dict[str, tuple[Ref, ...]] = field(default_factory=dict)
     layers: tuple[Ref, ...] = ()
     start: CandidateRefs | None = None
@@ -66,13 +68,24 @@ class VariantRefs:
     epochs: tuple[EpochRefs, ...] = ()
     best_epoch: int | None = None
     """Index of the chosen epoch in `epochs`; None: the start, or not QAT."""
-    prepared: Ref | None = None
-    """The model that was converted: a calibrated model, or an epoch's state; None: float."""
+    model: Ref | None = None
+    """The quantized model; None: float."""
+    plan: Ref | None = None
+    """What of it is int8; None: float."""
 
     @property
-    def onnx_file(self) -> Ref | None:
-        """The ONNX file, if there is one; in a plan, if there may be one."""
-        return None if self.onnx is None or is_refusal(self.onnx) else self.onnx
+    def torchscript_file(self) -> Ref | None:
+        """The TorchScript file, if there is one; in a plan, if there may be one."""
+        return None if is_refusal(self.artifact) else self.artifact
+
+    @property
+    def onnx_files(self) -> dict[Ref, list[Runtime]]:
+        """The runtimes of each ONNX file that there is; in a plan, that there may be."""
+        found: dict[Ref, list[Runtime]] = {}
+        for runtime, file in self.onnx:
+            if not is_refusal(file):
+                found.setdefault(file, []).append(runtime)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from quantlib.measure.predictions import Predictions
 from quantlib.recipe.schema import Recipe
 from quantlib.report import caveats, diagnosis, tables, verdict
 from quantlib.report.rows import ClassRow, NoteRow, Report
-from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
 from tasks import tracking
 from tasks.execution import LiveRun
+from tasks.export import is_refusal
 from tasks.refs import BenchmarkTarget, FileRefs, Measurements, VariantRefs
 from tasks.run import Run
 
@@ -26,10 +26,9 @@ def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measure
     folder = run.models
     digests: dict[str, str] = {}
     for refs in measurements.variants:
-        for file in (refs.artifact, refs.onnx_file):
-            if file is not None:
-                place = run.store.copy_out(file, _place(folder, refs, file))
-                digests[place.name] = file.sha256
+        for file in (*filter(None, [refs.torchscript_file]), *refs.onnx_files):
+            place = run.store.copy_out(file, _place(folder, refs, file))
+            digests[place.name] = file.sha256
     checksums.write(folder, digests)
     samples = read_samples(run.store, measurements.targets, measurements.timings)
     measured = [_measured(run.store, refs, samples, folder) for refs in measurements.variants]
@@ -89,14 +88,15 @@ def find_reported(
 
 def _files(refs: VariantRefs) -> tuple[FileRefs, ...]:
     """The files that the variant is judged by."""
-    if refs.files:
-        return refs.files
-    runtime = available.torch_runtime(refs.variant.engine)
-    return (FileRefs(file=refs.artifact, runtime=runtime, validation=refs.validation, selection=refs.selection),)
+    return refs.files or (refs.reference,)
 
 
 def _place(folder: Path, refs: VariantRefs, file: Ref) -> Path:
-    return folder / f"{refs.variant.name}{'.pt' if file == refs.artifact else '.onnx'}"
+    if file == refs.artifact:
+        return folder / f"{refs.variant.name}.pt"
+    # One file serves every runtime, or each has its own.
+    own = "" if len(refs.onnx_files) == 1 else f".{refs.onnx_files[file][0].name}"
+    return folder / f"{refs.variant.name}{own}.onnx"
 
 
 def _measured(
@@ -105,8 +105,8 @@ def _measured(
     epochs = tuple(
         verdict.Epoch(
             metrics=store.read_json(epoch.metrics),
-            validation=read_predictions(store, epoch.validation),
-            selection=read_predictions(store, epoch.selection),
+            validation=read_predictions(store, epoch.reference.validation),
+            selection=read_predictions(store, epoch.reference.selection),
             chosen=place == refs.best_epoch,
         )
         for place, epoch in enumerate(refs.epochs)
@@ -122,20 +122,25 @@ def _measured(
         )
         for file in _files(refs)
     )
-    onnx = refs.onnx_file
+    script, onnx = refs.torchscript_file, refs.onnx_files
+    refusals = [store.read_json(file)["reason"] for _, file in refs.onnx if is_refusal(file)]
     return verdict.Measured(
         variant=refs.variant,
+        int8_share=store.read_json(refs.plan)["int8_share"] if refs.plan else None,
         files=files,
         available=bool(refs.files),
         simulated={parts: read_predictions(store, shards) for parts, shards in refs.simulated.items()},
         layers=[store.read_json(part) for part in refs.layers],
         epochs=epochs,
-        start_validation=read_predictions(store, refs.start.validation) if refs.start else None,
+        start_validation=read_predictions(store, refs.start.reference.validation) if refs.start else None,
         kept_start=refs.best_epoch is None if refs.start else None,
-        samples_ms=samples[refs.artifact] | (samples.get(refs.onnx, {}) if refs.onnx else {}),
-        torchscript_path=str(_place(folder, refs, refs.artifact)),
-        onnx_path=str(_place(folder, refs, onnx)) if onnx else None,
-        onnx_refusal=store.read_json(refs.onnx)["reason"] if refs.onnx and not onnx else None,
+        samples_ms={
+            setting: times for file in (*filter(None, [script]), *onnx) for setting, times in samples[file].items()
+        },
+        torchscript_path=str(_place(folder, refs, script)) if script else None,
+        torchscript_refusal=None if script else store.read_json(refs.artifact)["reason"],
+        onnx_paths=tuple(str(_place(folder, refs, file)) for file in onnx),
+        onnx_refusal=" ".join(dict.fromkeys(refusals)) or None,
     )
 
 

@@ -19,9 +19,9 @@ def judge(run: Run, branch: BranchRecipe, baseline: VariantRefs, variant: Varian
     Raises:
         NotYetKnownError: In a plan, if the trial has not run yet.
     """
-    store = run.known((baseline.selection, variant.artifact, variant.selection))
-    before = read_predictions(store, baseline.selection).top1_correct
-    after = read_predictions(store, variant.selection).top1_correct
+    store = run.known((baseline.reference.selection, variant.reference))
+    before = read_predictions(store, baseline.reference.selection).top1_correct
+    after = read_predictions(store, variant.reference.selection).top1_correct
     paired = significance.paired_drop(before, after)
     return Trial(branch, paired.drop, paired.high)
 

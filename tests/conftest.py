@@ -1,5 +1,6 @@
 """A tiny net and tiny images, so that a test costs a fraction of a second."""
 
+import copy
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from quantlib.data import datasets, loading, shards
 from quantlib.data.normalization import IMAGENET
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.graph import fusion
+from quantlib.graph.model import trace_model
 from quantlib.measure import significance
 from quantlib.models import mobilenet_v2, training
 from quantlib.models.checkpoint import Header
@@ -218,9 +220,15 @@ def trained_model(train_split):
 
 
 @pytest.fixture(scope="session")
-def fused_model(trained_model):
+def traced_model(trained_model):
+    """The trained net as a graph; read-only."""
+    return trace_model(copy.deepcopy(trained_model), (3, CROP, CROP))
+
+
+@pytest.fixture(scope="session")
+def fused_model(traced_model):
     """Fused in mode "eval"; read-only."""
-    return fusion.fuse_model(trained_model, "eval")
+    return fusion.fuse_model(traced_model, "eval")
 
 
 @pytest.fixture(scope="session")
@@ -230,8 +238,9 @@ def calibrated(fused_model, train_shard):
 
     def calibrate(qconfig):
         if qconfig not in known:
-            known[qconfig] = preparation.prepare(fused_model, scheme(qconfig), "eval")
+            known[qconfig] = preparation.observe(fused_model, ())
             calibration.calibrate(known[qconfig], train_shard, batch_size=12)
+            calibration.choose_ranges(known[qconfig], scheme(qconfig))
         return known[qconfig]
 
     return calibrate

@@ -11,7 +11,7 @@ PACKAGES = ("flows", "tasks", "quantlib")
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py"))
 
-# Where torch's eager-mode quantization can be imported from.
+# Where torch's own quantization can be imported from.
 _QUANTIZATION = re.compile(r"torch\.(ao|quantization|nn\.(quantized|qat|intrinsic))\b")
 # Joined from parts, so that this file does not contain what it looks for.
 _REGISTRIES = re.compile(
@@ -40,14 +40,20 @@ def _mentioned(tree):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_only_eager_touches_torchs_quantization(path):
+def test_only_the_native_export_touches_torchs_quantization(path):
     uses = [name for name in _mentioned(ast.parse(path.read_text())) if _QUANTIZATION.match(name)]
 
-    assert not uses or path.parent == ROOT / "quantlib" / "eager", uses
+    assert not uses or path == ROOT / "quantlib" / "export" / "native.py", uses
 
 
 @pytest.mark.parametrize(
-    "statement", ["import torch.ao.quantization as tq", "from torch import ao", "torch.quantization.convert(m)"]
+    "statement",
+    [
+        "import torch.ao.quantization as tq",
+        "from torch import ao",
+        "from torch.ao.nn import quantized as nnq",
+        "torch.quantization.convert(m)",
+    ],
 )
 def test_each_way_to_touch_torchs_quantization_is_seen(statement):
     assert any(_QUANTIZATION.match(name) for name in _mentioned(ast.parse(statement)))

@@ -101,7 +101,8 @@ def inspect(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
 
     from flows.cli.console import layers_table
     from flows.parameters import find_recipe
-    from quantlib.graph.inspection import inspect_model, share_of_int8
+    from quantlib.graph.inspection import inspect_model
+    from quantlib.graph.plan import share_of_int8
     from quantlib.inputs import find_inputs
 
     inputs = find_inputs(find_recipe(recipe, overrides), home.resolve() / "splits")

@@ -69,7 +69,7 @@ def run_here(
         if wait_for_server is not None:
             # Importing torch's modules takes seconds; the server's start takes longer, on another core.
             with gc_paused():
-                importlib.import_module("quantlib.eager.modules")
+                importlib.import_module("quantlib.graph.tracing")
             wait_for_server()
         finished: list[Report] = []
         flow = make_flow(name, home, listener, run_id, finished.append)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Literal, cast
 
 from flows.graphs.shared_stages import SharedStages, shard_size, train_transform
+from quantlib.errors import ModelError
 from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
 from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
@@ -13,8 +14,9 @@ from quantlib.report.choice import fastest_runtime
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
-from tasks.export import save_onnx, script_and_save
+from tasks.export import is_refusal, save_onnx, script_and_save
 from tasks.measure import evaluate, evaluate_baseline, measure_layers, simulate
+from tasks.model import plan_layers
 from tasks.planning import Pending
 from tasks.quantize import (
     calibrate,
@@ -36,19 +38,22 @@ _LAYER_IMAGES_PER_STAGE = 64
 
 
 def float_branch(shared: SharedStages) -> VariantRefs:
-    """The baseline: fused, scripted, evaluated."""
-    artifact = shared.run(script_and_save, shared.fused_eval, branch="float")
-    onnx = _save_onnx(shared, shared.fused_eval, artifact, "float")
+    """The baseline: fused, exported, evaluated."""
+    model = shared.fused_eval
+    artifact = shared.run(script_and_save, model, None, branch="float")
+    onnx = _save_onnx(shared, model, "float")
+    file, runtime = _reference(shared, artifact, onnx, None)
     batch_size = shared.recipe.evaluation.batch_size
     validation, selection = _on_shards(
-        shared, "float", lambda shard, name: shared.run(evaluate_baseline, artifact, shard, batch_size, branch=name)
+        shared,
+        "float",
+        lambda shard, name: shared.run(evaluate_baseline, file, shard, batch_size, runtime, branch=name),
     )
     return VariantRefs(
         variant=Variant(name="float", method="float"),
         artifact=artifact,
         onnx=onnx,
-        validation=validation,
-        selection=selection,
+        reference=FileRefs(file=file, runtime=runtime, validation=validation, selection=selection),
     )
 
 
@@ -75,20 +80,20 @@ def _scheme(shared: SharedStages, branch: BranchRecipe) -> Scheme:
 
 
 def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
-    """A PTQ variant: calibrated, corrected, converted, scripted, evaluated."""
+    """A PTQ variant: calibrated, corrected, converted, exported, evaluated."""
     calibrated = _calibrate(shared, branch)
-    prepared = _correct(shared, branch, calibrated)
-    model, artifact = _export(shared, prepared, branch.name)
-    validation, selection = _evaluate(shared, artifact, shared.runtime, branch.name)
+    candidate = _candidate(shared, _correct(shared, branch, calibrated), branch.name)
     return VariantRefs(
         variant=_variant(shared, branch, "ptq", bias_corrected=branch.corrects_bias),
-        artifact=artifact,
-        prepared=prepared,
-        validation=validation,
-        selection=selection,
-        onnx=_save_onnx(shared, model, artifact, branch.name),
-        simulated=_simulate(shared, prepared, branch.name, in_float=calibrated),
-        layers=_layers(shared, prepared, branch),
+        artifact=candidate.artifact,
+        reference=candidate.reference,
+        model=candidate.model,
+        plan=_plan(shared, branch),
+        onnx=_save_onnx(shared, candidate.model, branch.name),
+        simulated=_simulate(
+            shared, candidate.model, branch.name, uncorrected=calibrated if branch.corrects_bias else None
+        ),
+        layers=_layers(shared, candidate.model, branch),
     )
 
 
@@ -100,11 +105,10 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     teacher = shared.fused_eval if branch.distill else None
     state = shared.fused("qat", equalized=branch.equalizes)
     candidates: list[CandidateRefs] = []
-    states: list[Ref] = []
     if branch.start == "calibrated":
         calibrated = _correct(shared, branch, _calibrate(shared, branch))
         state = shared.run(start_qat, state, calibrated, branch=branch.name)
-        candidates, states = [_candidate(shared, state, f"{branch.name}-start")], [state]
+        candidates = [_candidate(shared, state, f"{branch.name}-start")]
     metrics: list[Ref] = []
     for epoch in range(branch.epochs):
         state, found = shared.run(
@@ -112,15 +116,14 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
         )
         metrics.append(found)
         candidates.append(_candidate(shared, state, f"{branch.name}-{epoch}"))
-        states.append(state)
         if branch.patience is not None and _has_stalled(shared, candidates, branch.patience):
             break
-    best_model, best_artifact, best_state, choice = shared.run(
+    best_model, best_artifact, best_reference, choice = shared.run(
         choose_epoch,
         tuple(candidate.model for candidate in candidates),
         tuple(candidate.artifact for candidate in candidates),
-        tuple(states),
-        tuple(candidate.selection for candidate in candidates),
+        tuple(candidate.reference.file for candidate in candidates),
+        tuple(candidate.reference.selection for candidate in candidates),
         branch=branch.name,
     )
     start = candidates[0] if branch.start == "calibrated" else None
@@ -135,18 +138,24 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     return VariantRefs(
         variant=_variant(shared, branch, "qat", bias_corrected=branch.start == "calibrated" and branch.corrects_bias),
         artifact=best_artifact,
-        prepared=best_state,
-        validation=best.validation if best else (),
-        selection=best.selection if best else (),
+        model=best_model,
+        plan=_plan(shared, branch),
+        reference=best.reference
+        if best
+        else FileRefs(file=best_reference, runtime=candidates[0].reference.runtime, validation=(), selection=()),
         best_epoch=best_epoch,
         start=start,
-        onnx=_save_onnx(shared, best_model, best_artifact, branch.name),
-        simulated=_simulate(shared, best_state, branch.name, in_float=best_state),
-        layers=_layers(shared, best_state, branch),
+        onnx=_save_onnx(shared, best_model, branch.name),
+        simulated=_simulate(shared, best_model, branch.name),
+        layers=_layers(shared, best_model, branch),
         epochs=tuple(
             EpochRefs(metrics=found, **vars(candidate)) for found, candidate in zip(metrics, epochs, strict=True)
         ),
     )
+
+
+def _plan(shared: SharedStages, branch: BranchRecipe) -> Ref:
+    return shared.run(plan_layers, shared.fused_eval, branch.float_layers, branch=branch.name)
 
 
 def _schedule(branch: QATRecipe, seed: int) -> Schedule:
@@ -176,27 +185,43 @@ def _variant(
     )
 
 
-def _candidate(shared: SharedStages, state: Ref, name: str) -> CandidateRefs:
-    """The file that a QAT state would ship, evaluated."""
-    model, artifact = _export(shared, state, name)
-    validation, selection = _evaluate(shared, artifact, shared.runtime, name)
-    return CandidateRefs(model=model, artifact=artifact, validation=validation, selection=selection)
+def _candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
+    """The file that a calibrated model or a QAT state would ship, evaluated."""
+    model = shared.run(convert, prepared, branch=name)
+    artifact = shared.run(script_and_save, model, shared.engine, branch=name)
+    onnx = _save_onnx(shared, model, name, shared.onnx_runtimes[:1]) if is_refusal(artifact) else ()
+    file, runtime = _reference(shared, artifact, onnx, shared.engine)
+    validation, selection = _evaluate(shared, file, runtime, name)
+    reference = FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
+    return CandidateRefs(model=model, artifact=artifact, reference=reference)
+
+
+def _reference(
+    shared: SharedStages, artifact: Ref, onnx: tuple[tuple[Runtime, Ref], ...], engine: str | None
+) -> tuple[Ref, Runtime]:
+    """The file that a model is judged by, and the runtime: TorchScript, or else the first ONNX file.
+
+    Raises:
+        ModelError: If there is neither.
+    """
+    if not is_refusal(artifact):
+        return artifact, available.torch_runtime(engine)
+    for runtime, file in onnx:
+        if not is_refusal(file):
+            return file, runtime
+    store = shared.run.known((artifact, onnx))
+    reasons = [store.read_json(refusal)["reason"] for refusal in (artifact, *(file for _, file in onnx))]
+    raise ModelError(f"No runtime can run the model. {' '.join(dict.fromkeys(reasons))}")
 
 
 def _has_stalled(shared: SharedStages, candidates: list[CandidateRefs], patience: int) -> bool:
     """Whether to stop training early; a plan that cannot know goes through every epoch."""
     try:
         return len(candidates) > patience and has_stalled(
-            shared.run, [candidate.selection for candidate in candidates], patience
+            shared.run, [candidate.reference.selection for candidate in candidates], patience
         )
     except NotYetKnownError:
         return False
-
-
-def _export(shared: SharedStages, prepared: Ref, name: str) -> tuple[Ref, Ref]:
-    """The int8 model, and its TorchScript file."""
-    model = shared.run(convert, prepared, shared.engine, branch=name)
-    return model, shared.run(script_and_save, model, branch=name)
 
 
 def _evaluate(
@@ -208,22 +233,29 @@ def _evaluate(
     )
 
 
-def _save_onnx(shared: SharedStages, model: Ref, artifact: Ref, name: str) -> Ref | None:
-    """The ONNX file of a variant, or why there is none; None if no runtime for it is installed."""
-    if not shared.onnx_runtimes:
-        return None
-    images, runtime = shared.validation[0], shared.onnx_runtimes[0]
-    return shared.run(save_onnx, model, artifact, images, runtime, branch=name)
+def _save_onnx(
+    shared: SharedStages, model: Ref, name: str, runtimes: tuple[Runtime, ...] | None = None
+) -> tuple[tuple[Runtime, Ref], ...]:
+    """The ONNX file of a variant for each installed runtime, or for some, or why there is none."""
+    return tuple(
+        (
+            runtime,
+            shared.run(
+                save_onnx, shared.onnx_draft, model, shared.validation[0], runtime, branch=f"{name}-{runtime.name}"
+            ),
+        )
+        for runtime in (shared.onnx_runtimes if runtimes is None else runtimes)
+    )
 
 
-def targets_of(shared: SharedStages, refs: VariantRefs) -> list[BenchmarkTarget]:
+def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
     """A variant's files in every runtime that this machine has for them; its own engine first."""
     engines = (None,) if refs.variant.engine is None else dict.fromkeys((refs.variant.engine, *available.engines()))
-    found = [BenchmarkTarget(refs.artifact, available.torch_runtime(engine)) for engine in engines]
-    onnx = refs.onnx_file
-    if onnx is not None:
-        found += [BenchmarkTarget(onnx, runtime) for runtime in shared.onnx_runtimes]
-    return found
+    script = refs.torchscript_file
+    found = [] if script is None else [BenchmarkTarget(script, available.torch_runtime(engine)) for engine in engines]
+    return found + [
+        BenchmarkTarget(file, runtime) for file, runtimes in refs.onnx_files.items() for runtime in runtimes
+    ]
 
 
 def evaluate_files(
@@ -247,9 +279,9 @@ def evaluate_files(
 
     def evaluate_variant(refs: VariantRefs) -> VariantRefs:
         files = tuple(
-            _evaluate_in(shared, refs, file, runtime_for(file), f"{refs.variant.name}-{label}")
-            for file, label in ((refs.artifact, "pt"), (refs.onnx, "onnx"))
-            if file is not None and file in allowed
+            _evaluate_in(shared, refs, file, runtime_for(file), refs.variant.name)
+            for file in (refs.artifact, *refs.onnx_files)
+            if file in allowed
         )
         return replace(refs, files=files)
 
@@ -257,27 +289,32 @@ def evaluate_files(
 
 
 def _evaluate_in(shared: SharedStages, refs: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
-    # Float's accuracy is that of TorchScript, the reference for everything else.
-    if refs.variant.engine is None or runtime == shared.runtime:
-        return FileRefs(file=file, runtime=runtime, validation=refs.validation, selection=refs.selection)
-    validation, selection = _evaluate(shared, file, runtime, name)
+    known = refs.reference
+    # Float's accuracy is the same in every runtime, up to rounding: it is measured once.
+    if refs.variant.engine is None or (file, runtime) == (known.file, known.runtime):
+        return replace(known, file=file, runtime=runtime)
+    label = runtime.name if isinstance(runtime, Runtime) else "benchmark"
+    validation, selection = _evaluate(shared, file, runtime, f"{name}-{label}")
     return FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
 
 
-def _simulate(shared: SharedStages, prepared: Ref, name: str, *, in_float: Ref) -> dict[str, tuple[Ref, ...]]:
+def _simulate(
+    shared: SharedStages, model: Ref, name: str, *, uncorrected: Ref | None = None
+) -> dict[str, tuple[Ref, ...]]:
     """Answers with weights, activations or both rounded.
 
-    Activations alone are rounded in `in_float`, whose biases are not corrected: a corrected bias makes up for rounded
-    weights, and here the weights are not rounded.
+    Activations alone are rounded in the model without bias correction, if there is one: a corrected bias makes up for
+    rounded weights, and here the weights are not rounded.
     """
     evaluation = shared.recipe.evaluation
     if not evaluation.simulate:
         return {}
+    plain = model if uncorrected is None else shared.run(convert, uncorrected, branch=f"{name}-uncorrected")
     return {
         parts: tuple(
             shared.run(
                 simulate,
-                in_float if parts == "activations" else prepared,
+                plain if parts == "activations" else model,
                 shard,
                 evaluation.batch_size,
                 parts,
@@ -289,14 +326,14 @@ def _simulate(shared: SharedStages, prepared: Ref, name: str, *, in_float: Ref) 
     }
 
 
-def _layers(shared: SharedStages, prepared: Ref, branch: BranchRecipe) -> tuple[Ref, ...]:
+def _layers(shared: SharedStages, model: Ref, branch: BranchRecipe) -> tuple[Ref, ...]:
     """The measurements of `layers_of`, if the recipe asks for them."""
     if not shared.recipe.evaluation.layers:
         return ()
-    return layers_of(shared, prepared, branch.name, equalized=branch.equalizes)
+    return layers_of(shared, model, branch.name, equalized=branch.equalizes)
 
 
-def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool) -> tuple[Ref, ...]:
+def layers_of(shared: SharedStages, model: Ref, name: str, *, equalized: bool) -> tuple[Ref, ...]:
     """What each layer costs in accuracy, on the first selection images."""
     reference = shared.fused("eval", equalized=equalized)
     images = shared.inputs.held_out if shared.held_out else shared.inputs.validation
@@ -306,7 +343,7 @@ def layers_of(shared: SharedStages, prepared: Ref, name: str, *, equalized: bool
         shared.run(
             measure_layers,
             reference,
-            prepared,
+            model,
             shard,
             start,
             min(start + _LAYER_IMAGES_PER_STAGE, num_images),

@@ -83,7 +83,7 @@ def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
     ]
     found, search_best, conclusion = search_branches(shared, baseline)
     variants = (baseline, *named, *found)
-    targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(shared, variant)))
+    targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(variant)))
     timings = run(
         benchmark,
         targets,
@@ -119,7 +119,7 @@ def _pick_examples(
         )
     except NotYetKnownError:
         answered = Pending("benchmark")
-    return shared.run(pick_examples, shared.validation, variants[0].validation, answered, num_examples)
+    return shared.run(pick_examples, shared.validation, variants[0].reference.validation, answered, num_examples)
 
 
 def only(recipe: Recipe, method: str) -> Recipe:

@@ -50,8 +50,8 @@ def _try_in_turn(
 
     def rank(name: str) -> list[str]:
         refs = variants[name]
-        assert refs.prepared is not None
-        layers = refs.layers or layers_of(stages, refs.prepared, name, equalized=refs.variant.equalized)
+        assert refs.model is not None
+        layers = refs.layers or layers_of(stages, refs.model, name, equalized=refs.variant.equalized)
         variants[name] = replace(refs, layers=layers)
         return rank_layers(stages.run, layers)
 
@@ -68,7 +68,8 @@ def _try_in_turn(
         trials.append(judge(run, branch, baseline, variant))
         best = search.best_trial(settings, trials)
         # So that it can be shipped before the run ends, if need be.
-        run.copy_out(variants[best.branch.name].artifact, "search-best.pt")
+        file = variants[best.branch.name].reference.file
+        run.copy_out(file, f"search-best{'.onnx' if file.kind == 'onnx' else '.pt'}")
     return f", at its limit of {_count(settings.max_minutes, 'minute')},"
 
 

@@ -13,6 +13,7 @@ from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.data import decode
+from tasks.export import draft_onnx
 from tasks.model import Training, equalize, fuse, load_float
 from tasks.run import Run
 
@@ -37,11 +38,6 @@ class SharedStages:
     held_out: tuple[Ref, ...]
     """Decoded shards; empty if the recipe selects on validation."""
 
-    @property
-    def runtime(self) -> Runtime:
-        """The runtime that int8 models are evaluated in for selection: TorchScript on their own engine."""
-        return available.torch_runtime(self.engine)
-
     def fused(self, mode: Literal["eval", "qat"], *, equalized: bool) -> Ref:
         """The float model that a branch quantizes."""
         return {
@@ -55,6 +51,11 @@ class SharedStages:
     def fused_eval(self) -> Ref:
         """The fused model of the baseline and of every PTQ branch that is not equalized."""
         return self.run(fuse, self.float_model, "eval", branch="eval")
+
+    @cached_property
+    def onnx_draft(self) -> Ref:
+        """The ONNX graph that every variant's files are filled into."""
+        return self.run(draft_onnx, self.fused_eval, available.exporter())
 
     @cached_property
     def calibration(self) -> tuple[Ref, ...]:

@@ -1,143 +1,188 @@
-"""A model as ONNX, written from its weights and grids, and whether it answers as the TorchScript file does."""
+"""A model as ONNX: the graph of its architecture, with its weights and grids filled in."""
 
-import io
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
 from quantlib import temporary
 from quantlib.data import shards
-from quantlib.eager.twin import float_twin
 from quantlib.errors import ModelError
-from quantlib.graph.tracing import untraced
-from quantlib.runtimes import available, classifiers
-
-# The newest opset that torch's legacy exporter writes.
-_OPSET = 17
-
+from quantlib.export.onnx_draft import ACTIVATION, DOMAIN, NAME, PARAMETER, WEIGHT
+from quantlib.graph.plan import is_layer
+from quantlib.quantize.grids import Grid
+from quantlib.quantize.preparation import QUANTIZERS, is_int8
+from quantlib.runtimes import classifiers
 
 _NUM_CHECKED = 32
-
-
 # About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
 _MAX_ERROR = 0.1
-
-
 _MAX_FLOAT_ERROR = 1e-4
 
 
-def to_onnx(model: nn.Module, input_shape: tuple[int, int, int]) -> bytes:
+def write_onnx(draft: bytes, model: fx.GraphModule, runtime: str) -> bytes:
     """Write a model as ONNX, for any number of images; int8 as QuantizeLinear and DequantizeLinear.
 
     The same model gives the same bytes.
 
     Args:
-        model: Fused float, or int8.
-        input_shape: Channels, height and width of its input.
+        draft: The graph of its architecture.
+        model: Fused float, or quantized.
+        runtime: The runtime that will run the file, onnxruntime or openvino: it decides what is rounded.
 
     Raises:
-        ModelError: If it has an operation that ONNX cannot express.
+        ModelError: If the graph holds a weight of another model.
     """
     import onnx
 
-    if whole := untraced(model):
-        raise ModelError(
-            f"The model cannot be written as ONNX: {whole[0]} branches on values, and the file would hold one branch."
-        )
-    twin, weights = float_twin(model)
-    buffer = io.BytesIO()
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # ONNX has no operation for attention that is fused for inference.
-        torch.backends.mha.set_fastpath_enabled(False)
-        # torch reads this flag without calling it, finds it true, and prints the whole graph where the export fails.
-        with torch.inference_mode(), patch.object(torch._C, "_jit_is_onnx_log_enabled", None):
-            torch.onnx.export(
-                twin,
-                (torch.zeros(1, *input_shape),),
-                cast("Any", buffer),  # It accepts a buffer; only its annotation does not.
-                opset_version=_OPSET,
-                dynamo=False,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-            )
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"The model cannot be written as ONNX: {str(error).splitlines()[0]}") from None
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_attention)
-    written = onnx.load_from_string(buffer.getvalue())
-    _store_as_int8(written.graph, weights)
+    written = onnx.load_from_string(draft)
+    _Filling(written.graph, model, _rounded_for(runtime, model)).fill()
+    others = [each for each in written.opset_import if each.domain != DOMAIN]
+    del written.opset_import[:]
+    written.opset_import.extend(others)
     content: bytes = written.SerializeToString(deterministic=True)
     return content
 
 
-def _store_as_int8(graph: Any, weights: Sequence[Tensor]) -> None:
-    """Replace float weights that lie on a grid by their int8 values and a DequantizeLinear, in place.
+def _rounded_for(runtime: str, model: fx.GraphModule) -> set[str]:
+    """Names of the tensors that are rounded in a file for a runtime.
 
-    Args:
-        graph: ONNX's GraphProto.
-        weights: Quantized tensors [out, ...].
+    ONNX Runtime computes a layer in int8 only if its output is rounded, too; OpenVINO is faster without that, except
+    where int8 arithmetic reads the output.
     """
-    from onnx import helper, numpy_helper
+    rounded = {
+        str(node.target).removeprefix(f"{QUANTIZERS}."): node
+        for node in model.graph.nodes
+        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), Grid)
+    }
+    if runtime == "onnxruntime":
+        return set(rounded)
+    return {name for name, node in rounded.items() if _is_read_by_layer(model, node)}
 
-    # By value: a layer over tokens is written as MatMul with its weight transposed, under a new name.
-    known = {}
-    for weight in weights:
-        values = weight.dequantize().numpy()
-        known[values.shape, values.tobytes()] = (weight, 0)
-        if values.ndim == 2:
-            known[values.T.shape, np.ascontiguousarray(values.T).tobytes()] = (weight, 1)
-    dequantized = []
-    for initializer in list(graph.initializer):
-        values = numpy_helper.to_array(initializer)
-        found = known.get((values.shape, values.tobytes()))
-        if found is None:
+
+def _is_read_by_layer(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an int8 layer reads a rounded tensor, with no other grid between."""
+    waiting, seen = list(node.users), set()
+    while waiting:
+        each = waiting.pop()
+        if each in seen or not is_int8(each):
             continue
-        weight, axis = found
-        name = initializer.name
-        stored = weight.int_repr().numpy()
-        scale, zero_point = _grid_of(weight)
-        graph.initializer.remove(initializer)
-        graph.initializer.extend(
-            [
-                numpy_helper.from_array(np.ascontiguousarray(stored.T) if axis else stored, f"{name}_int8"),
-                numpy_helper.from_array(scale, f"{name}_scale"),
-                numpy_helper.from_array(zero_point, f"{name}_zero_point"),
-            ]
+        seen.add(each)
+        if each.op == "call_module" and is_layer(model.get_submodule(str(each.target))):
+            return True
+        waiting += each.users
+    return False
+
+
+class _Filling:
+    """Replaces the marks of a graph by roundings, and its constants by a model's values."""
+
+    def __init__(self, graph: Any, model: fx.GraphModule, rounded: Collection[str]) -> None:
+        self.graph, self.model, self.rounded = graph, model, rounded
+        self.nodes: list[Any] = []
+        self.initializers: dict[str, np.ndarray] = {}
+        self.renamed: dict[str, str] = {}
+
+    def fill(self) -> None:
+        """Do it, in place."""
+        from onnx import numpy_helper
+
+        state = {name: value.numpy() for name, value in self.model.state_dict().items()}
+        for initializer in self.graph.initializer:
+            own = state.get(initializer.name)
+            values = numpy_helper.to_array(initializer)
+            if own is not None and own.shape != values.shape:
+                raise ModelError(f"The graph's {initializer.name} is of another model.")
+            self.initializers[initializer.name] = values if own is None else own
+        readers: dict[str, list[Any]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        for node in list(self.graph.node):
+            for position, name in enumerate(node.input):
+                node.input[position] = self.renamed.get(name, name)
+            kind, name = f"{node.domain}::{node.op_type}", _name_of(node)
+            if kind == ACTIVATION:
+                self._round_activation(node, name)
+            elif kind == PARAMETER:
+                self.renamed[node.output[0]] = node.input[0]
+            elif kind == WEIGHT:
+                self._round_weight(node, name, readers[node.output[0]])
+            elif node.output[0] not in self.renamed:
+                self.nodes.append(node)
+        self._write()
+
+    def _round_activation(self, mark: Any, name: str) -> None:
+        if name not in self.rounded:
+            self.renamed[mark.output[0]] = mark.input[0]
+            return
+        grid = self.model.get_submodule(f"{QUANTIZERS}.{name}")
+        assert isinstance(grid, Grid)
+        self._add_grid(name, grid)
+        constants = [f"{name}_scale", f"{name}_zero_point"]
+        self._add("QuantizeLinear", [mark.input[0], *constants], f"{name}_int8")
+        self._add("DequantizeLinear", [f"{name}_int8", *constants], mark.output[0])
+
+    def _round_weight(self, mark: Any, path: str, readers: list[Any]) -> None:
+        layer: Any = self.model.get_submodule(path)
+        grid = getattr(layer, "weight_quantizer", None)
+        name = f"{path}.weight"
+        if not isinstance(grid, Grid):
+            self.renamed[mark.output[0]] = mark.input[0]
+            return
+        stored, axis, output = grid.steps(layer.weight.detach()).numpy(), 0, mark.output[0]
+        self.initializers.pop(mark.input[0], None)
+        if len(readers) == 1 and readers[0].op_type == "Transpose":
+            # Of a layer over tokens: runtimes look for int8 right before the product.
+            stored, axis, output = np.ascontiguousarray(stored.T), 1, readers[0].output[0]
+            self.renamed[output] = output
+        self.initializers[f"{name}_int8"] = stored
+        self._add_grid(name, grid)
+        attributes = {"axis": axis} if grid.scale.dim() else {}
+        self._add("DequantizeLinear", [f"{name}_int8", f"{name}_scale", f"{name}_zero_point"], output, **attributes)
+
+    def _add_grid(self, name: str, grid: Grid) -> None:
+        self.initializers[f"{name}_scale"] = grid.scale.numpy()
+        kind = np.int8 if grid.quant_min < 0 else np.uint8
+        self.initializers[f"{name}_zero_point"] = grid.zero_point.numpy().astype(kind)
+
+    def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(kind, inputs, [output], f"{output}_{kind}", **attributes))
+
+    def _write(self) -> None:
+        from onnx import numpy_helper
+
+        for output in self.graph.output:
+            if output.name in self.renamed:
+                self._add("Identity", [self.renamed[output.name]], output.name)
+        used = {name for node in self.nodes for name in node.input}
+        del self.graph.node[:], self.graph.initializer[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(
+            numpy_helper.from_array(values, name) for name, values in self.initializers.items() if name in used
         )
-        inputs = [f"{name}_int8", f"{name}_scale", f"{name}_zero_point"]
-        per_channel: dict[str, Any] = {"axis": axis} if scale.ndim else {}
-        dequantized.append(helper.make_node("DequantizeLinear", inputs, [name], f"{name}_dequantize", **per_channel))
-    others = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*dequantized, *others])
 
 
-def _grid_of(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point: of each output channel [out], or one []."""
-    if weight.qscheme() in {torch.per_channel_affine, torch.per_channel_symmetric}:
-        scale, zero_point = weight.q_per_channel_scales().numpy(), weight.q_per_channel_zero_points().numpy()
-    else:
-        scale, zero_point = np.array(weight.q_scale()), np.array(weight.q_zero_point())
-    return scale.astype(np.float32), zero_point.astype(np.int8)
+def _name_of(mark: Any) -> str:
+    return next((each.s.decode() for each in mark.attribute if each.name == NAME), "")
 
 
-def check_onnx(content: bytes, torchscript: Path, engine: str | None, runtime: str, shard: Path) -> None:
-    """Compare an ONNX file's logits with those of the TorchScript file of the same model, on real images.
+def check_onnx(content: bytes, model: nn.Module, runtime: str, shard: Path) -> None:
+    """Compare an ONNX file's logits with the model's own, on real images.
 
     They are not bit-identical: runtimes round sums in different places, and int8 models amplify that.
 
     Args:
         content: The ONNX file.
-        torchscript: The TorchScript file.
-        engine: The engine that the TorchScript file runs on; None: float.
-        runtime: The runtime that the ONNX file runs in.
+        model: Fused float, or quantized.
+        runtime: The runtime that the file runs in.
         shard: A file of decoded images; the first 32 are used.
 
     Raises:
@@ -148,12 +193,14 @@ def check_onnx(content: bytes, torchscript: Path, engine: str | None, runtime: s
     with temporary.new_folder() as folder:
         (folder / "model.onnx").write_bytes(content)
         got = classifiers.open_model(folder / "model.onnx", runtime)(x)
-    expected = classifiers.open_model(torchscript, available.torchscript_on(engine))(x)
+    with torch.inference_mode():
+        expected = model.eval()(x)
     error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
-    allowed = _MAX_FLOAT_ERROR if engine is None else _MAX_ERROR
+    is_quantized = any(isinstance(module, Grid) for module in model.modules())
+    allowed = _MAX_ERROR if is_quantized else _MAX_FLOAT_ERROR
     if not error <= allowed:
-        advice = "" if engine is None else " On a CPU whose int8 arithmetic saturates, set activation_bits = 7."
+        advice = " On a CPU whose int8 arithmetic saturates, set activation_bits = 7." if is_quantized else ""
         raise ModelError(
-            f"In {runtime} the logits are {error:.2%} of their power away from those of TorchScript, but at most "
+            f"In {runtime} the logits are {error:.2%} of their power away from the model's own, but at most "
             f"{allowed:.2%} are allowed.{advice}"
         )

@@ -1,7 +1,7 @@
 """What of a recipe's model becomes int8, without running anything."""
 
+from quantlib.graph.model import plan_of
 from quantlib.graph.plan import LayerPlan
-from quantlib.graph.quantizable import plan_of
 from quantlib.models import registry
 from quantlib.models.source import ModelInput
 
@@ -15,9 +15,3 @@ def inspect_model(source: ModelInput, num_classes: int, input_shape: tuple[int, 
     model = registry.build(source.architecture, registry.arguments_of(source, num_classes)).eval()
     registry.check_logits(model, num_classes, input_shape)
     return plan_of(model, input_shape).layers
-
-
-def share_of_int8(layers: tuple[LayerPlan, ...]) -> float:
-    """The fraction of the multiply-adds that int8 layers do."""
-    total = sum(layer.num_multiplications for layer in layers)
-    return sum(layer.num_multiplications for layer in layers if layer.int8) / total if total else 0.0

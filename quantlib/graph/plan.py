@@ -1,19 +1,32 @@
-"""Which tensors of a traced model are int8: regions around Conv and Linear, carried through cheap operations."""
+"""Which tensors of a fused model are int8: regions around Conv and Linear, carried through cheap operations."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
-from torchvision.ops import StochasticDepth
+
+from quantlib.graph.tracing import drops_paths, layers_inside
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_PRODUCTS = {
+    operator.matmul,
+    torch.matmul,
+    torch.bmm,
+    "matmul",
+    "bmm",
+    "__matmul__",
+    nn.functional.scaled_dot_product_attention,
+}
 CONCATENATIONS = {torch.cat, torch.concat}
 
+# Their output is rounded in place of their input's.
+CLIPPING = (nn.ReLU, nn.ReLU6)
 # Rounded as they come in and as they go out, each on its own grid.
 _ROUNDED = (nn.Hardswish,)
 # Values of their input, in another order or fewer: what is int8 stays int8, on the same grid.
@@ -27,7 +40,6 @@ _CARRYING_MODULES = (
     nn.Identity,
     nn.Dropout,
     nn.ChannelShuffle,
-    StochasticDepth,
 )
 _CARRYING_FUNCTIONS = {
     torch.flatten,
@@ -64,54 +76,128 @@ class Plan:
     """What of a traced model is int8."""
 
     int8: frozenset[fx.Node]
-    """Operations that compute in int8: they read and give int8 tensors."""
+    """Operations that compute in int8: they read int8 tensors, and what they give is rounded."""
+    rounded: tuple[fx.Node, ...]
+    """The tensors that are rounded, in the graph's order: each once, for all that read it in int8."""
     layers: tuple[LayerPlan, ...]
 
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The operations that read a rounded tensor as it is once rounded."""
+        # What comes out of int8 arithmetic exists in no other form; a float tensor stays as it is for other readers.
+        return [user for user in node.users if node in self.int8 or user in self.int8]
 
-def draw_plan(traced: fx.GraphModule) -> Plan:
+
+def share_of_int8(layers: Sequence[LayerPlan]) -> float:
+    """The fraction of the multiply-adds that int8 layers do."""
+    total = sum(layer.num_multiplications for layer in layers)
+    return sum(layer.num_multiplications for layer in layers if layer.int8) / total if total else 0.0
+
+
+def draw_plan(traced: fx.GraphModule, float_layers: Collection[str] = ()) -> Plan:
     """Decide what is int8.
 
     Args:
-        traced: With the shape of each tensor noted, for any number of images.
+        traced: Fused, with the shape of each tensor noted, for any number of images.
+        float_layers: Dotted paths of modules that stay float.
     """
     modules = dict(traced.named_modules())
-    int8: set[fx.Node] = set()
+    int8: dict[fx.Node, None] = {}
     layers: list[LayerPlan] = []
     for node in traced.graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.MultiheadAttention):
             layers.append(_attention_plan(node, module))
-        elif module is not None:
-            layers += _layers_inside(node, module)
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            reason = _why_float(node, module)
+        if (count := _num_in_product(node)) is not None:
+            reason = "both of its factors depend on the image"
+            layers.append(
+                LayerPlan(path_of(node) or node.name, "product", int8=False, reason=reason, num_multiplications=count)
+            )
+        kept = _is_inside(node, float_layers)
+        if is_layer(module):
+            reason = "the recipe keeps it float" if kept else _why_float(node, module)
             layers.append(_layer_plan(node, module, reason))
             if not reason:
-                int8.add(node)
-        elif _carries(node, module, modules) and all(each in int8 for each in _tensors(node)):
-            int8.add(node)
-    return Plan(frozenset(int8), tuple(layers))
+                int8[node] = None
+        elif not kept and _carries(node, module, modules) and all(each in int8 for each in _tensors(node)):
+            int8[node] = None
+    layers += _plan_inside(traced, float_layers)
+    _leave_where_nothing_computes(int8, modules)
+    rounded = tuple(node for node in traced.graph.nodes if _is_rounded(node, int8, modules))
+    return Plan(frozenset(int8), rounded, tuple(layers))
 
 
-def _is_fused_away(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a BatchNorm's call becomes part of the convolution before it."""
-    before = node.all_input_nodes[0]
-    if before.op != "call_module" or len(before.users) > 1:
+def is_layer(module: nn.Module | None) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Whether a module has a weight that becomes int8."""
+    return isinstance(module, nn.Conv2d | nn.Linear)
+
+
+def path_of(node: fx.Node) -> str:
+    """The dotted path of what a node calls, or of the innermost module that does; "" for the model itself."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(next(reversed(stack.values()))[0])
+
+
+def _is_inside(node: fx.Node, paths: Collection[str]) -> bool:
+    own = f"{path_of(node)}."
+    return any(own.startswith(f"{path}.") for path in paths)
+
+
+def _leave_where_nothing_computes(int8: dict[fx.Node, None], modules: Mapping[str, nn.Module]) -> None:
+    """Remove what carries int8 values that no layer reads in the end: rounding them would gain nothing."""
+    useful: set[fx.Node] = set()
+    for node in reversed(list(int8)):
+        if is_layer(_module_of(node, modules)):
+            useful.update([node, *_tensors(node)])
+        elif node in useful:
+            useful.update(_tensors(node))
+        elif not is_layer(_module_of(_clipped(node, modules), modules)):
+            del int8[node]
+
+
+def _is_rounded(node: fx.Node, int8: Collection[fx.Node], modules: Mapping[str, nn.Module]) -> bool:
+    if node not in int8:
+        return "shape" in node.meta and any(user in int8 for user in node.users)
+    own = _clipped(node, modules)
+    if not (is_layer(_module_of(own, modules)) or gives_new_values(own, modules)):
         return False
-    calls = [n for n in node.graph.nodes if n.op == "call_module" and n.target in {before.target, node.target}]
-    return isinstance(modules.get(str(before.target)), nn.Conv2d) and len(calls) == 2
+    return own is not node or not any(user in int8 and _clipped(user, modules) is node for user in node.users)
+
+
+def _clipped(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+    """The layer or sum that a node alone clips, as ReLU does: the two are rounded as one. Else the node itself."""
+    if isinstance(_module_of(node, modules), CLIPPING):
+        (before,) = node.all_input_nodes
+        if len(before.users) == 1 and (is_layer(_module_of(before, modules)) or is_sum(before)):
+            return before
+    return node
+
+
+def gives_new_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether an operation without weights gives values that its inputs do not have."""
+    return is_sum(node) or node.target in CONCATENATIONS or isinstance(_module_of(node, modules), _ROUNDED)
+
+
+def _module_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    return modules.get(str(node.target)) if node.op == "call_module" else None
 
 
 def _why_float(node: fx.Node, module: nn.Conv2d | nn.Linear) -> str:
     shape = node.all_input_nodes[0].meta.get("shape") if node.all_input_nodes else None
     if shape is None:
         return "its input is not a tensor of floats"
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros":
-            return f"its padding is {module.padding_mode}"
-        if _gates_channels(node):
-            # Next to no work, and rounding it would move whole channels.
-            return "it computes a gate (squeeze-and-excite)"
+    if isinstance(module, nn.Conv2d) and _gates_channels(node):
+        # Next to no work, and rounding it would move whole channels.
+        return "it computes a gate (squeeze-and-excite)"
+    return _why_not_int8(module)
+
+
+def _why_not_int8(layer: nn.Conv2d | nn.Linear) -> str:
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return f"its padding is {layer.padding_mode}"
+    if isinstance(layer, nn.Conv2d) and layer.padding == "same" and any(size % 2 == 0 for size in layer.kernel_size):
+        return "its padding is not the same on both sides"
     return ""
 
 
@@ -159,19 +245,31 @@ def _attention_plan(node: fx.Node, module: nn.MultiheadAttention) -> LayerPlan:
     )
 
 
-def _layers_inside(node: fx.Node, whole: nn.Module) -> list[LayerPlan]:
-    """The layers of a module that could not be traced; what they compute is not known."""
-    return [
-        LayerPlan(
-            path=f"{node.target}.{path}",
-            kind=type(module).__name__,
-            int8=False,
-            reason=f"{node.target} branches on values, and is taken as a whole",
-            num_multiplications=0,
-        )
-        for path, module in whole.named_modules()
-        if path and isinstance(module, nn.Conv2d | nn.Linear)
-    ]
+def _num_in_product(node: fx.Node) -> int | None:
+    """Multiply-adds for one image of a product of two activations; None: it is something else."""
+    target: Any = node.target
+    if node.op == "output" or target not in _PRODUCTS or "shape" not in node.meta:
+        return None
+    shapes = [each.meta["shape"] for each in node.all_input_nodes if "shape" in each.meta]
+    if len(shapes) < 2:
+        return None
+    outputs: int = node.meta["shape"][1:].numel()
+    if target is nn.functional.scaled_dot_product_attention:
+        # Each query with each key, then the weights with the values: as many again.
+        return 2 * outputs * int(shapes[1][-2])
+    return outputs * int(shapes[0][-1])
+
+
+def _plan_inside(traced: fx.GraphModule, float_layers: Collection[str]) -> list[LayerPlan]:
+    """The layers of what was taken as a whole: each is int8 by itself."""
+    counts = traced.meta.get("num_outputs", {})
+    found = []
+    for path, layer in layers_inside(traced):
+        kept = any(f"{path}.".startswith(f"{other}.") for other in float_layers)
+        reason = "the recipe keeps it float" if kept else _why_not_int8(layer)
+        count = counts.get(path, 0) * layer.weight[0].numel()
+        found.append(LayerPlan(path, type(layer).__name__, not reason, reason, num_multiplications=count))
+    return found
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
@@ -183,13 +281,16 @@ def _is_tensor(node: fx.Node) -> bool:
     return "shape" in node.meta or node.target in {torch.chunk, torch.split, "chunk", "split"}
 
 
-def _carries(node: fx.Node, module: nn.Module | None, modules: dict[str, nn.Module]) -> bool:
-    if not node.args or not _tensors(node) or not _is_tensor(node):
+def _carries(node: fx.Node, module: nn.Module | None, modules: Mapping[str, nn.Module]) -> bool:
+    reads_tensors = bool(node.args) and bool(_tensors(node)) and _is_tensor(node)
+    # torch has no sound int8 ReLU6 of its own.
+    if not reads_tensors or (isinstance(module, nn.ReLU6) and _clipped(node, modules) is node):
         return False
-    if isinstance(module, nn.BatchNorm2d):
-        return _is_fused_away(node, modules)
+    if isinstance(module, nn.AdaptiveAvgPool2d) or node.target is nn.functional.adaptive_avg_pool2d:
+        # A mean over the whole image has a range of its own, much smaller than its input's, and costs little in float.
+        return not _is_one_pixel(node)
     if module is not None:
-        return isinstance(module, _CARRYING_MODULES + _ROUNDED)
+        return isinstance(module, _CARRYING_MODULES + _ROUNDED) or drops_paths(module)
     if node.target in ADDITIONS:
         return is_sum(node)
     target: Any = node.target

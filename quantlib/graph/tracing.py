@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-from torchvision.ops import StochasticDepth
+from torch.fx import _symbolic_trace
 
-from quantlib.eager.modules import FusedModule
-from quantlib.errors import ModelError
+from quantlib.graph import rewriting, surgery
+
+WHOLE = "model"
+"""Path of a model whose own forward() cannot be traced."""
+_EXAMPLES = "examples"
+# What a tensor's shape has in common for both is a constant of the graph; the rest depends on the number of images.
+_BATCHES = (2, 3)
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Trace a model.
+def trace(model: nn.Module, input_shape: tuple[int, int, int], *, whole: bool = False) -> fx.GraphModule:
+    """Trace a model in eval mode, for images of one size, any number of them.
 
     A submodule whose forward() branches on values, or does anything else that symbols cannot, is taken as a whole;
-    `untraced` names them.
+    `untraced` names them; it may be the model itself.
 
-    Raises:
-        ModelError: If the model's own forward() cannot be traced.
+    Args:
+        model: Its modules become those of the result.
+        input_shape: Channels, height and width of its input.
+        whole: Take the model itself as a whole, without trying.
     """
+    model.eval()
+    if whole:
+        return _finished(*_as_a_whole(model), input_shape)
+    originals = surgery.replace_attention(model)
     leaves: set[str] = set()
     while True:
-        tracer = _Tracer(leaves)
+        tracer = _Tracer(model, leaves, input_shape)
         try:
-            graph = tracer.trace(model)
-        except Exception as error:
-            if tracer.failed is None:
-                raise ModelError(
-                    f"The forward() of {type(model).__name__} cannot be traced: {str(error).partition(chr(10))[0]} "
-                    "Move what branches on values into a submodule, which then stays float; or put QuantStub and "
-                    "DeQuantStub around the part to quantize, and the model is taken as it is."
-                ) from None
-            leaves.add(tracer.failed)
+            with _look_into_wrapped_functions():
+                graph = tracer.trace(model)
+        except Exception:
+            failed = tracer.failed
+            if failed is None:
+                return _finished(*_as_a_whole(model), input_shape)
+            if failed in originals:
+                model.set_submodule(failed, originals[failed])
+            leaves.add(failed)
         else:
-            for node in graph.nodes:
-                node.type = None  # A return annotation names a class for training, which scripting would insist on.
-            traced = fx.GraphModule(model, graph, type(model).__name__)
-            traced.meta["untraced"] = tuple(sorted(leaves))
-            return traced
+            return _finished(model, graph, leaves, input_shape)
+
+
+def _as_a_whole(model: nn.Module) -> tuple[nn.Module, fx.Graph, set[str]]:
+    """The graph that calls a model, which then is its only module."""
+    root, graph = nn.Module(), fx.Graph()
+    root.add_module(WHOLE, model)
+    graph.output(graph.call_module(WHOLE, (graph.placeholder("x"),)))
+    return root, graph, {WHOLE}
+
+
+def _finished(model: nn.Module, graph: fx.Graph, leaves: set[str], input_shape: tuple[int, int, int]) -> fx.GraphModule:
+    for node in graph.nodes:
+        node.type = None  # A return annotation names a class for training, which scripting would insist on.
+    traced = fx.GraphModule(model, graph, type(model).__name__)
+    traced.meta["untraced"] = tuple(sorted(leaves))
+    rewriting.rewrite(traced)
+    _note_shapes(traced, input_shape)
+    return traced
+
+
+def drops_paths(module: nn.Module | None) -> bool:
+    """Whether a module is stochastic depth: it does something in training that a trace in eval mode would lose."""
+    # By name: importing torchvision, for its class, takes a second.
+    return type(module).__name__ in {"StochasticDepth", "DropPath"}
+
+
+def is_whole(traced: fx.GraphModule) -> bool:
+    """Whether a model was taken as a whole."""
+    return untraced(traced) == (WHOLE,)
 
 
 def untraced(model: nn.Module) -> tuple[str, ...]:
@@ -46,19 +88,47 @@ def untraced(model: nn.Module) -> tuple[str, ...]:
     return model.meta.get("untraced", ()) if isinstance(model, fx.GraphModule) else ()
 
 
-class _Tracer(fx.Tracer):
-    """Traces into everything but torch's own modules, and what is named."""
+@contextmanager
+def _look_into_wrapped_functions() -> Iterator[None]:
+    """Lets tracing go into functions that their library has asked torch.fx to leave alone: they may hold layers."""
+    wrapped = dict(_symbolic_trace._wrapped_fns_to_patch)
+    _symbolic_trace._wrapped_fns_to_patch.clear()
+    try:
+        yield
+    finally:
+        _symbolic_trace._wrapped_fns_to_patch.update(wrapped)
 
-    def __init__(self, leaves: set[str]) -> None:
+
+@contextmanager
+def _real_modules() -> Iterator[None]:
+    """Lets modules compute while torch.fx has replaced how they are called."""
+    replaced = nn.Module.__call__, nn.Module.__getattr__
+    own: Any = nn.Module
+    own.__call__, own.__getattr__ = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr
+    try:
+        yield
+    finally:
+        own.__call__, own.__getattr__ = replaced
+
+
+class _Tracer(fx.Tracer):
+    """Traces into everything but torch's own modules, and what is named; it knows the shape of every tensor.
+
+    Each symbol carries what it would be for two numbers of images, as tensors without memory.
+    """
+
+    def __init__(self, model: nn.Module, leaves: set[str], input_shape: tuple[int, int, int]) -> None:
         super().__init__(param_shapes_constant=True)
         self._leaves = leaves
+        self._input_shape = input_shape
+        tensors = [*model.parameters(), *model.buffers()]
+        self._shadow = copy.deepcopy(model, {id(tensor): tensor.to("meta") for tensor in tensors})
         self.failed: str | None = None
         """The innermost module that could not be traced."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is taken as a whole."""
-        # Stochastic depth does something else in training, which a trace in eval mode would lose.
-        known = isinstance(m, FusedModule | StochasticDepth) or module_qualified_name in self._leaves
+        known = drops_paths(m) or module_qualified_name in self._leaves
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -66,9 +136,143 @@ class _Tracer(fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            if self.failed is None:
-                self.failed = self.path_of_module(m)
+            path = self.path_of_module(m)
+            # If it was to be taken as a whole, it is called with something that has no symbol: by the module around it.
+            if self.failed is None and path not in self._leaves:
+                self.failed = path
             raise
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:  # noqa: ARG002
+        """The arguments of the model's forward(): its images; whatever else it takes has its default."""
+        name = next(iter(inspect.signature(root_fn.__get__(self.root)).parameters))
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The symbol for a node."""
+        return _Symbol(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a node, and find what it would be."""
+        node = super().create_node(*args, **kwargs)
+        try:
+            with torch.no_grad(), _real_modules():
+                node.meta[_EXAMPLES] = tuple(self._run(node, place) for place in range(len(_BATCHES)))
+        except Exception:
+            node.meta.pop(_EXAMPLES, None)
+        return node
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Unpack a symbol."""
+        length = _common(obj, len)
+        symbol: Any = obj
+        return iter([symbol[place] for place in range(length)]) if isinstance(length, int) else super().iter(obj)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A symbol as a condition: a number of images other than those tried may decide otherwise."""
+        found = _common(obj, lambda value: value if isinstance(value, bool | int) else None)
+        return super().to_bool(obj) if found is None else bool(found)
+
+    def _run(self, node: fx.Node, place: int) -> Any:
+        if node.op == "placeholder":
+            return torch.empty(_BATCHES[place], *self._input_shape, device="meta")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta[_EXAMPLES][place])
+        target: Any = node.target
+        if node.op == "get_attr":
+            value: Any = self.root
+            for name in target.split("."):
+                value = getattr(value, name)
+            return value.to("meta") if isinstance(value, Tensor) else value
+        if node.op == "call_module":
+            return self._shadow.get_submodule(target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
+
+
+class _Symbol(fx.Proxy):
+    """Stands for a value while tracing; its shape is known, except for the number of images."""
+
+    def _overwrite(self, operation: Any, other: Any) -> Any:
+        if _common(self, lambda value: value.dim()) is None:
+            return NotImplemented  # A number: the name gets another value.
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._overwrite(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._overwrite(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._overwrite(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._overwrite(operator.itruediv, other)
+
+    @property
+    def shape(self) -> Any:
+        """Numbers, and a symbol for each dimension that depends on the number of images."""
+        dims = _common(self, lambda value: value.dim())
+        return super().__getattr__("shape") if dims is None else tuple(map(self.size, range(dims)))
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one dimension."""
+        if dim is None:
+            return self.shape
+        found = _common(self, lambda value: value.shape[dim])
+        return super().__getattr__("size")(dim) if found is None else found
+
+    def dim(self) -> Any:
+        """Number of dimensions."""
+        found = _common(self, lambda value: value.dim())
+        return super().__getattr__("dim")() if found is None else found
+
+    @property
+    def ndim(self) -> Any:
+        """Number of dimensions."""
+        return self.dim()
+
+    @property
+    def dtype(self) -> Any:
+        """Its type, as it is in the end."""
+        found = _common(self, lambda value: value.dtype)
+        return super().__getattr__("dtype") if found is None else found
+
+    @property
+    def device(self) -> Any:
+        """Where everything is."""
+        return (
+            torch.device("cpu")
+            if _common(self, lambda value: value.dim()) is not None
+            else super().__getattr__("device")
+        )
+
+    def new_zeros(self, *size: Any, **settings: Any) -> Any:
+        """Zeros, which are a constant if their number is."""
+        dims = size[0] if len(size) == 1 and isinstance(size[0], tuple | list) else size
+        if all(isinstance(dim, int) for dim in dims) and isinstance(self.dtype, torch.dtype):
+            return torch.zeros(*dims, dtype=settings.get("dtype", self.dtype))
+        return super().__getattr__("new_zeros")(*size, **settings)
+
+    def __len__(self) -> int:
+        found = _common(self, len)
+        return super().__len__() if found is None else found
+
+    def __index__(self) -> int:
+        found = _common(self, lambda value: value if isinstance(value, int) else None)
+        if found is None:
+            raise fx.proxy.TraceError("a number that depends on the number of images is used as an index")
+        return int(found)
+
+
+def _common(symbol: fx.Proxy, of: Any) -> Any:
+    """What a function gives for a symbol whatever the number of images; None if it differs or is not known."""
+    examples = symbol.node.meta.get(_EXAMPLES, ())
+    try:
+        found = [of(example) for example in examples]
+    except (TypeError, AttributeError, IndexError):
+        return None
+    return found[0] if found and all(each == found[0] for each in found) else None
 
 
 class _Shapes(fx.Interpreter):
@@ -82,6 +286,44 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def note_shapes(traced: fx.GraphModule, x: Tensor) -> None:
-    """Write the shape of each tensor for the input x [N, C, H, W] into its node's `meta["shape"]`."""
-    _Shapes(traced).run(x)
+@contextmanager
+def _count_inside(traced: fx.GraphModule) -> Iterator[None]:
+    """Note how many values the layers of what was taken as a whole give for an image, in `meta["num_outputs"]`."""
+    counts: dict[str, int] = {}
+    traced.meta["num_outputs"] = counts
+
+    def count(path: str, output: Any) -> None:
+        counts[path] = counts.get(path, 0) + (output[0].numel() if isinstance(output, Tensor) else 0)
+
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, path=path: count(path, output))
+        for path, module in layers_inside(traced)
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def layers_inside(traced: fx.GraphModule) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
+    """The layers, by path, of the submodules that were taken as a whole."""
+    return [
+        (f"{whole}.{path}", module)
+        for whole in untraced(traced)
+        for path, module in traced.get_submodule(whole).named_modules()
+        if path and isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+
+
+def _note_shapes(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
+    """Write the shape of each floating-point tensor, for two images, into its node's `meta["shape"]`."""
+    nodes = [node for node in traced.graph.nodes if node.op != "output"]
+    for node in nodes:
+        example = node.meta.get(_EXAMPLES, (None,))[0]
+        if isinstance(example, Tensor) and example.is_floating_point():
+            node.meta["shape"] = example.shape
+    if not all(_EXAMPLES in node.meta for node in nodes):
+        # What was taken as a whole has to be run: it may look at values.
+        with torch.inference_mode(), _count_inside(traced):
+            _Shapes(traced).run(torch.zeros(_BATCHES[0], *input_shape))
+    for node in nodes:
+        node.meta.pop(_EXAMPLES, None)

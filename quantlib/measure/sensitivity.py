@@ -1,67 +1,43 @@
 """Finds which layers cost accuracy: each made int8 alone, then all but it, in float with fake quantization."""
 
 import copy
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from quantlib.data import shards
-from quantlib.eager.modules import FloatFunctional, FusedModule
-from quantlib.eager.rounding import FixedFakeQuantize
+from quantlib.graph.plan import is_layer
 from quantlib.progress import Progress, silent
 from quantlib.quantize import preparation, simulation
-from quantlib.recipe.scheme import FuseMode
+from quantlib.quantize.grids import Grid
+from quantlib.quantize.layers import EnclosedLayer
 
-# Per batch: every layer's output for it is in memory at once, in float and in int8, 150 MB each for MobileNetV2.
-_MAX_PIXELS = 2**18
+# Per batch: every tensor of it is in memory at once, in float and in int8, 150 MB each for MobileNetV2.
+_MAX_PIXELS = 2**17
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer in two forms, swapped to run it in float or in int8."""
+    """What becomes int8 as one: a tensor that is rounded, and the operations since the last ones."""
 
-    in_float: nn.Module
-    in_int8: nn.Module
-    grid: FixedFakeQuantize
-    """Rounds the output of `in_int8`."""
-
-
-class _Outputs:
-    """Each layer's outputs for a batch, in the order of its calls."""
-
-    def __init__(self) -> None:
-        self.by_layer: dict[str, list[Tensor]] = {}
-        self._first: dict[str, int] = {}
-        self._last: dict[str, int] = {}
-        self._num_calls = 0
-
-    def add(self, path: str, output: Tensor) -> None:
-        """Record the output of a call."""
-        self._num_calls += 1
-        self._first.setdefault(path, self._num_calls)
-        self._last[path] = self._num_calls
-        self.by_layer.setdefault(path, []).append(output)
-
-    def before(self, path: str) -> list[str]:
-        """The layers that have finished when this one begins: nothing done to it changes their outputs."""
-        # A layer that the model never calls has none.
-        return [other for other, last in self._last.items() if last < self._first.get(path, 0)]
+    nodes: tuple[fx.Node, ...]
+    """In the graph's order."""
+    rounds: tuple[fx.Node, ...]
+    """Those that round: more than one if the layer runs more than once."""
+    name: str
+    """Path of the convolution or linear layer among them; if there is none, name of the tensor."""
+    type: str
+    has_weight: bool
 
 
-class _Replay(nn.Module):
-    """Replaces a layer, and replays its outputs."""
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what every node gives."""
 
-    def __init__(self, outputs: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._outputs = iter(outputs)
-
-    def forward(self, *_: Any) -> Tensor:
-        """The next output."""
-        return next(self._outputs)
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model, garbage_collect_values=False)
 
 
 @dataclass
@@ -69,15 +45,15 @@ class LayerSums:
     """Measurements of a layer, as sums over images, so that several stages' results can be added up."""
 
     layer: str
-    """Its dotted path in the fused model."""
+    """Path of the convolution or linear layer, or name of a tensor that no such layer gives."""
     type: str
-    """Its class, such as ConvReLU2d."""
+    """Conv2d, Linear, or the operation that gives the tensor."""
+    activation_min: float
+    """Ends of its output's int8 grid."""
+    activation_max: float
     weight_min: float | None = None
     """Smallest value of the float weight; None if it has no quantized weight."""
     weight_max: float | None = None
-    activation_min: float | None = None
-    """Ends of its output's int8 grid; None if its output is not quantized."""
-    activation_max: float | None = None
     signal: float = 0.0
     """Sum of squares of its float output."""
     noise: float = 0.0
@@ -100,31 +76,27 @@ class LayerSums:
 
 
 def measure_layers(
-    reference: nn.Module,
-    prepared: nn.Module,
-    mode: FuseMode,
+    reference: fx.GraphModule,
+    quantized: fx.GraphModule,
     shard: Path,
     start: int,
     stop: int,
     progress: Progress = silent,
 ) -> list[LayerSums]:
-    """Measure each layer of a calibrated or quantization-aware trained model.
+    """Measure each layer of a quantized model.
 
     Args:
-        reference: The float model that was quantized, fused in mode "eval". A prepared model without rounding
+        reference: The float model that was quantized, fused in mode "eval". A quantized model without rounding
             would not do: its corrected biases, or trained weights, make up for rounding that is then missing.
-        prepared: Made by `preparation.prepare`, with its ranges already found.
-        mode: The mode it was prepared in.
+        quantized: As `convert` makes it.
         shard: A file of decoded images.
         start: First image to use.
         stop: One past the last image; may lie past the end of the shard.
         progress: Called with (images done, images in all).
     """
-    float_model, int8_model = copy.deepcopy(reference).eval(), simulation.simulate(prepared, mode, "both")
-    for model in (float_model, int8_model):
-        _keep_outputs(model)
-    layers = _find_layers(float_model, int8_model)
-    found = {path: _describe(path, layer) for path, layer in layers.items()}
+    int8_model, float_model = copy.deepcopy(quantized).eval(), _in_float(quantized, reference)
+    layers = _find_layers(int8_model)
+    found = [_describe(int8_model, float_model, layer) for layer in layers]
     images = shards.open_shard(shard)
     stop = min(stop, len(images))
     _, height, width, _ = images.pixels.shape
@@ -133,12 +105,13 @@ def measure_layers(
         for first in range(start, stop, size):
             last = min(first + size, stop)
             x, y = images.inputs(first, last), images.labels[first:last]
-            before, after, in_float, in_int8 = _compare_outputs(float_model, int8_model, x, layers, found)
+            in_float, in_int8 = _Recorder(float_model), _Recorder(int8_model)
+            before, after = in_float.run(x), in_int8.run(x)
             answers, num_float, num_int8 = before.log_softmax(1), _num_correct(before, y), _num_correct(after, y)
-            for path, layer in layers.items():
-                sums = found[path]
-                alone = _run_with(float_model, path, layer.in_int8, in_float, x)
-                all_but = _run_with(int8_model, path, layer.in_float, in_int8, x)
+            for layer, sums in zip(layers, found, strict=True):
+                _compare(layer, in_float.env, in_int8.env, int8_model, sums)
+                alone = _run_with(in_float, layer, int8_model)
+                all_but = _run_with(in_int8, layer, float_model)
                 divergence = nn.functional.kl_div(alone.log_softmax(1), answers, reduction="sum", log_target=True)
                 sums.divergence_only += float(divergence)
                 sums.num_correct_float += num_float
@@ -147,80 +120,103 @@ def measure_layers(
                 sums.num_correct_all_but += _num_correct(all_but, y)
                 sums.num_images += len(y)
             progress(last - start, stop - start)
-    return list(found.values())
+    return found
 
 
-def _find_layers(float_model: nn.Module, int8_model: nn.Module) -> dict[str, _Layer]:
-    """Every layer whose output is quantized, by its path; one kept in float counts along with the grid after it."""
-    modules = dict(float_model.named_modules())
+def compare_layers(reference: fx.GraphModule, quantized: fx.GraphModule, x: Tensor) -> list[LayerSums]:
+    """Compare the output of each layer with float's, all layers being int8, on images x [N, C, H, W]."""
+    int8_model, float_model = copy.deepcopy(quantized).eval(), _in_float(quantized, reference)
+    layers = _find_layers(int8_model)
+    found = [_describe(int8_model, float_model, layer) for layer in layers]
+    with torch.inference_mode():
+        in_float, in_int8 = _Recorder(float_model), _Recorder(int8_model)
+        in_float.run(x)
+        in_int8.run(x)
+        for layer, sums in zip(layers, found, strict=True):
+            _compare(layer, in_float.env, in_int8.env, int8_model, sums)
+    return found
+
+
+def _in_float(quantized: fx.GraphModule, reference: fx.GraphModule) -> fx.GraphModule:
+    """The graph of a quantized model with everything else as in the float model."""
+    model = simulation.simulate(quantized, "weights")
+    for path in preparation.int8_layers(model):
+        place, parent = path, path.rpartition(".")[0]
+        if isinstance(model.get_submodule(parent), EnclosedLayer):
+            place = parent
+        model.set_submodule(place, copy.deepcopy(reference.get_submodule(place)))
+    # Correction changed biases, and training everything.
+    model.load_state_dict(reference.state_dict(), strict=False)
+    return model.eval()
+
+
+def _find_layers(model: fx.GraphModule) -> list[_Layer]:
+    """Every tensor that is rounded, each with the int8 operations that no other grid comes before."""
     layers: dict[str, _Layer] = {}
-    for inner, module in int8_model.named_modules():
-        grid = getattr(module, "activation_post_process", None)
-        if isinstance(grid, FixedFakeQuantize):
-            path = inner
-            while path not in modules:
-                path = path.rpartition(".")[0]
-            layers[path] = _Layer(modules[path], int8_model.get_submodule(path), grid)
-    return layers
+    for node in model.graph.nodes:
+        if node.op != "call_module" or not str(node.target).startswith(f"{preparation.QUANTIZERS}."):
+            continue
+        chain = [node]
+        while chain[-1].all_input_nodes and _continues(chain[-1], model):
+            chain.append(chain[-1].all_input_nodes[0])
+        first = chain[-1] if len(chain) > 1 else node.all_input_nodes[0]
+        module = model.get_submodule(str(first.target)) if first.op == "call_module" else None
+        has_weight = is_layer(module) and preparation.is_int8(first)
+        name = str(first.target) if has_weight else str(node.target).removeprefix(f"{preparation.QUANTIZERS}.")
+        known = layers.get(name)
+        # A layer that runs more than once is one layer.
+        nodes = (*(known.nodes if known else ()), *reversed(chain))
+        rounds = (*(known.rounds if known else ()), node)
+        layers[name] = _Layer(nodes, rounds, name, _kind(first, module), has_weight)
+    return list(layers.values())
 
 
-def _describe(path: str, layer: _Layer) -> LayerSums:
-    low, high, _ = layer.grid.grid
-    sums = LayerSums(path, type(layer.in_float).__name__, activation_min=low, activation_max=high)
-    own = layer.in_float[0] if isinstance(layer.in_float, FusedModule) else layer.in_float
-    if isinstance(own, nn.Conv2d | nn.Linear) and not isinstance(layer.in_int8, preparation.KeptInFloat):
-        sums.weight_min, sums.weight_max = (float(end) for end in own.weight.detach().aminmax())
+def _kind(node: fx.Node, module: nn.Module | None) -> str:
+    if module is not None:
+        return "Conv2d" if isinstance(module, nn.Conv2d) else "Linear" if is_layer(module) else type(module).__name__
+    return "input" if node.op == "placeholder" else str(getattr(node.target, "__name__", node.target))
+
+
+def _continues(node: fx.Node, model: fx.GraphModule) -> bool:
+    """Whether the operation before belongs to the same layer."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    before = node.all_input_nodes[0]
+    one_input = len(node.all_input_nodes) == 1 and not is_layer(module)
+    return one_input and preparation.is_int8(before) and len(before.users) == 1
+
+
+def _describe(int8_model: fx.GraphModule, float_model: fx.GraphModule, layer: _Layer) -> LayerSums:
+    ranges = [_grid(int8_model, node).range for node in layer.rounds]
+    sums = LayerSums(layer.name, layer.type, min(low for low, _, _ in ranges), max(high for _, high, _ in ranges))
+    if layer.has_weight:
+        weight: Any = float_model.get_submodule(layer.name).weight
+        sums.weight_min, sums.weight_max = (float(end) for end in weight.detach().aminmax())
     return sums
 
 
-def _keep_outputs(model: nn.Module) -> None:
-    """Keep ReLUs from overwriting the output of the layer before them in place."""
-    for module in model.modules():
-        if isinstance(module, nn.ReLU | nn.ReLU6):
-            module.inplace = False
+def _grid(model: fx.GraphModule, node: fx.Node) -> Grid:
+    grid = model.get_submodule(str(node.target))
+    assert isinstance(grid, Grid)
+    return grid
 
 
-def _compare_outputs(
-    float_model: nn.Module, int8_model: nn.Module, x: Tensor, layers: Mapping[str, _Layer], found: dict[str, LayerSums]
-) -> tuple[Tensor, Tensor, _Outputs, _Outputs]:
-    """Run x [n, 3, H, W] in float and in int8, and add up the differences.
-
-    Returns:
-        Logits [n, num_classes] in float and in int8, then the layers' outputs in float and in int8.
-    """
-    in_float, in_int8 = _Outputs(), _Outputs()
-    seen: Tensor | None = None
-
-    def compare(path: str, grid: FixedFakeQuantize, value: Tensor, rounded: Tensor) -> None:
-        nonlocal seen
-        again, seen = value is seen, rounded
-        if again:
-            return  # A fused module is a Sequential: its observer is its last part, and also hooked after it.
-        in_int8.add(path, rounded)
-        sums, reference = found[path], in_float.by_layer[path][len(in_int8.by_layer[path]) - 1]
-        low, high, step = grid.grid
+def _compare(
+    layer: _Layer,
+    in_float: dict[fx.Node, Any],
+    in_int8: dict[fx.Node, Any],
+    int8_model: fx.GraphModule,
+    sums: LayerSums,
+) -> None:
+    """Add up the differences of a layer's output between float and int8."""
+    names = {node.name: node for node in in_float}
+    for rounds in layer.rounds:
+        low, high, step = _grid(int8_model, rounds).range
+        reference, rounded, value = in_float[names[rounds.name]], in_int8[rounds], in_int8[rounds.all_input_nodes[0]]
         sums.signal += float(reference.square().sum())
         sums.noise += float((rounded - reference).square().sum())
         sums.num_values += value.numel()
         # Values that round to an end of the grid are inside.
         sums.num_clipped += int(((value < low - step / 2) | (value > high + step / 2)).sum())
-
-    handles = [
-        _place_of_output(layer.in_float).register_forward_hook(
-            lambda _module, _inputs, output, path=path: in_float.add(path, output)
-        )
-        for path, layer in layers.items()
-    ]
-    handles += [
-        layer.grid.register_forward_hook(
-            lambda grid, inputs, rounded, path=path: compare(path, grid, inputs[0], rounded)
-        )
-        for path, layer in layers.items()
-    ]
-    before, after = float_model(x), int8_model(x)
-    for handle in handles:
-        handle.remove()
-    return before, after, in_float, in_int8
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> int:
@@ -228,25 +224,23 @@ def _num_correct(logits: Tensor, labels: Tensor) -> int:
     return int((logits.argmax(1) == labels).sum())
 
 
-def _place_of_output(layer: nn.Module) -> nn.Module:
-    """The module whose forward returns a float layer's output: FloatFunctional itself has methods but no forward."""
-    return layer.activation_post_process if isinstance(layer, FloatFunctional) else layer
+def _run_with(recorded: _Recorder, layer: _Layer, other: fx.GraphModule) -> Tensor:
+    """The logits [n, num_classes] of recorded images, with one layer as another model has it.
 
-
-def _run_with(model: nn.Module, path: str, layer: nn.Module, known: _Outputs, x: Tensor) -> Tensor:
-    """The logits [n, num_classes] of x [n, 3, H, W] with one layer replaced by another module.
-
-    Earlier layers replay their outputs from the unchanged model, which saves more than half of the time.
+    What comes before is not computed again, which saves more than half of the time.
     """
-    exchanged = {path: layer}
-    for other in known.before(path):
-        # FloatFunctional has no forward, and adding is cheap.
-        if not isinstance(model.get_submodule(other), FloatFunctional):
-            exchanged[other] = _Replay(known.by_layer[other])
-    own = {place: model.get_submodule(place) for place in exchanged}
-    for place, module in exchanged.items():
-        model.set_submodule(place, module)
-    logits = model(x)
-    for place, module in own.items():
-        model.set_submodule(place, module)
+    model = recorded.module
+    assert isinstance(model, fx.GraphModule)
+    known: dict[fx.Node, Any] = {}
+    for node in model.graph.nodes:
+        if node.name == layer.nodes[0].name:
+            break
+        known[node] = recorded.env[node]
+    exchanged = [str(node.target) for node in layer.nodes if node.op == "call_module"]
+    own = {path: model.get_submodule(path) for path in exchanged}
+    for path in exchanged:
+        model.set_submodule(path, other.get_submodule(path))
+    logits: Tensor = fx.Interpreter(model).run(initial_env=known)
+    for path, module in own.items():
+        model.set_submodule(path, module)
     return logits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import nn
 
 from quantlib.recipe.scheme import FuseMode, Scheme
 
-State = Literal["float", "fused", "observed", "calibrated", "trainable", "int8"]
+State = Literal["float", "fused", "observed", "calibrated", "trainable", "quantized"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +27,24 @@ class Header:
     """Hash of the user's own module, "" for a registered architecture."""
     input_shape: tuple[int, int, int]
     """Channels, height and width of its input."""
+    whole: bool = False
+    """Whether its forward() cannot be traced: each of its layers is then quantized by itself."""
     fused: FuseMode | None = None
     """The mode in which it is fused; None: it is not."""
+    int8_layers: tuple[str, ...] = ()
+    """The layers that its plan makes int8; empty if it has none yet, or that need not be compared."""
     observed: tuple[str, ...] | None = None
     """Layers kept in float while it collects statistics of its activations; None: it does not, or no longer."""
     scheme: Scheme | None = None
     """How it is quantized; None: it is float."""
-    engine: str | None = None
-    """The engine of its int8 kernels; None: it computes in float."""
+    quantized: bool = False
+    """Whether its grids are fixed; every file is written from such a model."""
 
     @property
     def state(self) -> State:
-        """How far it is on the way from a float model to an int8 one."""
-        if self.engine is not None:
-            return "int8"
+        """How far it is on the way from a float model to a quantized one."""
+        if self.quantized:
+            return "quantized"
         if self.scheme is not None:
             return "trainable" if self.fused == "qat" else "calibrated"
         if self.observed is not None:
@@ -63,10 +66,7 @@ def save(model: nn.Module, header: Header) -> bytes:
 
 def read(content: bytes) -> tuple[Header, dict[str, Any]]:
     """The header and state_dict that `save` wrote; `quantize.stored.open_model` makes a model of them."""
-    with warnings.catch_warnings():
-        # Quantized tensors are rebuilt through a storage class that torch has deprecated but still writes.
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
-        saved = torch.load(io.BytesIO(content), weights_only=True)
+    saved = torch.load(io.BytesIO(content), weights_only=True)
     fields = saved["header"]
     if fields["scheme"] is not None:
         fields["scheme"] = Scheme(**fields["scheme"])

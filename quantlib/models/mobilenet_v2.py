@@ -1,4 +1,4 @@
-"""MobileNetV2 in a form that eager-mode quantization can convert."""
+"""MobileNetV2, with ReLU where the paper has ReLU6."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantlib.eager.modules import DeQuantStub, FloatFunctional, QuantStub
 from quantlib.errors import ModelError
 
 Setting = Sequence[int]
@@ -69,18 +68,16 @@ class InvertedResidual(nn.Module):
             nn.Conv2d(hidden, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
-        # An addition of its own, so that its output has an observer; None where shapes do not allow it.
-        self.skip_add = FloatFunctional() if stride == 1 and in_channels == out_channels else None
+        self.adds = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride]."""
-        if self.skip_add is not None:
-            return self.skip_add.add(x, self.conv(x))
-        return self.conv(x)
+        y: Tensor = self.conv(x)
+        return x + y if self.adds else y
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381) that eager-mode quantization can convert.
+    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381).
 
     Args:
         num_classes: Size of the last layer.
@@ -113,16 +110,15 @@ class MobileNetV2(nn.Module):
                 channels = out_channels
         features.append(ConvBNReLU(channels, last_channels, kernel_size=1))
         self.features = nn.Sequential(*features)
-        self.quant = QuantStub()
-        self.dequant = DeQuantStub()
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last_channels, num_classes))
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
-        x = self.features(self.quant(x))  # (N, last_channels, H / 32, W / 32)
+        x = self.features(x)  # (N, last_channels, H / 32, W / 32)
         x = x.mean([2, 3])  # (N, last_channels)
-        return self.dequant(self.classifier(x))
+        logits: Tensor = self.classifier(x)
+        return logits
 
 
 mobilenet_v2 = MobileNetV2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 from quantlib.data.normalization import Normalization
 from quantlib.data.transforms import EvalTransform
-from quantlib.recipe.sections import TORCHVISION
+from quantlib.recipe.sections import TIMM, TORCHVISION, Interpolation
 
 _DEFAULT = EvalTransform(resize=256, crop=(224, 224))
 
@@ -13,8 +16,11 @@ def of_weights(architecture: str, weights: str) -> EvalTransform:
     """The preprocessing that belongs to a recipe's `weights`; torchvision's usual one if the weights do not say.
 
     Raises:
-        ModelError: If torchvision has no such weights.
+        ModelError: If torchvision or timm has no such weights.
+        MachineError: If timm is needed, and not installed.
     """
+    if weights.startswith(TIMM):
+        return _of_timm(architecture, weights)
     if not weights.startswith(TORCHVISION):
         return _DEFAULT
     from quantlib.models.weights import find_torchvision_weights  # It imports torch.
@@ -25,4 +31,20 @@ def of_weights(architecture: str, weights: str) -> EvalTransform:
         crop=(preset.crop_size[0], preset.crop_size[0]),
         interpolation=preset.interpolation.value,
         normalization=Normalization(tuple(preset.mean), tuple(preset.std)),
+    )
+
+
+def _of_timm(architecture: str, weights: str) -> EvalTransform:
+    from quantlib.models.weights import find_timm_weights
+
+    published = find_timm_weights(architecture, weights)
+    size = published.test_input_size or published.input_size
+    _, height, width = size
+    # As timm's own evaluation: the crop is this share of the resized image.
+    share = published.test_crop_pct or published.crop_pct
+    return EvalTransform(
+        resize=math.floor(min(height, width) / share),
+        crop=(height, width),
+        interpolation=cast("Interpolation", published.interpolation),
+        normalization=Normalization(tuple(published.mean), tuple(published.std)),
     )

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ from quantlib.recipe.sections import TIMM, TORCHVISION
 if TYPE_CHECKING:
     from quantlib.models.source import ModelInput
 
+# Weights of which fewer names and shapes fit are those of something else.
+_NEAR = 0.8
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2}
 """The architectures that a recipe can name; quantlib.inputs.ARCHITECTURES lists their names."""
 
@@ -121,10 +124,42 @@ def from_input(
     torch.manual_seed(seed)
     model = build(source.architecture, arguments)
     if source.weights != "train":
-        load_weights(model, read_weights(source.weights, source.architecture), source.weights)
+        state = read_weights(source.weights, source.architecture)
+        try:
+            load_weights(model, state, source.weights)
+        except ModelError as error:
+            nearest = nearest_architecture(state)
+            hint = f' They look like those of "{nearest}".' if nearest not in {None, source.architecture} else ""
+            raise ModelError(f"{error}{hint}") from None
     return model.eval(), Header(
         architecture=source.architecture, arguments=arguments, code=source.code, input_shape=input_shape
     )
+
+
+def nearest_architecture(state: Mapping[str, Tensor]) -> str | None:
+    """The classifier of torchvision, or registered here, that weights fit best; None if none is near.
+
+    Args:
+        state: A state_dict; the size of its last layer does not matter.
+    """
+    from torchvision import models
+
+    builders = ARCHITECTURES | {
+        f"{TORCHVISION}{name}": models.get_model_builder(name) for name in models.list_models(models)
+    }
+    given = {(name, tuple(tensor.shape[1:])) for name, tensor in state.items()}
+    best, most = None, _NEAR
+    for name, builder in builders.items():
+        # Otherwise these two warn that they would.
+        settings = {"init_weights": False} if name.endswith(("googlenet", "inception_v3")) else {}
+        own: set[tuple[str, tuple[int, ...]]] = set()
+        # RegNet computes its widths with tensors, which need memory then.
+        with suppress(NotImplementedError), torch.device("meta"):
+            own = {(key, tuple(tensor.shape[1:])) for key, tensor in builder(**settings).state_dict().items()}
+        alike = len(given & own) / len(given | own)
+        if alike > most:
+            best, most = name, alike
+    return best
 
 
 def check_logits(model: nn.Module, num_classes: int, input_shape: tuple[int, int, int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.errors import MachineError, ModelError
-from quantlib.recipe.sections import TORCHVISION
+from quantlib.recipe.sections import TIMM, TORCHVISION
 
 _PARALLEL = "module."
 
@@ -24,14 +24,17 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
     """
     if weights.startswith(TORCHVISION):
         return _download(find_torchvision_weights(architecture, weights))
+    if weights.startswith(TIMM):
+        return _download_from_timm(architecture, weights)
     path = Path(weights)
     if not path.is_file():
         raise ModelError(
-            f'No weights file {weights!r}: set model.weights to a state_dict file, "torchvision:NAME" or "train".'
+            f"No weights file {weights!r}: set model.weights to a state_dict file (.pth or .safetensors), "
+            '"torchvision:NAME", "timm:TAG" or "train".'
         )
     state: Any
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # It reads .safetensors as well.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
@@ -104,6 +107,43 @@ def find_torchvision_weights(architecture: str, weights: str) -> Any:
             f"torchvision has no weights {name!r} for {architecture!r}. Allowed: {', '.join(choices.__members__)}."
         )
     return choices[name]
+
+
+def find_timm_weights(architecture: str, weights: str) -> Any:
+    """Timm's `PretrainedCfg` that "timm:TAG" means for an architecture.
+
+    Raises:
+        ModelError: If it is not an architecture of timm, or has no such weights.
+        MachineError: If timm is not installed.
+    """
+    name, tag = architecture.removeprefix(TIMM), weights.removeprefix(TIMM)
+    if not architecture.startswith(TIMM):
+        raise ModelError(f"model.weights = {weights!r} are for a model of timm, and the architecture is {name!r}.")
+    try:
+        import timm
+    except ImportError:
+        raise MachineError(
+            f"model.weights = {weights!r} need timm, which is not installed: pip install quantflow[timm]"
+        ) from None
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{name}.*")]
+    if tag not in tags:
+        raise ModelError(f"timm has no weights {tag!r} for {name!r}. Allowed: {', '.join(tags) or 'none'}.")
+    return timm.models.get_pretrained_cfg(f"{name}.{tag}")
+
+
+def _download_from_timm(architecture: str, weights: str) -> dict[str, Tensor]:
+    find_timm_weights(architecture, weights)
+    import timm
+
+    name = f"{architecture.removeprefix(TIMM)}.{weights.removeprefix(TIMM)}"
+    try:
+        state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise MachineError(
+            f"Weights {weights} are not on this machine and cannot be downloaded "
+            f"({str(error).partition(chr(10))[0]}). Download them elsewhere, and give the file as model.weights."
+        ) from None
+    return state
 
 
 def _download(weights: Any) -> dict[str, Tensor]:

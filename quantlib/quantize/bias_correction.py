@@ -5,15 +5,15 @@ layers before it already quantized and corrected.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from quantlib.data import shards
-from quantlib.eager.modules import FusedModule
-from quantlib.eager.rounding import fake_quantize_ptq
+from quantlib.quantize import conversion, simulation
+from quantlib.recipe.scheme import Scheme
 
 # Every layer's output for all images is in memory at once: 1,024 images of 64 x 64, 83 of 224 x 224. Float and
 # int8 see the same images, so a few are enough to measure their difference.
@@ -24,41 +24,43 @@ _NEWTON_STEPS = 3
 _LEAST_ACTIVE = 0.01
 
 
-def correct_bias(prepared: nn.Module, paths: Sequence[Path]) -> nn.Module:
+def correct_bias(calibrated: fx.GraphModule, scheme: Scheme, paths: Sequence[Path]) -> fx.GraphModule:
     """Copy a calibrated model with its biases corrected, so that int8 layers have float's mean output per channel.
 
-    Where ReLU is fused into a layer, the mean after it is corrected: before it, values that ReLU cuts off outweigh the
+    Where a ReLU follows a layer, the mean after it is corrected: before it, values that ReLU cuts off outweigh the
     others, and correcting them made MobileNetV2's logits worse (by 3 dB; this way they are 1 dB better).
     Layers that have no bias, or run more than once, are left as they are.
 
     Args:
-        prepared: Prepared in mode "eval"; its observers have seen images.
+        calibrated: Its grids are found.
+        scheme: How it will be converted.
         paths: Files of decoded calibration images; the first ones are used, 2**22 pixels in all.
 
     Returns:
         A model that differs only in its biases.
     """
-    x = _first_images(paths)
-    float_model, int8_model = (copy.deepcopy(prepared).eval() for _ in range(2))
-    fake_quantize_ptq(float_model, weights=False, activations=False)
-    fake_quantize_ptq(int8_model, weights=True, activations=True)
-    corrected = copy.deepcopy(prepared)
-    has_relu = _before_relu(prepared)
+    return correct_bias_on(calibrated, scheme, first_images(_images_of(paths)))
+
+
+def correct_bias_on(calibrated: fx.GraphModule, scheme: Scheme, x: Tensor) -> fx.GraphModule:
+    """Do what `correct_bias` does, with images x [N, C, H, W]."""
+    float_model, int8_model = simulation.simulate(calibrated, "weights"), conversion.convert(calibrated, scheme)
+    corrected = copy.deepcopy(calibrated)
+    has_relu = _before_relu(calibrated)
     wanted = _means(float_model, x, has_relu)
-    layers, own = dict(int8_model.named_modules()), dict(corrected.named_modules())
 
     def correct(path: str, output: Tensor) -> Tensor:
-        shift = _shift(output, wanted[path], relu=path in has_relu)  # (C, 1, ...)
-        bias = own[path].bias
+        layer = corrected.get_submodule(path)
+        shift = _shift(output, wanted[path], layer, relu=path in has_relu)  # (C, 1, ...)
+        bias = layer.bias
         assert isinstance(bias, nn.Parameter)
         bias.data += shift.flatten()
         return output + shift
 
     with torch.inference_mode():
         handles = [
-            # Before the hook that quantizes the output.
-            layers[path].register_forward_hook(
-                lambda _module, _inputs, output, path=path: correct(path, output), prepend=True
+            int8_model.get_submodule(path).register_forward_hook(
+                lambda _module, _inputs, output, path=path: correct(path, output)
             )
             for path in wanted
         ]
@@ -68,49 +70,64 @@ def correct_bias(prepared: nn.Module, paths: Sequence[Path]) -> nn.Module:
     return corrected
 
 
-def _shift(output: Tensor, wanted: Tensor, *, relu: bool) -> Tensor:
+def _shift(output: Tensor, wanted: Tensor, layer: nn.Module, *, relu: bool) -> Tensor:
     """The shift that gives a layer's output [N, C, ...] the mean `wanted` (C, 1, ...)."""
     if not relu:
-        return wanted - _mean(output)
+        return wanted - _mean(output, layer)
     shift = torch.zeros_like(wanted)
     for _ in range(_NEWTON_STEPS):
         moved = (output + shift).relu()
-        active = _mean((moved > 0).float())  # The derivative of the mean with respect to the shift.
-        shift += torch.where(active > _LEAST_ACTIVE, (wanted - _mean(moved)) / active.clamp_min(_LEAST_ACTIVE), 0.0)
+        active = _mean((moved > 0).float(), layer)  # The derivative of the mean with respect to the shift.
+        shift += torch.where(
+            active > _LEAST_ACTIVE, (wanted - _mean(moved, layer)) / active.clamp_min(_LEAST_ACTIVE), 0.0
+        )
     return shift
 
 
-def _before_relu(model: nn.Module) -> set[str]:
-    """Paths of the layers that ReLU is fused into."""
+def _before_relu(model: fx.GraphModule) -> set[str]:
+    """Paths of the layers whose output a ReLU alone reads."""
     return {
-        f"{path}.0"
-        for path, module in model.named_modules()
-        if isinstance(module, FusedModule) and any(isinstance(part, nn.ReLU) for part in module.children())
+        str(node.target)
+        for node in model.graph.nodes
+        if node.op == "call_module"
+        and len(node.users) == 1
+        and isinstance(_module_of(model, next(iter(node.users))), nn.ReLU)
     }
 
 
-def _first_images(paths: Sequence[Path]) -> Tensor:
-    """The first images, as many as fit, [N, 3, H, W]."""
-    chosen: list[Tensor] = []
+def _module_of(model: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _images_of(paths: Sequence[Path]) -> Iterator[Tensor]:
     for path in paths:
         shard = shards.open_shard(path)
         _, height, width, _ = shard.pixels.shape
-        most = max(1, _MAX_PIXELS // (height * width)) - sum(len(part) for part in chosen)
-        chosen.append(shard.inputs(stop=most))
-        if most <= len(shard):
+        yield shard.inputs(stop=max(1, _MAX_PIXELS // (height * width)))
+
+
+def first_images(batches: Iterable[Tensor]) -> Tensor:
+    """The first images of batches [N, C, H, W], as many as biases are corrected with."""
+    chosen: list[Tensor] = []
+    for batch in batches:
+        most = max(1, _MAX_PIXELS // batch[0, 0].numel()) - sum(map(len, chosen))
+        chosen.append(batch[:most])
+        if most <= len(batch):
             break
     return torch.cat(chosen)
 
 
-def _means(model: nn.Module, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]:
+def _means(model: fx.GraphModule, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]:
     """The mean output [C, 1, ...] of each layer that has a bias and runs once, by path."""
     seen: dict[str, list[Tensor]] = {}
 
     def record(path: str, output: Tensor) -> None:
-        seen.setdefault(path, []).append(_mean(output.relu() if path in has_relu else output))
+        seen.setdefault(path, []).append(
+            _mean(output.relu() if path in has_relu else output, model.get_submodule(path))
+        )
 
     handles = [
-        module.register_forward_hook(lambda _module, _inputs, output, path=path: record(path, output), prepend=True)
+        module.register_forward_hook(lambda _module, _inputs, output, path=path: record(path, output))
         for path, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None
     ]
@@ -121,6 +138,6 @@ def _means(model: nn.Module, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]
     return {path: outputs[0] for path, outputs in seen.items() if len(outputs) == 1}
 
 
-def _mean(output: Tensor) -> Tensor:
-    """By channel: [N, C, H, W] to [C, 1, 1], and a linear layer's [N, ..., C] to [C]."""
-    return output.mean((0, 2, 3)).view(-1, 1, 1) if output.dim() == 4 else output.flatten(0, -2).mean(0)
+def _mean(output: Tensor, layer: nn.Module) -> Tensor:
+    """By channel: of a convolution [N, C, H, W] to [C, 1, 1], of a linear layer [N, ..., C] to [C]."""
+    return output.flatten(0, -2).mean(0) if isinstance(layer, nn.Linear) else output.mean((0, 2, 3)).view(-1, 1, 1)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
-from quantlib.eager.modules import DeQuantStub, QuantStub
 from quantlib.errors import ModelError
 
 Layer = nn.Conv2d | nn.Linear
@@ -38,8 +36,6 @@ _HOMOGENEOUS_MODULES: tuple[type[nn.Module], ...] = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
     nn.Flatten,
-    QuantStub,
-    DeQuantStub,
 )
 _HOMOGENEOUS_FUNCTIONS = {
     torch.relu,
@@ -113,7 +109,7 @@ class ScaleGroup:
         )
 
 
-def equalize(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
+def equalize(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> fx.GraphModule:
     """Copy a float model with the channel ranges of consecutive layers made equal; it computes the same function.
 
     Args:
@@ -135,50 +131,35 @@ def equalize(model: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
     return equal.train(model.training)
 
 
-def find_scale_groups(model: nn.Module) -> list[ScaleGroup]:
-    """Group a model's tensors by which must be rescaled together, from the graph of its operations.
-
-    A model that torch.fx cannot trace is analysed module by module; each module's input and output stay unscaled.
-    """
+def find_scale_groups(model: fx.GraphModule) -> list[ScaleGroup]:
+    """Group a model's tensors by which must be rescaled together, from the graph of its operations."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     uses: dict[int, int] = {}
     for path in paths:
         module = model.get_submodule(path)
         uses[id(module)] = uses.get(id(module), 0) + 1
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     shared = {key for key, count in uses.items() if count > 1}
-    return [group for graph_of in _graphs(model) for group in _ScaleGroups(*graph_of, shared=shared).found()]
-
-
-class _Tracer(fx.Tracer):
-    """Traces into fused modules and torch's own containers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is taken as a whole."""
-        known = isinstance(m, _HOMOGENEOUS_MODULES)
-        return known or super().is_leaf_module(m, module_qualified_name)
-
-
-def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """The graph of a model, or of the largest parts of it that can be traced."""
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # noqa: BLE001, RUF100 (a user's forward() may raise anything when run on symbols)
-        for child in model.children():
-            yield from _graphs(child)
-    else:
-        yield model, graph
+    # What owns tied weights is shared as well.
+    shared |= {
+        id(module)
+        for _, module in model.named_modules()
+        if any(id(parameter) in shared for parameter in module.parameters(recurse=False))
+    }
+    return _ScaleGroups(model, shared).found()
 
 
 class _ScaleGroups:
     """Follows a graph's tensors from layer to layer."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, shared: set[int]) -> None:
+    def __init__(self, model: fx.GraphModule, shared: set[int]) -> None:
         self.modules = dict(model.named_modules())
-        self.graph = graph
-        targets = [node.target for node in graph.nodes if node.op == "call_module"]
+        self.graph = model.graph
+        targets = [node.target for node in self.graph.nodes if node.op == "call_module"]
         repeated = {id(self.modules[str(t)]) for t in targets if targets.count(t) > 1}
         # A layer that runs twice, or whose parameters are also read elsewhere, cannot be rescaled for one use alone.
-        read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+        read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
         self.untouchable = shared | repeated | {id(self.modules[name]) for name in read if name in self.modules}
         self.group_of: dict[fx.Node, ScaleGroup] = {}
 

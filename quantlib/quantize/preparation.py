@@ -1,130 +1,159 @@
-"""Preparation: puts observers or fake quantization into a fused model, as a scheme says."""
+"""Preparation: puts what observes or rounds activations into a fused model, as its plan says."""
+
+from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
-from quantlib.eager.modules import (
-    DeQuantStub,
-    FusedModule,
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-    ObserverBase,
-    QuantStub,
-)
-from quantlib.eager.preparing import prepare_ptq, prepare_qat, ptq_qconfig, qat_qconfig
 from quantlib.errors import ModelError, suggest
-from quantlib.quantize import observers
+from quantlib.graph.fusion import ConvBatchNorm2d
+from quantlib.graph.plan import draw_plan, is_layer
 from quantlib.quantize.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
-from quantlib.recipe.scheme import FuseMode, ObserverName, Scheme
+from quantlib.quantize.grids import Grid, activation_grid
+from quantlib.quantize.layers import EnclosedLayer, quantized
+from quantlib.quantize.statistics import ActivationStatistics
+from quantlib.recipe.scheme import Scheme
 
-OBSERVERS: dict[ObserverName, type[ObserverBase]] = {
-    "minmax": MinMaxObserver,
-    "moving_average": MovingAverageMinMaxObserver,
-    "histogram": HistogramObserver,
-    "percentile": observers.PercentileObserver,
-    "mse": observers.MSEObserver,
-}
-
-
-def prepare(fused: nn.Module, scheme: Scheme, mode: FuseMode, *, inplace: bool = False) -> nn.Module:
-    """Put observers (mode "eval") or fake quantization (mode "qat") into a fused model, or into a copy.
-
-    Args:
-        fused: Fused in the same mode.
-        scheme: In mode "qat", ranges are moving averages whatever its observer, because the model changes as well.
-        mode: The mode it was fused in.
-        inplace: Change the model itself, not a copy.
-
-    Raises:
-        ModelError: If the model has none of the scheme's `float_layers`.
-    """
-    model = fused if inplace else copy.deepcopy(fused)
-    _keep_in_float(model, scheme.float_layers)
-    per_channel, reduce_range = scheme.weights == "per_channel", scheme.activation_bits == 7
-    if mode == "qat":
-        return prepare_qat(model, _qat_qconfig(reduce_range, per_channel))
-    activation = OBSERVERS[scheme.observer].with_args(reduce_range=reduce_range)
-    return prepare_ptq(model, ptq_qconfig(activation, per_channel))
+QUANTIZERS = "quantizers"
+"""The submodule that holds what rounds activations, each under the name of the tensor's node."""
+_INT8 = "int8"
 
 
-def observe(fused: nn.Module, float_layers: Iterable[str], *, inplace: bool = False) -> nn.Module:
+def observe(fused: fx.GraphModule, float_layers: Iterable[str], *, inplace: bool = False) -> fx.GraphModule:
     """Put observers that serve every scheme with these `float_layers` into a model fused in mode "eval", or a copy.
 
     Raises:
         ModelError: If the model has none of the `float_layers`.
     """
     model = fused if inplace else copy.deepcopy(fused)
-    _keep_in_float(model, float_layers)
-    for module in model.modules():
-        if isinstance(module, FusedModule) and isinstance(module[-1], nn.ReLU):
-            # Nothing else reads its input, and writing the output there took a tenth off calibration time.
-            module[-1].inplace = True
-    return prepare_ptq(model, ptq_qconfig(observers.ActivationStatistics, True))
+    _insert(model, float_layers, ActivationStatistics)
+    for node in model.graph.nodes:
+        if node.op == "call_module" and len(node.all_input_nodes[0].users) == 1:
+            module: Any = model.get_submodule(str(node.target))
+            if isinstance(module, nn.ReLU | nn.ReLU6) and _is_layer_call(model, node.all_input_nodes[0]):
+                # Nothing else reads its input, and writing the output there took a tenth off calibration time.
+                module.inplace = True
+    return model.eval()
 
 
-def _keep_in_float(model: nn.Module, float_layers: Iterable[str]) -> None:
-    for path in find_layers(model, float_layers):
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, KeptInFloat(model.get_submodule(path)))
+def round_activations(fused: fx.GraphModule, scheme: Scheme, *, inplace: bool = False) -> fx.GraphModule:
+    """Put grids, which are still to be found, into a model fused in mode "eval", or a copy.
 
-
-def _qat_qconfig(reduce_range: bool, per_channel: bool) -> Any:
-    activation: Any = ActivationFakeQuantize
-    weight: Any = WeightFakeQuantize
-    return qat_qconfig(
-        activation.with_args(
-            observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=reduce_range
-        ),
-        weight.with_args(
-            observer=MovingAveragePerChannelMinMaxObserver,
-            quant_min=-128,
-            quant_max=127,
-            dtype=torch.qint8,
-            qscheme=torch.per_channel_symmetric,
-        )
-        if per_channel
-        else None,
+    Raises:
+        ModelError: If the model has none of the scheme's `float_layers`.
+    """
+    model = fused if inplace else copy.deepcopy(fused)
+    _insert(
+        model, scheme.float_layers, lambda: activation_grid(torch.zeros(()), torch.zeros(()), scheme.activation_bits)
     )
+    return model.eval()
 
 
-class KeptInFloat(nn.Module):
-    """A module that computes in float, between int8 neighbours."""
+def prepare_qat(fused: fx.GraphModule, scheme: Scheme, *, inplace: bool = False) -> fx.GraphModule:
+    """Put fake quantization into a model fused in mode "qat", or a copy.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.dequant = DeQuantStub()
-        self.module = module
-        self.quant = QuantStub()
-        # Preparation passes a qconfig down to every module except those that already have one.
-        module_: Any = module
-        module_.qconfig = None
+    Args:
+        fused: Fused in mode "qat".
+        scheme: Ranges are moving averages whatever its observer, because the model changes as well.
+        inplace: Change the model itself, not a copy.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the module in float, int8 in and int8 out."""
-        return self.quant(self.module(self.dequant(x)))
+    Raises:
+        ModelError: If the model has none of the scheme's `float_layers`.
+    """
+    model = fused if inplace else copy.deepcopy(fused)
+    rounded = _insert(model, scheme.float_layers, lambda: ActivationFakeQuantize(scheme.activation_bits))
+    for path in int8_layers(model):
+        layer: Any = model.get_submodule(path)
+        weight_quantizer = WeightFakeQuantize(len(layer.weight), per_channel=scheme.weights == "per_channel")
+        if isinstance(layer, ConvBatchNorm2d):
+            layer.weight_quantizer = weight_quantizer
+        else:
+            model.set_submodule(path, quantized(layer, weight_quantizer))
+    for node in rounded:
+        _fuse_relu(model, node)
+    return model.train()
 
 
-def find_layers(model: nn.Module, wanted: Iterable[str]) -> list[str]:
+def _insert(model: fx.GraphModule, float_layers: Iterable[str], make: Callable[[], nn.Module]) -> list[fx.Node]:
+    """Put a module behind each tensor that the plan rounds; returns these tensors."""
+    plan = draw_plan(model, find_layers(model, float_layers))
+    for node in plan.int8:
+        node.meta[_INT8] = True
+    for node in plan.rounded:
+        path = f"{QUANTIZERS}.{node.name}"
+        model.add_submodule(path, make())
+        readers = plan.readers(node)
+        with model.graph.inserting_after(node):
+            rounded = model.graph.call_module(path, (node,))
+        rounded.meta["shape"] = node.meta["shape"]
+        for reader in readers:
+            reader.replace_input_with(node, rounded)
+    model.graph.lint()
+    model.recompile()
+    nodes = {str(node.target) for node in model.graph.nodes}
+    for layer in plan.layers:
+        if layer.int8 and layer.path not in nodes:
+            own: Any = model.get_submodule(layer.path)
+            model.set_submodule(layer.path, EnclosedLayer(own, make(), make()))
+    return list(plan.rounded)
+
+
+def is_int8(node: fx.Node) -> bool:
+    """Whether an operation of a prepared or quantized model computes in int8."""
+    return _INT8 in node.meta
+
+
+def int8_layers(model: fx.GraphModule) -> list[str]:
+    """Paths of the layers of a prepared or quantized model that compute in int8, in the order of their calls."""
+    nodes = (node for node in model.graph.nodes if is_int8(node) and _is_layer_call(model, node))
+    enclosed = (f"{path}.layer" for path, module in model.named_modules() if isinstance(module, EnclosedLayer))
+    return list(dict.fromkeys([*(str(node.target) for node in nodes), *enclosed]))
+
+
+def _fuse_relu(model: fx.GraphModule, node: fx.Node) -> None:
+    """Let fake quantization do the ReLU before it, which saves a pass over the tensor."""
+    if node.op != "call_module" or type(model.get_submodule(str(node.target))) is not nn.ReLU:
+        return
+    before = node.all_input_nodes[0]
+    if len(before.users) == 1 and _is_layer_call(model, before):
+        quantizer: Any = model.get_submodule(f"{QUANTIZERS}.{node.name}")
+        quantizer.fuses_relu = True
+        model.set_submodule(str(node.target), nn.Identity())
+
+
+def _is_layer_call(model: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and is_layer(model.get_submodule(str(node.target)))
+
+
+def quantizers(model: nn.Module) -> dict[str, Any]:
+    """What observes or rounds each activation, by its path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, ActivationStatistics | ActivationFakeQuantize | Grid)
+        and not path.endswith(".weight_quantizer")
+    }
+
+
+def find_layers(model: fx.GraphModule, wanted: Iterable[str]) -> list[str]:
     """Paths of the modules named by dotted path or class; of nested ones, only the outermost.
-
-    A fused module also counts as each part it was fused from.
 
     Raises:
         ModelError: If the model has no module for one of the names.
     """
+    wanted = tuple(wanted)
+    if not wanted:
+        return []
+    classes = _classes_by_path(model)
     found: dict[str, None] = {}
     for name in wanted:
-        paths = [path for path, module in model.named_modules() if path and name in (path, *_classes(module))]
+        paths = [path for path, own in classes.items() if path and name in (path, *own)]
         if not paths:
-            known = [
-                path for path, module in model.named_modules() if path and isinstance(module, nn.Conv2d | nn.Linear)
-            ]
+            known = [path for path, module in model.named_modules() if is_layer(module)]
             raise ModelError(
                 f"float_layers names {name!r}, but the model has no module with that path or class"
                 f"{suggest(name, known)} Its layers are {', '.join(known[:3])}, …"
@@ -133,8 +162,13 @@ def find_layers(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
-def _classes(module: nn.Module) -> set[str]:
-    parts = list(module.children()) if isinstance(module, FusedModule) else []
-    return {type(part).__name__ for part in [module, *parts]} | {
-        base.__name__ for base in type(module).__mro__ if base in {nn.Conv2d, nn.Linear}
-    }
+def _classes_by_path(model: fx.GraphModule) -> dict[str, set[str]]:
+    """Names of the classes of each module, those that tracing went into included."""
+    classes: dict[str, set[str]] = {}
+    for node in model.graph.nodes:
+        for path, kind in node.meta.get("nn_module_stack", {}).values():
+            classes.setdefault(path, set()).add(kind if isinstance(kind, str) else kind.__name__)
+    for path, module in model.named_modules():
+        own = {base.__name__ for base in type(module).__mro__ if base in {nn.Conv2d, nn.Linear}}
+        classes.setdefault(path, set()).update(own, {type(module).__name__})
+    return classes

@@ -1,25 +1,19 @@
 """Quantization-aware training, one resumable epoch at a time."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from quantlib.data import loading, shards
 from quantlib.data.images import Split
 from quantlib.data.transforms import Transform
-from quantlib.eager.modules import FusedModule, ObserverBase
-from quantlib.eager.training import (
-    freeze_batch_norm,
-    freeze_observers,
-    observe_weights,
-    set_bias,
-    set_range,
-    use_fast_forward,
-)
+from quantlib.graph.fusion import ConvBatchNorm2d, freeze_batch_norm
 from quantlib.progress import Progress, silent
 from quantlib.quantize import preparation
+from quantlib.quantize.fake_quantization import freeze_observers
 from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
 
@@ -37,29 +31,36 @@ class EpochMetrics:
     batch_norm_frozen: bool
 
 
-def start_from(trainable: nn.Module, calibrated: nn.Module, scheme: Scheme) -> nn.Module:
+def start_from(trainable: fx.GraphModule, calibrated: fx.GraphModule, scheme: Scheme) -> fx.GraphModule:
     """A model for training that computes what a calibrated one does once converted: same biases, ranges and grids.
 
     Args:
         trainable: Fused in mode "qat", from the same float model as `calibrated`.
-        calibrated: Prepared in mode "eval" with the same scheme; its biases may have been corrected.
+        calibrated: Its biases may have been corrected.
         scheme: How both are quantized.
 
     Returns:
-        A model prepared in mode "qat".
+        A model prepared for training.
     """
-    model = preparation.prepare(trainable, scheme, "qat")
+    model = preparation.prepare_qat(trainable, scheme)
+    for name, grid in preparation.quantizers(calibrated).items():
+        preparation.quantizers(model)[name].start_from(grid)
     for path, module in calibrated.named_modules():
-        observer = getattr(module, "activation_post_process", None)
-        if isinstance(observer, ObserverBase):
-            set_range(model.get_submodule(path).activation_post_process, observer)
-        # In a fused module, the part that used to be a layer of its own holds the bias.
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            parent = calibrated.get_submodule(path.rpartition(".")[0])
-            place = path.rpartition(".")[0] if isinstance(parent, FusedModule) else path
-            set_bias(model.get_submodule(place), module.bias.detach())
-    observe_weights(model)
+            _set_bias(model.get_submodule(path), module.bias.detach())
+    for path in preparation.int8_layers(model):
+        layer: Any = model.get_submodule(path)
+        # The first weight that it sees gives it its grid.
+        layer.weight_quantizer(layer.folded()[0] if isinstance(layer, ConvBatchNorm2d) else layer.weight)
     return model
+
+
+def _set_bias(layer: Any, bias: Tensor) -> None:
+    """Set the bias [C] of a layer in training; of one with BatchNorm, as it is once that is folded."""
+    if isinstance(layer, ConvBatchNorm2d):
+        layer.bn.bias.data.add_(bias - layer.folded()[1])
+    else:
+        layer.bias.data.copy_(bias)
 
 
 def train_epoch(
@@ -75,8 +76,8 @@ def train_epoch(
     """Train one epoch in place; the result depends only on the model and the epoch's number.
 
     Args:
-        model: Prepared in mode "qat", as the previous epoch left it. BatchNorm's freeze is not in the state_dict, so it
-            is set again here.
+        model: Prepared for training, as the previous epoch left it. What is frozen is not in the state_dict, so it is
+            set again here.
         epoch: 0-based.
         schedule: Batches, learning rate and freezes.
         split: The training images.
@@ -91,7 +92,6 @@ def train_epoch(
     seed = schedule.seed + epoch
     torch.manual_seed(seed)
     order = _order(indices, schedule, seed)
-    use_fast_forward(model)
     model.train().to(memory_format=torch.channels_last)
     _freeze(model, schedule, epoch - 1)
     num_batches, total_loss, correct = -(-len(order) // schedule.batch_size), 0.0, 0

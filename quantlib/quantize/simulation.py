@@ -1,28 +1,28 @@
-"""int8 accuracy without int8 kernels: fake quantization in float, of weights, activations, or both."""
+"""int8 accuracy without int8 kernels: the quantized model computes in float, with all of its rounding or some."""
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import fx, nn
 
-from quantlib.eager.rounding import fake_quantize_ptq, fake_quantize_qat
-from quantlib.recipe.scheme import FuseMode
+from quantlib.quantize.preparation import int8_layers, quantizers
 
 Parts = Literal["both", "weights", "activations"]
 
 
-def simulate(prepared: nn.Module, mode: FuseMode, parts: Parts) -> nn.Module:
-    """A float copy of a prepared model that rounds what int8 would round.
+def simulate(quantized: fx.GraphModule, parts: Parts) -> fx.GraphModule:
+    """A copy of a quantized model, or of a calibrated one with its weights still in float, that rounds some parts.
 
     Args:
-        prepared: Calibrated (mode "eval") or quantization-aware trained (mode "qat").
-        mode: The mode it was prepared in.
+        quantized: As `convert` makes it.
         parts: What is rounded; the rest stays in float, which shows what the rounded part costs.
     """
-    model = copy.deepcopy(prepared).eval()
-    switches = {"weights": parts != "activations", "activations": parts != "weights"}
-    if mode == "qat":
-        fake_quantize_qat(model, **switches)
-    else:
-        fake_quantize_ptq(model, **switches)
+    model = copy.deepcopy(quantized).eval()
+    if parts == "activations":
+        for path in int8_layers(model):
+            layer: Any = model.get_submodule(path)
+            layer.weight_quantizer = nn.Identity()
+    if parts == "weights":
+        for path in quantizers(model):
+            model.set_submodule(path, nn.Identity())
     return model

@@ -75,7 +75,7 @@ class ModelRecipe(Section):
     arguments: Arguments = {}
     """Keyword arguments of the architecture; `num_classes` is taken from the data if it is not given."""
     weights: PathName
-    """A state_dict file; "torchvision:NAME"; or "train"."""
+    """A state_dict file, .pth or .safetensors; "torchvision:NAME"; "timm:TAG"; or "train"."""
     training: TrainingRecipe = TrainingRecipe()
     """Used when `weights = "train"`."""
 
@@ -195,6 +195,9 @@ class GateRecipe(Section):
     confidence: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = None
     """How sure the gate must be: it then accepts a variant only if the whole interval of this confidence around its
     drop is inside; absent: only the drop itself counts."""
+    min_speedup: Annotated[float, Field(ge=0.0, le=1000.0, strict=True)] = 1.0
+    """Least accepted speed, as a multiple of float's in its fastest allowed runtime: a file that is slower, beyond the
+    noise of timing, is never shipped. 0: any speed will do."""
     runtimes: _Runtimes | None = None
     """Runtimes that the model may be shipped for: a file is judged and recommended in one of them; absent: in any that
     `benchmark.runtimes` times."""
@@ -219,4 +222,4 @@ def is_model_name(name: str) -> bool:
 
 def is_weights_file(weights: str) -> bool:
     """Whether `[model] weights` names a file."""
-    return weights != "train" and not weights.startswith(TORCHVISION)
+    return weights != "train" and not weights.startswith((TORCHVISION, TIMM))

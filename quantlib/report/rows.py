@@ -34,6 +34,8 @@ class VariantRow:
     """7 or 8; 8 bits saturate on an x86 CPU without VNNI."""
     float_layers: list[str] | None = None
     """What was kept in float, as the recipe names it."""
+    int8_share: float | None = None
+    """Fraction of the multiply-adds that are int8; null for float."""
     equalized: bool | None = None
     bias_corrected: bool | None = None
     top1: float
@@ -77,8 +79,8 @@ class VariantRow:
     accepted: bool
     """Inside the gate."""
     gate: str | None = None
-    """inside, outside, undecided (too few images to say with the confidence that the recipe asks for), or unavailable
-    (no file for a runtime that the recipe allows)."""
+    """inside, outside, slower (than float, though accurate enough), undecided (too few images to say with the
+    confidence that the recipe asks for), or unavailable (no file for a runtime that the recipe allows)."""
     num_images_to_decide: int | None = None
     """About how many images would decide an undecided variant."""
     winner: bool
@@ -90,9 +92,11 @@ class VariantRow:
     artifact_sha256: str
     artifact_path: str
     torchscript_path: str | None = None
-    """Path of the TorchScript file."""
+    """Path of the TorchScript file, if there is one."""
+    torchscript_refusal: str | None = None
+    """Why there is no TorchScript file."""
     onnx_path: str | None = None
-    """Path of the ONNX file; null where no runtime for ONNX is installed."""
+    """Path of the ONNX file, the fastest if runtimes have one each; null where no runtime for ONNX is installed."""
     onnx_top1: float | None = None
     """Top-1 of the ONNX file in its fastest runtime; the table `files` says which."""
     onnx_refusal: str | None = None
@@ -165,7 +169,7 @@ class FileRow:
     speedup: float
     """Against float in its fastest runtime that the recipe allows."""
     gate: str
-    """inside, outside or undecided."""
+    """inside, outside, slower or undecided."""
     num_images_to_decide: int | None
     """About how many images would decide an undecided file."""
     reported: bool
@@ -330,7 +334,21 @@ class Report:
             for row in self.variants
             if row.gate == "undecided"
         ]
-        return [*(note.text for note in self.notes if note.kind == "note"), *kept, *undecided]
+        shares: dict[float, list[str]] = {}
+        for row in self.variants:
+            if row.int8_share is not None:
+                shares.setdefault(row.int8_share, []).append(row.variant)
+        int8 = [
+            f"{share:.1%} of the multiply-adds{' of ' + ', '.join(names) if len(shares) > 1 else ''} are int8."
+            for share, names in shares.items()
+        ]
+        slower = [
+            f"{row.variant}: accurate enough, but {row.speedup:.2f}x as fast as float; "
+            "gate.min_speedup = 0 would ship it for its size alone."
+            for row in self.variants
+            if row.gate == "slower"
+        ]
+        return [*(note.text for note in self.notes if note.kind == "note"), *int8, *kept, *undecided, *slower]
 
     @property
     def best(self) -> VariantRow:

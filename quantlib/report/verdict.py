@@ -43,7 +43,7 @@ class File:
     size_bytes: int
     runtime: str
     validation: Predictions
-    """Its answers in that runtime; for float, those of TorchScript."""
+    """Its answers in that runtime; for float, those in the first."""
     selection: Predictions
 
 
@@ -52,8 +52,10 @@ class Measured:
     """Measurements of a variant."""
 
     variant: Variant
+    int8_share: float | None = None
+    """Fraction of the multiply-adds that are int8; None: float."""
     files: Sequence[File]
-    """Those that the recipe allows to ship; TorchScript on its engine if it allows none."""
+    """Those that the recipe allows to ship; the one it was judged by if it allows none."""
     available: bool = True
     """Whether it allows any."""
     layers: Sequence[Sequence[Mapping[str, Any]]] = ()
@@ -67,8 +69,10 @@ class Measured:
     """Whether this is that model, because no epoch was better."""
     samples_ms: Mapping[tuple[str, int, int], Sequence[float]]
     """By (runtime, batch size, threads); those of one setting were taken in the same rounds, over all variants."""
-    torchscript_path: str
-    onnx_path: str | None = None
+    torchscript_path: str | None
+    torchscript_refusal: str | None = None
+    onnx_paths: Sequence[str] = ()
+    """One for every runtime, or one for each."""
     onnx_refusal: str | None = None
 
 
@@ -180,16 +184,26 @@ class _Entry:
 
     @property
     def outcome(self) -> str:
-        """inside, outside, undecided or unavailable."""
+        """inside, outside, undecided, slower or unavailable."""
         return self._judged[0] if self.measured.available else "unavailable"
+
+    def _is_too_slow(self) -> bool:
+        least = self.gate.min_speedup
+        if least == 0:
+            return False
+        of_float = [self.baseline.samples_ms[file.runtime, *_SETTING] for file in self.baseline.files]
+        fastest = min(of_float, key=np.median)
+        return significance.is_slower(self.contender.samples_ms, [sample / least for sample in fastest])
 
     @cached_property
     def _judged(self) -> tuple[str, int | None]:
-        """Whether it is inside the gate, outside, or undecided; then, about how many images would decide."""
+        """Whether it is inside the gate, or why not; then, if undecided, about how many images would decide."""
         if self.measured is self.baseline:
             return "inside", None
         # A drop of exactly the gate must not fail through float64's rounding; one image is far more than this.
         limit = self.gate.max_top1_drop + 1e-9
+        if self._drop().drop <= limit and self._is_too_slow():
+            return "slower", None
         if self.gate.confidence is None:
             return ("inside" if self._drop().drop <= limit else "outside"), None
         paired = self._drop(self.gate.confidence)
@@ -233,7 +247,11 @@ class _Entry:
         paired, by_runtime = self._drop(), _latencies(measured)
         fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
         simulated = {parts: predictions.top1 for parts, predictions in measured.simulated.items()}
-        onnx = next((each for each in measured.files if each.path == measured.onnx_path), None)
+        onnx = min(
+            (each for each in measured.files if each.path in measured.onnx_paths),
+            key=lambda each: by_runtime[each.runtime],
+            default=None,
+        )
         return VariantRow(
             recipe=run_info.recipe,
             variant=variant.name,
@@ -244,6 +262,7 @@ class _Entry:
             weights=scheme.weights if scheme else None,
             activation_bits=scheme.activation_bits if scheme else None,
             float_layers=list(scheme.float_layers) if scheme else None,
+            int8_share=measured.int8_share,
             equalized=variant.equalized,
             bias_corrected=variant.bias_corrected,
             top1=file.validation.top1,
@@ -277,7 +296,8 @@ class _Entry:
             artifact_sha256=file.sha256,
             artifact_path=file.path,
             torchscript_path=measured.torchscript_path,
-            onnx_path=measured.onnx_path,
+            torchscript_refusal=measured.torchscript_refusal,
+            onnx_path=onnx.path if onnx else next(iter(measured.onnx_paths), None),
             onnx_top1=onnx.validation.top1 if onnx else None,
             onnx_refusal=measured.onnx_refusal,
             torch_version=run_info.torch_version,

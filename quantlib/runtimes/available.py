@@ -46,7 +46,7 @@ def find_onnx_runtimes(
 ) -> tuple[Runtime, ...]:
     """The installed runtimes for ONNX files, the usually faster one first.
 
-    Empty without the package `onnx`, which writes the files.
+    Empty without the packages `onnx` and `onnxscript`, which write the files.
 
     Args:
         wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any will do.
@@ -56,17 +56,23 @@ def find_onnx_runtimes(
         MachineError: If one of them is not installed.
     """
     installed = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name) is not None]
-    if importlib.util.find_spec("onnx") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
         installed = []
     for key, names in (("benchmark.runtimes", wanted), ("gate.runtimes", shipped_for)):
         missing = sorted(set(names or ()) - {"torchscript", *installed})
         if missing:
             raise MachineError(
-                f"{key} names {missing[0]}, which is not installed: pip install onnx {missing[0]}, or leave it out."
+                f"{key} names {missing[0]}, which is not installed: pip install 'quantflow[{missing[0]}]', or leave it "
+                "out."
             )
     return tuple(
         Runtime(name, importlib.metadata.version(name)) for name in installed if wanted is None or name in wanted
     )
+
+
+def exporter() -> str:
+    """The packages that write ONNX files, with their versions."""
+    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxscript"))
 
 
 def torch_runtime(engine: str | None) -> Runtime:

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import torch
+from torch import nn
 from torchvision import transforms
 
 from quantlib import api
@@ -27,15 +28,12 @@ from quantlib.store.local import Store
 
 GREY_NET = """
 from torch import nn
-from torch.ao.quantization import DeQuantStub, QuantStub
 
 def build(num_classes):
     return nn.Sequential(
-        QuantStub(),
         nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes),
-        DeQuantStub(),
     )
 """
 
@@ -248,16 +246,20 @@ def edges_of(home):
     }
 
 
-def test_the_readmes_python_runs_as_written(undisturbed):
+def test_the_readmes_python_runs_as_written(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     pytest.importorskip("openvino", reason="README loads the model in OpenVINO")
     home, outcome = undisturbed
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    variables = {"images": torch.zeros(2, 3, 16, 16)}
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    variables = {"images": torch.zeros(2, 3, 16, 16), "float_model": net, "batches": [torch.rand(4, 3, 16, 16)]}
     for block in blocks:
         run = read_runs(home / "runs")[0].file.run_id
         exec(block.replace(".quantflow", str(home)).replace("RUN/VARIANT", f"{run}/per_channel"), variables)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    assert variables["answers"].shape == (2, 10)
+    assert (tmp_path / "model.onnx").is_file()
     assert variables["logits"].shape == (2, 10)
     assert len(variables["variants"]) == len(outcome.variants)
 

@@ -408,6 +408,16 @@ def test_users_code_that_is_not_there_is_named(find):
         find(data={"format": "no_such_module:data"})
 
 
+@pytest.mark.parametrize("package", ["flows", "tasks", "quantlib", "recipes"])
+def test_users_code_under_the_name_of_a_package_of_ours_is_refused(find, package):
+    with pytest.raises(
+        RecipeError, match=rf"'{package}.net', but '{package}' is a package of quantflow itself: rename"
+    ):
+        find(model={"architecture": f"{package}.net:build"})
+    with pytest.raises(RecipeError, match=rf"data.format names the module '{package}'.* rename your module"):
+        find(data={"format": f"{package}:images"})
+
+
 def test_architecture_arguments_are_identified_in_any_order(find):
     first, second = (
         find(model={"arguments": arguments}).model.arguments
@@ -446,6 +456,6 @@ def test_a_single_training_image_is_refused(own_folder):
 
 
 def test_a_misspelt_layer_is_found_before_any_stage(find):
-    with pytest.raises(ModelError, match=r"names 'features.1.cnov.0.0.0'.*did you mean 'features.1.conv.0.0.0'"):
-        find(ptq=[{"name": "p", "float_layers": ["features.1.cnov.0.0.0"]}])
-    assert find(ptq=[{"name": "p", "float_layers": ["features.1.conv.0.0.0"]}])
+    with pytest.raises(ModelError, match=r"names 'features.1.cnov.0.0'.*did you mean 'features.1.conv.0.0'"):
+        find(ptq=[{"name": "p", "float_layers": ["features.1.cnov.0.0"]}])
+    assert find(ptq=[{"name": "p", "float_layers": ["features.1.conv.0.0"]}])

@@ -32,7 +32,7 @@ STAGES = {
 }
 # Prints the code in every stage's key, for the quantlib that Python finds first.
 PRINT_CODE = """
-import json, sys
+import functools, json, sys
 from pathlib import Path
 from quantlib.store import codehash
 import quantlib
@@ -40,6 +40,10 @@ from tasks import data, export, measure, model, quantize
 from tasks.stage import Stage
 stages = {v.name: v for m in (data, export, measure, model, quantize) for v in vars(m).values() if isinstance(v, Stage)}
 folder = Path(quantlib.__file__).parent
+# What was not edited is parsed, hashed and searched for imports once, which takes minutes otherwise.
+codehash.ast.parse, codehash.hash_tree = map(functools.cache, (codehash.ast.parse, codehash.hash_tree))
+imported_modules = codehash.imported_modules
+codehash.imported_modules = functools.cache(lambda *arguments: list(imported_modules(*arguments)))
 def code():
     codehash.module_hashes.cache_clear()
     Stage._hash_code.cache_clear()
@@ -112,9 +116,30 @@ def test_decoding_images_depends_on_no_code_of_models_or_quantization(code_of_ed
     assert packages <= {"data", "errors", "imports", "progress"}
 
 
-def test_how_qat_trains_a_convolution_is_in_no_key_of_an_evaluation_or_a_benchmark(code_of_edits):
-    after, before = code_of_edits["code quantlib.eager.training"], code_of_edits[""]
-    assert {name for name in STAGES if after[name] != before[name]} == {"start_qat", "qat_epoch"}
+def _changed(code_of_edits, module):
+    """The stages whose keys change with a module."""
+    after, before = code_of_edits[f"code quantlib.{module}"], code_of_edits[""]
+    return {name for name in STAGES if after[name] != before[name]}
+
+
+def test_how_a_model_is_trained_is_in_no_key_of_a_file_an_evaluation_or_a_benchmark(code_of_edits):
+    assert _changed(code_of_edits, "quantize.qat") == {"start_qat", "qat_epoch"}
+
+
+def test_how_a_model_is_quantized_or_written_is_in_no_key_of_an_evaluation_of_its_file_or_a_benchmark(code_of_edits):
+    measured = {"evaluate", "evaluate_baseline", "benchmark"}
+    modules = [edit.removeprefix("code quantlib.") for edit in code_of_edits if edit.startswith("code ")]
+    making = [name for name in modules if name.split(".")[0] in {"graph", "quantize", "export"} and "." in name]
+    assert len(making) > 20
+    assert [name for name in making if _changed(code_of_edits, name) & measured] == []
+
+
+def test_how_files_are_written_is_in_no_key_of_what_leads_to_the_quantized_model(code_of_edits):
+    written = {"script_and_save", "draft_onnx", "save_onnx"}
+    for module in ("scripting", "native", "torchscript", "onnx", "onnx_draft"):
+        changed = _changed(code_of_edits, f"export.{module}")
+        assert changed, module
+        assert changed <= written, module
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from prefect.states import State
 
+from flows.graphs.branches import targets_of
 from quantlib.data import loading, shards
 from quantlib.data.transforms import EvalTransform
 from quantlib.errors import ModelError, QuantflowError
@@ -13,14 +14,16 @@ from quantlib.inputs import find_inputs
 from quantlib.measure import predictions
 from quantlib.measure.predictions import Predictions
 from quantlib.models.source import ModelInput
+from quantlib.quantize import stored
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.variant import Variant
-from quantlib.runtimes.available import torch_runtime
+from quantlib.runtimes.available import Runtime, torch_runtime
 from tasks.data import decode
 from tasks.execution import start_run
+from tasks.export import draft_onnx, is_refusal, save_onnx, script_and_save
 from tasks.model import fuse, load_float
 from tasks.quantize import calibrate, choose_epoch, has_stalled
-from tasks.refs import BenchmarkTarget, CandidateRefs, EpochRefs, VariantRefs
+from tasks.refs import BenchmarkTarget, CandidateRefs, EpochRefs, FileRefs, VariantRefs
 from tasks.report import _measured, read_samples
 from tasks.stage import stage
 
@@ -142,36 +145,155 @@ def test_training_that_never_beats_its_start_stalls(run):
     assert not has_stalled(run, _answers(run, 8, 7), 2)
 
 
-def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run):
+def _qat_variants(run, start, epoch, runtime):
+    """What a QAT is whose start was best, and one whose only epoch was; by the answers of files in a runtime."""
     start_answers, epoch_answers = _answers(run, 9, 8)
-    start, epoch = run.store.put("torchscript", b"start"), run.store.put("torchscript", b"epoch")
     metrics = {"epoch": 0, "loss": 1.0, "train_top1": 0.5, "observers_frozen": True, "batch_norm_frozen": True}
     variant = Variant(name="q", method="qat", qconfig="accurate", engine="x86")
-    candidate = CandidateRefs(model=start, artifact=start, validation=start_answers, selection=start_answers)
-    trained = EpochRefs(
-        model=epoch,
-        artifact=epoch,
-        validation=epoch_answers,
-        selection=epoch_answers,
-        metrics=run.store.put_json("metrics", metrics),
+    candidate, trained = (
+        CandidateRefs(
+            model=file,
+            artifact=file if file.kind == "torchscript" else _refusal(run),
+            reference=FileRefs(file=file, runtime=runtime, validation=answers, selection=answers),
+        )
+        for file, answers in ((start, start_answers), (epoch, epoch_answers))
     )
-    variants = tuple(
+    of_epoch = EpochRefs(metrics=run.store.put_json("metrics", metrics), **vars(trained))
+    return tuple(
         VariantRefs(
             variant=variant,
             artifact=chosen.artifact,
-            validation=chosen.validation,
-            selection=chosen.selection,
+            reference=chosen.reference,
+            onnx=((runtime, chosen.reference.file),) if chosen.reference.file.kind == "onnx" else (),
             start=candidate,
-            epochs=(trained,),
+            epochs=(of_epoch,),
             best_epoch=best_epoch,
         )
         for chosen, best_epoch in ((candidate, None), (trained, 0))
     )
-    targets = tuple(BenchmarkTarget(artifact, torch_runtime("x86")) for artifact in (start, epoch))
-    timings = run.store.put_json(
-        "timings", [{"model": n, "batch_size": 1, "num_threads": 1, "samples_ms": [1.0]} for n in (0, 1)]
+
+
+def _refusal(run, reason="too dynamic"):
+    return run.store.put_json("refusal", {"reason": reason})
+
+
+def _samples(run, *targets):
+    """One millisecond for each target."""
+    timings = [{"model": n, "batch_size": 1, "num_threads": 1, "samples_ms": [1.0 + n]} for n in range(len(targets))]
+    return read_samples(
+        run.store, tuple(BenchmarkTarget(*each) for each in targets), run.store.put_json("timings", timings)
     )
-    samples = read_samples(run.store, targets, timings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime"), [("torchscript", torch_runtime("x86")), ("onnx", Runtime("openvino", "1"))]
+)
+def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run, kind, runtime):
+    start, epoch = run.store.put(kind, b"start"), run.store.put(kind, b"epoch")
+    variants = _qat_variants(run, start, epoch, runtime)
+    samples = _samples(run, (start, runtime), (epoch, runtime))
     kept, moved = (_measured(run.store, refs, samples, run.home / "models") for refs in variants)
     assert (kept.kept_start, kept.files[0].validation.top1, [e.chosen for e in kept.epochs]) == (True, 0.9, [False])
     assert (moved.kept_start, moved.files[0].validation.top1, [e.chosen for e in moved.epochs]) == (False, 0.8, [True])
+    assert [measured.start_validation.top1 for measured in (kept, moved)] == [0.9, 0.9]
+    assert [measured.epochs[0].validation.top1 for measured in (kept, moved)] == [0.8, 0.8]
+
+
+# Files that there are, and those that there are not
+
+
+OPENVINO, ONNXRUNTIME = Runtime("openvino", "1"), Runtime("onnxruntime", "1")
+
+
+def _variant_refs(run, artifact, onnx, runtime=OPENVINO):
+    """A variant that is judged by its TorchScript file, or else by its first ONNX file."""
+    (answers,) = _answers(run, 9)
+    file = next(each for each in (artifact, *(file for _, file in onnx)) if each.kind != "refusal")
+    own = torch_runtime("x86") if file.kind == "torchscript" else runtime
+    return VariantRefs(
+        variant=Variant(name="p", method="ptq", qconfig="accurate", engine="x86"),
+        artifact=artifact,
+        reference=FileRefs(file=file, runtime=own, validation=answers, selection=answers),
+        onnx=onnx,
+    )
+
+
+def test_a_file_that_serves_several_runtimes_is_one_file_with_one_name(run):
+    script, shared = run.store.put("torchscript", b"script"), run.store.put("onnx", b"shared")
+    refs = _variant_refs(run, script, ((ONNXRUNTIME, shared), (OPENVINO, shared)))
+    assert refs.torchscript_file == script
+    assert refs.onnx_files == {shared: [ONNXRUNTIME, OPENVINO]}
+    samples = _samples(run, (script, torch_runtime("x86")), (shared, ONNXRUNTIME), (shared, OPENVINO))
+    measured = _measured(run.store, refs, samples, run.home)
+    assert measured.torchscript_path == str(run.home / "p.pt")
+    assert measured.onnx_paths == (str(run.home / "p.onnx"),)
+    assert (measured.torchscript_refusal, measured.onnx_refusal) == (None, None)
+    assert measured.samples_ms == {
+        ("torchscript-x86", 1, 1): [1.0],
+        ("onnxruntime", 1, 1): [2.0],
+        ("openvino", 1, 1): [3.0],
+    }
+
+
+def test_a_file_for_each_runtime_has_the_runtime_in_its_name(run):
+    script, first, second = run.store.put("torchscript", b"s"), run.store.put("onnx", b"1"), run.store.put("onnx", b"2")
+    refs = _variant_refs(run, script, ((ONNXRUNTIME, first), (OPENVINO, second)))
+    assert refs.onnx_files == {first: [ONNXRUNTIME], second: [OPENVINO]}
+    samples = _samples(run, (script, torch_runtime("x86")), (first, ONNXRUNTIME), (second, OPENVINO))
+    measured = _measured(run.store, refs, samples, run.home)
+    assert measured.onnx_paths == (str(run.home / "p.onnxruntime.onnx"), str(run.home / "p.openvino.onnx"))
+
+
+def test_a_variant_without_a_torchscript_file_is_reported_by_its_onnx_file_and_says_why(run):
+    refusal, file = _refusal(run), run.store.put("onnx", b"file")
+    refs = _variant_refs(run, refusal, ((ONNXRUNTIME, _refusal(run, "wrong")), (OPENVINO, file)))
+    assert refs.torchscript_file is None
+    assert refs.onnx_files == {file: [OPENVINO]}
+    measured = _measured(run.store, refs, _samples(run, (file, OPENVINO)), run.home)
+    assert (measured.torchscript_path, measured.torchscript_refusal) == (None, "too dynamic")
+    assert (measured.onnx_paths, measured.onnx_refusal) == ((str(run.home / "p.onnx"),), "wrong")
+    assert [(each.path, each.runtime) for each in measured.files] == [(str(run.home / "p.onnx"), "openvino")]
+
+
+def test_a_reason_that_every_runtime_gives_is_given_once(run):
+    script = run.store.put("torchscript", b"script")
+    refs = _variant_refs(run, script, ((ONNXRUNTIME, _refusal(run)), (OPENVINO, _refusal(run))))
+    measured = _measured(run.store, refs, _samples(run, (script, torch_runtime("x86"))), run.home)
+    assert (measured.onnx_paths, measured.onnx_refusal) == ((), "too dynamic")
+
+
+def test_files_are_timed_in_every_runtime_that_there_is_for_them_and_none_where_there_is_no_file(run, monkeypatch):
+    monkeypatch.setattr("quantlib.runtimes.available.engines", lambda: ("onednn", "x86"))
+    script, file = run.store.put("torchscript", b"script"), run.store.put("onnx", b"file")
+    for artifact, engines in ((script, ["torchscript-x86", "torchscript-onednn"]), (_refusal(run), [])):
+        targets = targets_of(_variant_refs(run, artifact, ((ONNXRUNTIME, _refusal(run)), (OPENVINO, file))))
+        assert [target.runtime.name for target in targets] == [*engines, "openvino"]
+        assert [target.artifact for target in targets] == [script] * len(engines) + [file]
+
+
+def _stored(run, model, header):
+    return run.store.put(header.kind, stored.hand_over(model, header))
+
+
+def test_a_model_that_torchscript_or_onnx_refuses_has_no_such_file_and_the_reason_is_kept(
+    run, monkeypatch, fused_model, tiny_header, val_shard
+):
+    def refuse(*_):
+        raise ModelError("it cannot be written")
+
+    model = _stored(run, fused_model, replace(tiny_header, fused="eval"))
+    shard = run.store.put("shard", val_shard.read_bytes())
+    with monkeypatch.context() as refusing:
+        refusing.setattr("quantlib.export.scripting.script", refuse)
+        refusing.setattr("quantlib.export.onnx_draft.draft", refuse)
+        script = reuse_or_compute(run, script_and_save, model, None, branch="x")
+        draft = reuse_or_compute(run, draft_onnx, model, "exporter 1")
+    # A model without a draft has no ONNX file in any runtime, for the same reason.
+    files = [
+        reuse_or_compute(run, save_onnx, draft, model, shard, runtime, branch="x")
+        for runtime in (OPENVINO, ONNXRUNTIME)
+    ]
+    for refusal in (script, draft, *files):
+        assert is_refusal(refusal)
+        assert run.store.read_json(refusal) == {"reason": "it cannot be written"}
+    assert not is_refusal(model)

@@ -33,9 +33,11 @@ def test_fewer_calibration_batches_recompute_calibration_and_what_follows_and_sa
 def test_activations_alone_are_rounded_in_a_model_whose_biases_are_floats(tmp_path):
     recipe = harness.RECIPE | {"evaluation": harness.RECIPE["evaluation"] | {"simulate": True}}
     reasons = {s.label: s.reason for s in plan_run(parse_recipe(recipe), tmp_path)}
-    follows = {"both": "correct_bias", "weights": "correct_bias", "activations": "choose_ranges"}
-    for parts, stage in follows.items():
-        assert reasons[f"simulate-per_channel-{parts}"] == f"follows {stage}-per_channel"
+    assert reasons["convert-per_channel"] == "follows correct_bias-per_channel"
+    assert reasons["convert-per_channel-uncorrected"] == "follows choose_ranges-per_channel"
+    follows = {"both": "per_channel", "weights": "per_channel", "activations": "per_channel-uncorrected"}
+    for parts, converted in follows.items():
+        assert reasons[f"simulate-per_channel-{parts}"] == f"follows convert-{converted}"
         assert reasons[f"simulate-qat-{parts}"] == "follows choose_epoch-qat"
 
 

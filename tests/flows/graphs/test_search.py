@@ -21,7 +21,7 @@ from quantlib.recipe.variant import Variant
 from quantlib.search import Trial
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
-from tasks.refs import VariantRefs
+from tasks.refs import FileRefs, VariantRefs
 from tasks.run import NotYetKnownError
 
 BRANCHES = {"ptq", "qat"}
@@ -89,7 +89,8 @@ def test_the_time_that_reused_stages_once_took_counts(searched, tmp_path):
     home, outcome, _ = searched
     records = {record.key: record.seconds for record in Store(home / "store").records()}
     # What is evaluated after the timing is not part of the search.
-    searching = {k: key for k, key in harness.keys_done(home).items() if not re.search("-(pt|onnx)(-held_out)?$", k)}
+    after = re.compile("evaluate-.*-(torchscript-[a-z0-9]+|onnxruntime|openvino)(-held_out)?")
+    searching = {label: key for label, key in harness.keys_done(home).items() if not after.fullmatch(label)}
     seconds = sum(records[key] for label, key in searching.items() if "search-1" in label)
     recipe = RECIPE | {"search": RECIPE["search"] | {"max_minutes": 0.9 * seconds / 60}}
     assert not any("search-2" in stage.label for stage in plan_run(parse_recipe(recipe), home))
@@ -116,19 +117,20 @@ def loop(monkeypatch):
     """Runs the loop with a drop for each trial, by the end of its name; returns what it saved and measured."""
     monkeypatch.setattr(flow, "seconds_of", lambda store, keys: 0.0)
 
-    def run(drops, keys=list, **settings):
+    def run(drops, keys=list, kind="torchscript", **settings):
         saved, ranked = [], []
 
         def make(shared, branch):
+            file = Ref(kind, branch.name, 1)
             return VariantRefs(
                 variant=Variant(name=branch.name, method=""),
-                artifact=Ref("torchscript", branch.name, 1),
-                prepared=Ref("model", branch.name, 1),
-                validation=(),
-                selection=(),
+                artifact=file,
+                reference=FileRefs(file=file, runtime=None, validation=(), selection=()),
+                model=Ref("int8-model", branch.name, 1),
             )
 
-        def measure(shared, prepared, name, *, equalized):
+        def measure(shared, model, name, *, equalized):
+            assert model == Ref("int8-model", name, 1)
             ranked.append(name)
             return (Ref("layers", name, 1),)
 
@@ -153,6 +155,7 @@ def loop(monkeypatch):
                 return keys()
 
             def copy_out(self, ref, name):
+                assert name == f"search-best.{'onnx' if kind == 'onnx' else 'pt'}"
                 saved.append(ref.sha256)
 
         shared = SimpleNamespace(
@@ -170,6 +173,10 @@ def loop(monkeypatch):
 def test_the_file_that_is_saved_is_always_the_best_so_far(loop):
     _, _, saved, _ = loop({"equalized": 0.05, "corrected": 0.06, "float-1": 0.0, "qat": 0.2})
     assert [name.split("-", 2)[2] for name in saved] == ["minmax", *["equalized"] * 5, "float-1", "float-1"]
+
+
+def test_of_a_model_without_a_torchscript_file_the_onnx_file_is_saved(loop):
+    assert loop({}, kind="onnx", max_trials=1)[2] == ["search-1-minmax"]
 
 
 def test_the_layers_of_the_trial_that_is_refined_are_measured_once_and_reported(loop):

@@ -22,10 +22,10 @@ def test_a_runs_files_all_have_their_sum(shipped):
     assert {"float.onnx", "qat.pt"} <= files
     assert {line.split()[1] for line in (shipped / "SHA256SUMS").read_text().splitlines()} == files
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=shipped, check=True, capture_output=True)
-    assert api.load(shipped / "qat.onnx") is not None
+    assert api.load(shipped / "qat.onnxruntime.onnx") is not None
 
 
-@pytest.mark.parametrize("name", ["qat.onnx", "float.pt"])
+@pytest.mark.parametrize("name", ["qat.onnxruntime.onnx", "float.pt"])
 def test_a_file_with_one_bit_changed_is_not_loaded(shipped, name):
     content = bytearray((shipped / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -36,10 +36,10 @@ def test_a_file_with_one_bit_changed_is_not_loaded(shipped, name):
 
 def test_a_file_that_was_taken_along_alone_is_loaded_as_it_is(shipped):
     (shipped / "SHA256SUMS").unlink()
-    assert api.load(shipped / "qat.onnx") is not None
+    assert api.load(shipped / "qat.onnxruntime.onnx") is not None
 
 
 @pytest.mark.parametrize("sums", [b"", b"\xff\xfe", b"one\n\ntwo three four\n"])
 def test_a_list_without_the_file_says_nothing_of_it(shipped, sums):
     (shipped / "SHA256SUMS").write_bytes(sums)
-    checksums.verify(shipped / "qat.onnx")
+    checksums.verify(shipped / "qat.onnxruntime.onnx")

@@ -1,4 +1,4 @@
-"""Fusion of Conv, BatchNorm and ReLU."""
+"""Fusion: BatchNorm becomes part of the convolution before it."""
 
 import copy
 
@@ -6,134 +6,277 @@ import pytest
 import torch
 from torch import nn
 
-from quantlib.eager.fusing import fuse_modules
 from quantlib.graph import fusion
-from quantlib.recipe.scheme import FuseMode
+from quantlib.graph.model import trace_model
 
-MODES: tuple[FuseMode, ...] = ("eval", "qat")
+MODES = ("eval", "qat")
+SHAPE = (3, 8, 8)
 
 
-def _count(model, kind):
+def count(model, kind):
     return sum(isinstance(module, kind) for module in model.modules())
 
 
-def test_fusing_for_inference_keeps_logits_within_1e_5(tiny_model, val_inputs):
+def fused(model, mode):
+    """A model traced and fused, in eval mode; the model itself stays as it is."""
+    return fusion.fuse_model(trace_model(copy.deepcopy(model).eval(), SHAPE), mode).eval()
+
+
+@pytest.fixture
+def traced(tiny_model):
+    """The tiny net as a graph; `tiny_model` has the same modules."""
+    return trace_model(tiny_model, (3, 32, 32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fusing_keeps_logits_within_1e_5_in_eval_mode(traced, val_inputs, mode):
     with torch.inference_mode():
-        before, after = tiny_model(val_inputs), fusion.fuse_model(tiny_model, "eval")(val_inputs)
+        before, after = traced(val_inputs), fusion.fuse_model(traced, mode).eval()(val_inputs)
 
     assert before.std() > 1e-2
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def test_fusing_for_training_keeps_logits_within_1e_5_in_eval_mode(tiny_model, val_inputs):
-    with torch.inference_mode():
-        after = fusion.fuse_model(tiny_model, "qat").eval()(val_inputs)
-        torch.testing.assert_close(after, tiny_model(val_inputs), rtol=1e-5, atol=1e-5)
+def test_no_batch_norm_is_left_after_fusing_for_inference(traced):
+    fused = fusion.fuse_model(traced, "eval")
 
-
-def test_no_batch_norm_is_left_after_fusing_for_inference(tiny_model):
-    fused = fusion.fuse_model(tiny_model, "eval")
-
-    assert _count(tiny_model, nn.BatchNorm2d) == 13  # first, last, 2 in the block that does not expand, 3 in the others
-    assert _count(fused, nn.BatchNorm2d) == 0
-    assert _count(fused, nn.ReLU) == 9  # all but the projections', each inside a fused convolution
+    assert count(traced, nn.BatchNorm2d) == 13  # first, last, 2 in the block that does not expand, 3 in the others
+    assert count(fused, nn.BatchNorm2d) == 0
+    assert all(type(m) is nn.Conv2d and m.bias is not None for m in fused.modules() if isinstance(m, nn.Conv2d))
     assert not any(module.training for module in fused.modules())
 
 
-def test_batch_norm_stays_live_when_fusing_for_training(tiny_model, val_inputs):
-    fused = fusion.fuse_model(tiny_model, "qat")
+def test_batch_norm_stays_live_when_fusing_for_training(traced, val_inputs):
+    fused = fusion.fuse_model(traced, "qat")
     before = {name: value.clone() for name, value in fused.named_buffers() if name.endswith("running_mean")}
 
     fused(val_inputs)
 
-    assert len(before) == _count(tiny_model, nn.BatchNorm2d)
+    assert count(fused, fusion.ConvBatchNorm2d) == len(before) == 13
     assert all(not torch.equal(value, dict(fused.named_buffers())[name]) for name, value in before.items())
-    assert fused.training
+    assert all(module.training for module in fused.modules())
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fusing_leaves_the_given_model_as_it_was(tiny_model, mode):
-    before = copy.deepcopy(tiny_model)
+def test_layers_keep_their_paths(traced, mode):
+    paths = [path for path, module in traced.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
-    fusion.fuse_model(tiny_model, mode)
+    fused = fusion.fuse_model(traced, mode)
 
-    assert repr(tiny_model) == repr(before)
-    assert not any(module.training for module in tiny_model.modules())
-    for name, value in before.state_dict().items():
-        assert torch.equal(value, tiny_model.state_dict()[name]), name
+    assert [path for path, module in fused.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)] == paths
+    called = [node.target for node in fused.graph.nodes if node.op == "call_module"]
+    assert [path for path in called if path in paths] == paths
 
 
-def test_chains_are_found_longest_first_and_once():
+@pytest.mark.parametrize("mode", MODES)
+def test_fusing_leaves_the_given_model_as_it_was(traced, mode):
+    before = repr(traced), traced.code, [module.training for module in traced.modules()]
+    state = copy.deepcopy(traced.state_dict())
+
+    fusion.fuse_model(traced, mode)
+
+    assert (repr(traced), traced.code, [module.training for module in traced.modules()]) == before
+    for name, value in state.items():
+        assert torch.equal(value, traced.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fusing_in_place_changes_the_model_itself_to_the_same(traced, mode, val_inputs):
+    copied = fusion.fuse_model(traced, mode).eval()
+
+    assert fusion.fuse_model(traced, mode, inplace=True) is traced
+    with torch.inference_mode():
+        assert torch.equal(traced.eval()(val_inputs), copied(val_inputs))
+    assert traced.state_dict().keys() == copied.state_dict().keys()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_without_batch_norm_is_copied(mode):
+    traced = trace_model(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), SHAPE)
+    x = torch.randn(4, *SHAPE)
+
+    fused = fusion.fuse_model(traced, mode)
+
+    assert fused is not traced
+    assert not {id(value) for value in fused.parameters()} & {id(value) for value in traced.parameters()}
+    assert torch.equal(fused(x), traced(x))
+
+
+# Which BatchNorm
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (4, 2)])
+def test_every_kind_of_convolution_takes_the_batch_norm_after_it(stir_batch_norm, mode, bias, groups, stride):
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 1),
-        nn.BatchNorm2d(4),
-        nn.Conv2d(4, 4, 1),
-        nn.ReLU(),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
+        nn.Conv2d(4, 8, 3, stride, padding=1, groups=groups, bias=bias, padding_mode="reflect"),
+        nn.BatchNorm2d(8, eps=0.1),
     )
+    x = torch.randn(4, *SHAPE)
+    stir_batch_norm(model).eval()
 
-    assert fusion.find_groups(model) == [["0", "1", "2"], ["3", "4"], ["5", "6"], ["9.0", "9.1"]]
+    after = fused(model, mode)
+
+    assert [node.target for node in after.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    torch.testing.assert_close(after(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Read(nn.Module):
+    """Its convolution's output is read by something else, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class CalledTwice(nn.Module):
+    """Its convolution and its BatchNorm may each serve twice."""
+
+    def __init__(self, *, shared):
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+        self.last = nn.Conv2d(3, 3, 1) if shared == "norm" else nn.BatchNorm2d(3)
+        self.shared = shared
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.norm(self.last(x)) if self.shared == "norm" else self.last(self.first(x))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_linear_layer_and_its_relu_become_one(mode):
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    x = torch.randn(5, 4)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)), id="before a convolution"),
+        pytest.param(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)), id="behind a ReLU"),
+        pytest.param(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)), id="without weights"),
+        pytest.param(
+            nn.Sequential(nn.ConvTranspose2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), id="transposed"
+        ),
+        pytest.param(Read(), id="convolution read twice"),
+        pytest.param(CalledTwice(shared="convolution"), id="convolution called twice"),
+        pytest.param(CalledTwice(shared="norm"), id="called twice"),
+    ],
+)
+def test_a_batch_norm_that_is_not_a_convolutions_alone_stays_and_computes_the_same(stir_batch_norm, model, mode):
+    torch.manual_seed(0)
+    x = torch.randn(4, *SHAPE)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            stir_batch_norm(module)
+    model.eval()
 
-    fused = fusion.fuse_model(model, mode)
+    after = fused(model, mode)
 
-    assert type(fused[0]).__name__ == "LinearReLU"
-    assert type(fused[1]) is nn.Identity
-    torch.testing.assert_close(fused(x), model(x))
-
-
-def test_a_model_without_chains_is_copied(val_inputs):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
-
-    fused = fusion.fuse_model(model, "eval")
-
-    assert fused is not model
-    assert torch.equal(fused(val_inputs), model(val_inputs))
+    assert count(after, fusion.ConvBatchNorm2d) == 0
+    assert count(after, nn.BatchNorm2d) == count(model, nn.BatchNorm2d)
+    torch.testing.assert_close(after(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-class _OwnGroups(nn.Module):
-    """Its chains are attributes that only the model itself can know to be chains."""
+class NormAct(nn.BatchNorm2d):
+    """As timm has it: BatchNorm and an activation in one."""
 
-    def __init__(self, groups):
-        super().__init__()
-        self.groups = groups
-        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
-        self.tail = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.SiLU()
 
     def forward(self, x):
-        return self.tail(self.relu(self.norm(self.conv(x))))
-
-    def modules_to_fuse(self):
-        return self.groups
+        x = nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, 1e-5)
+        return self.act(x)
 
 
-def test_a_models_own_list_of_chains_decides_alone(stir_batch_norm, val_inputs):
-    model = stir_batch_norm(_OwnGroups([["conv", "norm", "relu"]])).eval()
+@pytest.mark.parametrize("mode", MODES)
+def test_an_activation_inside_a_batch_norm_outlives_it(stir_batch_norm, mode):
+    torch.manual_seed(0)
+    model = stir_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4))).eval()
+    x = torch.randn(4, *SHAPE)
 
-    fused = fusion.fuse_model(model, "eval")
+    after = fused(model, mode)
 
-    assert type(fused.conv).__name__ == "ConvReLU2d"
-    assert type(fused.tail[0]) is nn.Conv2d  # not on the list
-    torch.testing.assert_close(fused(val_inputs), model(val_inputs), rtol=1e-5, atol=1e-5)
-
-
-def test_a_model_may_want_nothing_fused():
-    fused = fusion.fuse_model(_OwnGroups([]), "eval")
-
-    assert _count(fused, nn.BatchNorm2d) == 1
+    assert [node.target for node in after.graph.nodes if node.op == "call_module"] == ["0", "1.act"]
+    torch.testing.assert_close(after(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_fusing_nothing_is_no_error(tiny_model):
-    fuse_modules(tiny_model, [], "eval")
+# A convolution and BatchNorm in training
 
-    assert _count(tiny_model, nn.BatchNorm2d) == 13
+
+@pytest.fixture
+def pair(stir_batch_norm):
+    torch.manual_seed(0)
+    return stir_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_convolution_and_batch_norm_in_one_compute_and_learn_as_the_two_do(pair, training):
+    own, pair = fusion.ConvBatchNorm2d.of(*copy.deepcopy(pair)).train(training), pair.train(training)
+    x = torch.randn(6, *SHAPE)
+
+    expected, got = pair(x), own(x)
+    (expected**3).sum().backward()
+    (got**3).sum().backward()
+
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for theirs, ours in ((pair[0].weight, own.weight), (pair[1].weight, own.bn.weight), (pair[1].bias, own.bn.bias)):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(own.bn.running_mean, pair[1].running_mean)
+    torch.testing.assert_close(own.bn.running_var, pair[1].running_var)
+
+
+def test_what_is_rounded_in_training_is_the_weight_with_batch_norm_folded_in(pair):
+    own, seen = fusion.ConvBatchNorm2d.of(*pair).eval(), []
+
+    class Doubling(nn.Module):
+        def forward(self, weight):
+            seen.append(weight)
+            return 2 * weight
+
+    x, zero = torch.randn(4, *SHAPE), torch.zeros(1, *SHAPE)
+    expected = own(zero) + 2 * (own(x) - own(zero))
+    own.weight_quantizer = Doubling()
+
+    torch.testing.assert_close(own(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0], own.folded()[0])
+
+
+def test_the_folded_weight_and_bias_do_what_convolution_and_batch_norm_do(pair):
+    x = torch.randn(4, *SHAPE)
+    weight, bias = fusion.ConvBatchNorm2d.of(*pair).folded()
+
+    torch.testing.assert_close(nn.functional.conv2d(x, weight, bias, padding=1), pair.eval()(x), rtol=1e-5, atol=1e-5)
+    assert not weight.requires_grad
+    assert not bias.requires_grad
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_channel_that_batch_norm_switches_off_is_constant(pair, mode):
+    pair[1].weight.data[1] = 0
+    x = torch.randn(4, *SHAPE)
+
+    after = fused(pair, mode)(x)
+
+    assert after.isfinite().all()
+    torch.testing.assert_close(after, pair.eval()(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after[:, 1], pair[1].bias[1].expand_as(after[:, 1]))
+
+
+def test_frozen_batch_norm_keeps_its_statistics_until_the_model_is_put_into_training_mode_again(traced, val_inputs):
+    fused = fusion.fuse_model(traced, "qat")
+
+    def changed():
+        before = {name: value.clone() for name, value in fused.named_buffers()}
+        fused(3 * val_inputs)
+        return {name for name, value in fused.named_buffers() if not torch.equal(value, before[name])}
+
+    fusion.freeze_batch_norm(fused)
+    assert fused.training
+    assert changed() == set()
+    fused.train()
+    assert len(changed()) == 3 * 13  # mean, variance and number of batches

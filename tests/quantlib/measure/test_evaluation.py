@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from schemes import scheme
 from torch import nn
 
 from quantlib.data import shards
 from quantlib.data.normalization import IMAGENET
+from quantlib.export import native
 from quantlib.measure import evaluation, predictions
 from quantlib.quantize import conversion
 from quantlib.runtimes.engine import use_engine
@@ -72,8 +74,9 @@ def test_a_shards_predictions_are_the_models_own(trained_model, val_shard, val_i
 
 @pytest.mark.parametrize("batch_size", [1, 5, 17, 100])
 def test_the_batch_size_changes_no_int8_prediction(calibrated, val_shard, engine, batch_size):
-    int8 = conversion.convert(calibrated("fbgemm"), engine)
+    int8 = conversion.convert(calibrated("fbgemm"), scheme("fbgemm"))
     with use_engine(engine):
+        int8 = native.to_native(int8)
         expected = predictions.save(evaluation.evaluate(int8, val_shard, batch_size=18))
         assert predictions.save(evaluation.evaluate(int8, val_shard, batch_size)) == expected
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torchvision import models
 from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 
 from quantlib.errors import MachineError, ModelError, RecipeError
@@ -76,7 +78,7 @@ def test_mobilenet_v2_has_the_papers_3_5_million_parameters():
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_504_872  # torchvision documents this number
     assert sum(1 for module in model.modules() if isinstance(module, mobilenet_v2.InvertedResidual)) == 17
     # Every repeat except a row's first is added to its input: 0 + 1 + 2 + 3 + 2 + 2 + 0.
-    assert sum(getattr(module, "skip_add", None) is not None for module in model.modules()) == 10
+    assert sum(getattr(module, "adds", False) for module in model.modules()) == 10
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_blocks_follow_the_setting():
     assert [len(block) for block in convolutions] == [2, 2, 3, 3]  # no expansion, no expanding convolution
     assert [block[-2].stride for block in convolutions] == [(1, 1), (1, 1), (2, 2), (1, 1)]
     assert [block[-2].groups for block in convolutions] == [32, 32, 96, 120]
-    assert [block.skip_add is not None for block in blocks] == [True, True, False, True]
+    assert [block.adds for block in blocks] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,74 @@ def test_a_checkpoint_that_wraps_the_state_dict_is_unwrapped(tmp_path, tiny_mode
     state = read_weights(str(tmp_path / "checkpoint.pth"), "mobilenet_v2")
 
     assert state.keys() == tiny_model.state_dict().keys()
+
+
+@pytest.fixture
+def safetensors_file(tmp_path, tiny_model):
+    save_file(tiny_model.state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def test_weights_in_a_safetensors_file_are_read(safetensors_file, tiny_model, tiny_arguments):
+    source = _source(arguments=json.dumps(tiny_arguments), weights=str(safetensors_file))
+
+    model, _ = registry.from_input(source, num_classes=3, input_shape=(3, 32, 32), seed=1)
+
+    own, read = tiny_model.state_dict(), model.state_dict()
+    assert own.keys() == read.keys()
+    assert all(torch.equal(own[name], read[name]) for name in own)
+
+
+def test_weights_of_another_shape_in_a_safetensors_file_are_refused(safetensors_file, tiny_arguments):
+    source = _source(arguments=json.dumps(tiny_arguments | {"num_classes": 5}), weights=str(safetensors_file))
+
+    with pytest.raises(ModelError, match=r"weights\.safetensors' have the wrong shape: classifier\.1\.\w+ is \[3"):
+        registry.from_input(source, num_classes=5, input_shape=(3, 32, 32), seed=0)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "mobilenet_v2"])
+def test_weights_of_another_architecture_are_refused_with_the_name_of_theirs(tmp_path, name):
+    torch.save(models.get_model(name, num_classes=3).state_dict(), tmp_path / "weights.pth")
+    source = _source(architecture="torchvision:resnet18", weights=str(tmp_path / "weights.pth"))
+    theirs = "mobilenet_v2" if name == "mobilenet_v2" else f"torchvision:{name}"
+
+    with pytest.raises(ModelError, match=f'do not fit the architecture.* They look like those of "{theirs}"'):
+        registry.from_input(source, num_classes=3, input_shape=(3, 32, 32), seed=0)
+
+
+def test_weights_of_nothing_that_is_known_are_refused_without_a_guess(tmp_path):
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "weights.pth")
+    source = _source(architecture="torchvision:resnet18", weights=str(tmp_path / "weights.pth"))
+
+    with pytest.raises(ModelError, match="do not fit the architecture") as refused:
+        registry.from_input(source, num_classes=3, input_shape=(3, 32, 32), seed=0)
+    assert "look like" not in str(refused.value)
+
+
+def _cut_short(content):
+    return content[: len(content) // 2]
+
+
+def _of_another_length(content):
+    return (2**40).to_bytes(8, "little") + content[8:]
+
+
+@pytest.mark.parametrize("damage", [_cut_short, _of_another_length, lambda _: b"", lambda _: b"an HTML page: 404"])
+def test_a_damaged_safetensors_file_is_refused(safetensors_file, damage):
+    safetensors_file.write_bytes(damage(safetensors_file.read_bytes()))
+
+    with pytest.raises(ModelError, match=r"weights\.safetensors' cannot be read as a state_dict: \S"):
+        read_weights(str(safetensors_file), "mobilenet_v2")
+
+
+def test_a_pickle_that_is_called_safetensors_is_refused_and_does_not_run(tmp_path):
+    victim, weights = tmp_path / "code_ran", tmp_path / "weights.safetensors"
+    torch.save({"weight": _Malicious(victim)}, weights)
+
+    with pytest.raises(ModelError, match="cannot be read as a state_dict"):
+        read_weights(str(weights), "mobilenet_v2")
+
+    assert not victim.exists()
 
 
 def test_missing_weights_file_is_named(tmp_path):
@@ -286,6 +356,63 @@ def test_a_download_without_a_network_says_where_to_put_the_file(tmp_path, monke
 
     with pytest.raises(MachineError, match=r"no route to host.*checkpoints"):
         read_weights("torchvision:IMAGENET1K_V1", "mobilenet_v2")
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
+
+
+def test_an_unknown_timm_tag_is_refused_with_those_there_are(timm):
+    with pytest.raises(ModelError, match=r"timm has no weights 'in1k' for 'convnext_atto'\. Allowed: d2_in1k\.$"):
+        read_weights("timm:in1k", "timm:convnext_atto")
+
+
+def test_tags_of_a_timm_model_whose_name_only_begins_the_same_are_not_its_own(timm):
+    assert timm.list_pretrained("convnext_atto_ols.a2_in1k")
+    with pytest.raises(ModelError, match=r"'a2_in1k' for 'convnext_atto'"):
+        read_weights("timm:a2_in1k", "timm:convnext_atto")
+
+
+def test_a_model_that_timm_has_no_weights_for_says_so(timm):
+    with pytest.raises(ModelError, match=r"timm has no weights 'd2_in1k' for 'no_such_net'\. Allowed: none\.$"):
+        read_weights("timm:d2_in1k", "timm:no_such_net")
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "torchvision:convnext_tiny", "package.module:convnext_atto"])
+def test_an_architecture_that_is_not_timms_has_no_timm_weights(architecture):
+    with pytest.raises(ModelError, match=rf"'timm:d2_in1k' are for a model of timm, .* is '{architecture}'"):
+        read_weights("timm:d2_in1k", architecture)
+
+
+def test_timm_that_is_missing_is_named_where_its_weights_need_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MachineError, match=r"'timm:d2_in1k' need timm, .*: pip install quantflow\[timm\]"):
+        read_weights("timm:d2_in1k", "timm:convnext_atto")
+
+
+def test_timms_weights_are_those_of_the_tag_and_fit_timms_model(timm, monkeypatch):
+    made = timm.create_model("resnet10t")
+    asked = []
+
+    def create(name, *, pretrained):
+        asked.append((name, pretrained))
+        return made
+
+    with monkeypatch.context() as without_network:
+        without_network.setattr(timm, "create_model", create)
+        state = read_weights("timm:c3_in1k", "timm:resnet10t")
+    assert asked == [("resnet10t.c3_in1k", True)]
+    load_weights(registry.build("timm:resnet10t", {}), state, "timm:c3_in1k")
+
+
+def test_a_download_from_timm_without_a_network_says_what_to_do(timm, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(MachineError, match=r"timm:c3_in1k are not .*\(no route to host\)\. Download .* model\.weights"):
+        read_weights("timm:c3_in1k", "timm:resnet10t")
 
 
 # A user's own architecture

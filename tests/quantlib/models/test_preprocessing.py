@@ -38,3 +38,44 @@ def test_every_classifier_of_torchvision_has_one():
 def test_unknown_weights_are_refused_with_those_that_are_known():
     with pytest.raises(ModelError, match="IMAGENET1K_V1"):
         of_weights("resnet18", "torchvision:IMAGENET")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "resize", "crop", "interpolation"),
+    [
+        # Trained at 224; the publisher tests at 288, which is 95% of the resized image.
+        ("convnext_atto", "d2_in1k", 303, 288, "bicubic"),
+        # Without figures for testing, those of training are meant.
+        ("vgg11", "tv_in1k", 256, 224, "bilinear"),
+    ],
+)
+def test_weights_of_timm_bring_their_own(architecture, tag, resize, crop, interpolation):
+    pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
+    found = of_weights(f"timm:{architecture}", f"timm:{tag}")
+    assert (found.resize, found.crop, found.interpolation) == (resize, (crop, crop), interpolation)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["convnext_atto.d2_in1k", "resnet10t.c3_in1k", "mobilenetv3_small_100.lamb_in1k", "deit_tiny_patch16_224.fb_in1k"],
+)
+def test_weights_of_timm_are_prepared_for_as_in_timms_own_evaluation(name):
+    timm = pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
+    published = timm.models.get_pretrained_cfg(name).to_dict()
+    # As timm's validate.py calls it.
+    theirs = timm.data.resolve_data_config({}, pretrained_cfg=published, use_test_size=True)
+    architecture, _, tag = name.partition(".")
+    found = of_weights(f"timm:{architecture}", f"timm:{tag}")
+
+    _, *crop = theirs["input_size"]
+    assert list(found.crop) == crop
+    resizing, *_ = timm.data.create_transform(**theirs).transforms
+    assert found.resize == resizing.size
+    assert found.interpolation == theirs["interpolation"]
+    assert (found.normalization.mean, found.normalization.std) == (theirs["mean"], theirs["std"])
+
+
+def test_unknown_weights_of_timm_are_refused_with_those_that_are_known():
+    pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
+    with pytest.raises(ModelError, match="d2_in1k"):
+        of_weights("timm:convnext_atto", "timm:in1k")

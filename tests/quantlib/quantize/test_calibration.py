@@ -1,30 +1,30 @@
-"""Calibration: what observers see, and what they keep of it."""
+"""Calibration: what observers see, and the grids that are chosen from it."""
 
-from collections.abc import Callable
+import copy
 from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from schemes import scheme
-from torch import nn
 
 from quantlib.data import shards
 from quantlib.data.normalization import IMAGENET
-from quantlib.eager.modules import ObserverBase
-from quantlib.graph import fusion
+from quantlib.graph.fusion import fuse_model
+from quantlib.graph.model import trace_model
 from quantlib.models import checkpoint, mobilenet_v2
-from quantlib.quantize import calibration, preparation, stored
-from quantlib.recipe.scheme import ObserverName, QConfigName, Scheme
+from quantlib.quantize import calibration, stored
+from quantlib.quantize.grids import Grid
+from quantlib.quantize.preparation import int8_layers, observe, quantizers
+from quantlib.quantize.ranges import find_grid
+from quantlib.quantize.statistics import ActivationStatistics
+from quantlib.recipe.scheme import ObserverName, Scheme
 
-Calibrated = Callable[[str], nn.Module]
-QCONFIGS = get_args(QConfigName)
+OBSERVERS = get_args(ObserverName)
 
 
-@pytest.fixture
-def fused(tiny_model):
-    return fusion.fuse_model(tiny_model, "eval")
+def scheme(**options):
+    return Scheme(**{"observer": "minmax", "weights": "per_channel", "activation_bits": 8, **options})
 
 
 def _shard(path, pixels):
@@ -33,31 +33,61 @@ def _shard(path, pixels):
     return path
 
 
+@pytest.fixture(scope="module")
+def _built_once(tiny_arguments, stir_batch_norm, train_shard):
+    """A net, fused, and one like it that has seen the training images, with every layer to become int8."""
+    torch.manual_seed(0)
+    net = stir_batch_norm(mobilenet_v2.mobilenet_v2(**tiny_arguments)).eval()
+    model = fuse_model(trace_model(net, (3, 32, 32)), "eval")
+    seeing = observe(model, ())
+    calibration.calibrate(seeing, train_shard, batch_size=12)
+    return model, seeing
+
+
+@pytest.fixture
+def fused(_built_once):
+    return copy.deepcopy(_built_once[0])
+
+
+@pytest.fixture
+def observed(_built_once):
+    return copy.deepcopy(_built_once[1])
+
+
+# calibrate
+
+
 def test_calibration_finds_the_least_and_the_greatest_value(fused, tmp_path):
     pixels = np.full((5, 32, 32, 3), 100, dtype=np.uint8)
     pixels[1, 0, 0, 2], pixels[4, 31, 31, 1] = 0, 255
-    prepared = preparation.prepare(fused, scheme("default"), "eval")
+    model = observe(fused, ())
 
-    calibration.calibrate(prepared, _shard(tmp_path / "shard", pixels), batch_size=2)
+    calibration.calibrate(model, _shard(tmp_path / "shard", pixels), batch_size=2)
 
-    observer = prepared.quant.activation_post_process
+    seen = quantizers(model)["quantizers.x"]
     # Black in the third channel, white in the second, as ImageNet's means and deviations make them.
-    assert float(observer.min_val) == pytest.approx((0 - 0.406) / 0.225)
-    assert float(observer.max_val) == pytest.approx((1 - 0.456) / 0.224)
+    assert float(seen.min_val) == pytest.approx((0 - 0.406) / 0.225)
+    assert float(seen.max_val) == pytest.approx((1 - 0.456) / 0.224)
+    assert float(seen.histogram.sum()) == pixels.size
 
 
-@pytest.mark.parametrize("qconfig", QCONFIGS)
-def test_every_observer_has_seen_something(calibrated, qconfig):
-    observers = [module for module in calibrated(qconfig).modules() if isinstance(module, ObserverBase)]
+def test_every_observer_has_seen_something(observed):
+    seen = quantizers(observed)
 
-    assert len(observers) > 10
-    assert all(torch.isfinite(observer.min_val).all() for observer in observers)
+    assert len(seen) > 10
+    assert {type(each) for each in seen.values()} == {ActivationStatistics}
+    for name, each in seen.items():
+        assert all(torch.isfinite(value).all() for value in each.state_dict().values()), name
+        assert float(each.min_val) < float(each.max_val), name
+        assert float(each.histogram.sum()) > 0, name
 
 
-@pytest.mark.parametrize("qconfig", QCONFIGS)
-def test_shard_after_shard_through_the_store_is_one_calibration(fused, tiny_header, train_shard, tmp_path, qconfig):
-    whole = preparation.prepare(fused, scheme(qconfig), "eval")
-    header = replace(tiny_header, fused="eval", scheme=scheme(qconfig))
+@pytest.mark.parametrize("float_layers", [(), ("features.0",)])
+def test_shard_after_shard_through_the_store_is_one_calibration(
+    fused, tiny_header, train_shard, tmp_path, float_layers
+):
+    whole = observe(fused, float_layers)
+    header = replace(tiny_header, fused="eval", observed=float_layers)
     content = checkpoint.save(whole, header)
     calibration.calibrate(whole, train_shard, batch_size=12)
 
@@ -72,63 +102,90 @@ def test_shard_after_shard_through_the_store_is_one_calibration(fused, tiny_head
     assert [name for name, value in got.items() if not torch.equal(value, expected[name])] == []
 
 
-def test_calibration_changes_no_weight(fused, train_shard):
-    prepared = preparation.prepare(fused, scheme("fbgemm"), "eval")
+def test_calibration_changes_no_weight(fused, observed):
+    parameters = dict(observed.named_parameters())
 
-    calibration.calibrate(prepared, train_shard, batch_size=12)
-
-    parameters = dict(prepared.named_parameters())
+    assert len(parameters) > 10
     assert all(torch.equal(value, parameters[name]) for name, value in fused.named_parameters())
 
 
-def test_an_observer_lets_its_input_through(calibrated, fused_model, val_inputs):
+def test_an_observer_lets_its_input_through(observed, fused, val_inputs):
     with torch.inference_mode():
-        assert torch.equal(calibrated("default")(val_inputs), fused_model(val_inputs))
+        assert torch.equal(observed(val_inputs), fused(val_inputs))
 
 
 def test_progress_counts_the_images(fused, val_shard):
-    calls: list[tuple[int, int]] = []
-    prepared = preparation.prepare(fused, scheme("default"), "eval")
+    calls = []
 
-    calibration.calibrate(prepared, val_shard, 8, lambda done, total: calls.append((done, total)))
+    calibration.calibrate(observe(fused, ()), val_shard, 8, lambda done, total: calls.append((done, total)))
 
     assert calls == [(8, 18), (16, 18), (18, 18)]
 
 
-@pytest.mark.filterwarnings("ignore:Please use quant_min")
-@pytest.mark.parametrize("float_layers", [(), ("features.0",)])
-def test_one_pass_feeds_every_scheme(fused_model, train_shard, float_layers):
-    observed = preparation.observe(fused_model, float_layers)
-    calibration.calibrate(observed, train_shard, batch_size=12)
-    for name in get_args(ObserverName):
-        wanted = Scheme(observer=name, weights="per_channel", activation_bits=8, float_layers=float_layers)
-        prepared, alone = (preparation.prepare(fused_model, wanted, "eval") for _ in range(2))
-        calibration.choose_ranges(observed, prepared)
-        calibration.calibrate(alone, train_shard, batch_size=12)
-        for path, module in alone.named_modules():
-            if isinstance(module, ObserverBase):
-                expected, got = module.calculate_qparams(), prepared.get_submodule(path).calculate_qparams()
-                torch.testing.assert_close(got[0], expected[0], rtol=0.02, atol=0)
-        assert torch.equal(alone.classifier[1].weight, prepared.classifier[1].weight)
+# choose_ranges
 
 
-def test_chosen_ranges_and_the_weights_are_the_observed_models_own(tiny_model, tiny_arguments, train_shard, val_inputs):
-    fused = fusion.fuse_model(tiny_model, "eval")
-    observed = preparation.observe(fused, ())
-    calibration.calibrate(observed, train_shard, batch_size=12)
-    other = fusion.fuse_model(mobilenet_v2.mobilenet_v2(**tiny_arguments).eval(), "eval")
-    prepared = preparation.prepare(other, scheme("default"), "eval")
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_one_pass_feeds_every_scheme(observed, observer, bits):
+    own, seen = scheme(observer=observer, activation_bits=bits), quantizers(observed)
+    calibrated = copy.deepcopy(observed)
 
-    calibration.choose_ranges(observed, prepared)
+    calibration.choose_ranges(calibrated, own)
+
+    found = quantizers(calibrated)
+    assert list(found) == list(seen)
+    for name, grid in found.items():
+        expected = find_grid(seen[name], observer, bits)
+        assert type(grid) is Grid
+        assert torch.equal(grid.scale, expected.scale), name
+        assert torch.equal(grid.zero_point, expected.zero_point), name
+        assert (grid.quant_min, grid.quant_max) == (0, 2**bits - 1)
+        assert float(grid.scale) > 1e-5, name
+
+
+def test_observers_differ_in_what_they_choose(observed):
+    scales = set()
+    for observer in OBSERVERS:
+        calibrated = copy.deepcopy(observed)
+        calibration.choose_ranges(calibrated, scheme(observer=observer))
+        scales.add(tuple(float(grid.scale) for grid in quantizers(calibrated).values()))
+
+    assert len(scales) == len(OBSERVERS)
+
+
+def test_choosing_ranges_replaces_the_observers_in_place_and_nothing_else(observed, fused):
+    code = observed.code
+    layers = int8_layers(observed)
+
+    calibration.choose_ranges(observed, scheme())
+
+    assert observed.code == code
+    assert int8_layers(observed) == layers
+    assert not any(isinstance(module, ActivationStatistics) for module in observed.modules())
+    parameters = dict(observed.named_parameters())
+    assert parameters.keys() == dict(fused.named_parameters()).keys()
+    assert all(torch.equal(value, parameters[name]) for name, value in fused.named_parameters())
+
+
+@pytest.mark.parametrize(("bits", "least"), [(7, 15), (8, 21)])
+def test_a_calibrated_model_rounds_and_stays_close_to_float(observed, fused, val_inputs, bits, least):
+    calibration.choose_ranges(observed, scheme(activation_bits=bits))
 
     with torch.inference_mode():
-        torch.testing.assert_close(prepared(val_inputs), fused(val_inputs))
+        expected, got = fused(val_inputs), observed(val_inputs)
+    decibels = float(20 * torch.log10(expected.norm() / (expected - got).norm()))
+    assert least < decibels < 60
 
 
-def test_statistics_go_on_after_they_were_stored(fused_model, tiny_header, train_shard):
-    observed = preparation.observe(fused_model, ())
-    calibration.calibrate(observed, train_shard, batch_size=12)
-    again, _ = stored.open_model(checkpoint.save(observed, replace(tiny_header, fused="eval", observed=())))
-    for model in (observed, again):
-        calibration.calibrate(model, train_shard, batch_size=12)
-    torch.testing.assert_close(again.state_dict(), observed.state_dict(), rtol=0, atol=0)
+def test_a_calibrated_model_opens_again_as_it_was_stored(fused, tiny_header, train_shard, val_inputs):
+    own = scheme(observer="mse", activation_bits=7, float_layers=("features.0",))
+    model = observe(fused, own.float_layers)
+    calibration.calibrate(model, train_shard, batch_size=12)
+    calibration.choose_ranges(model, own)
+
+    again, _ = stored.open_model(checkpoint.save(model, replace(tiny_header, fused="eval", scheme=own)))
+
+    with torch.inference_mode():
+        assert torch.equal(again(val_inputs), model(val_inputs))
+    assert {grid.quant_max for grid in quantizers(again).values()} == {127}

@@ -6,6 +6,7 @@ from torch import nn
 
 from quantlib.errors import ModelError
 from quantlib.graph import fusion
+from quantlib.graph.tracing import trace
 from quantlib.models import mobilenet_v2
 from quantlib.quantize import equalization
 
@@ -23,11 +24,15 @@ def net():
             module.running_var.uniform_(0.5, 2)
             module.weight.data = torch.exp(torch.randn(module.num_features))
             module.bias.data.normal_(0, 0.1)
-    return model.eval()
+    return trace(model, (3, 32, 32))
 
 
 def ranges(layer):
     return layer.weight.detach().abs().flatten(1).amax(1)
+
+
+def incoming_ranges(layer):
+    return layer.weight.detach().abs().amax((0, 2, 3))
 
 
 def logits_of(model):
@@ -52,28 +57,28 @@ def test_equalize_makes_consecutive_ranges_equal_channel_by_channel():
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)
     first.weight.data *= torch.tensor([0.01, 1, 3, 100, 7]).view(-1, 1, 1, 1)
-    equal = equalization.equalize(nn.Sequential(first, nn.ReLU(), second), (3, 8, 8))
+    expected = (ranges(first) * incoming_ranges(second)).sqrt()
+    equal = equalization.equalize(trace(nn.Sequential(first, nn.ReLU(), second), (3, 8, 8)), (3, 8, 8))
     # Nagel et al. 2019, eq. 11: both become sqrt(r1 r2).
-    incoming = second.weight.detach().abs().amax((0, 2, 3))
-    expected = (ranges(first) * incoming).sqrt()
-    assert torch.allclose(ranges(equal[0]), expected, rtol=1e-4)
-    assert torch.allclose(equal[2].weight.detach().abs().amax((0, 2, 3)), expected, rtol=1e-4)
+    assert torch.allclose(ranges(equal.get_submodule("0")), expected, rtol=1e-4)
+    assert torch.allclose(incoming_ranges(equal.get_submodule("2")), expected, rtol=1e-4)
 
 
 def test_equalize_goes_through_depthwise_chains_until_they_are_equal():
     torch.manual_seed(0)
     chain = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 2, 1))
     chain[0].weight.data *= torch.logspace(-2, 2, 6).view(-1, 1, 1, 1)
-    equal = equalization.equalize(chain, (3, 8, 8))
-    assert torch.allclose(ranges(equal[0]), ranges(equal[2]), rtol=1e-2)
-    assert torch.allclose(ranges(equal[2]), equal[4].weight.detach().abs().amax((0, 2, 3)), rtol=1e-2)
+    equal = equalization.equalize(trace(chain, (3, 8, 8)), (3, 8, 8))
+    first, depthwise, last = (equal.get_submodule(path) for path in ("0", "2", "4"))
+    assert torch.allclose(ranges(first), ranges(depthwise), rtol=1e-2)
+    assert torch.allclose(ranges(depthwise), incoming_ranges(last), rtol=1e-2)
 
 
 def test_a_rescaled_model_is_equalized_to_the_same_weights(net):
     fused = fusion.fuse_model(net, "eval")
     uneven = copy.deepcopy(fused)
-    factors = torch.logspace(-1, 1, uneven.features[1].conv[0][0][0].out_channels)
-    depthwise, project = uneven.features[1].conv[0][0][0], uneven.features[1].conv[1]
+    depthwise, project = (uneven.get_submodule(f"features.1.conv.{path}") for path in ("0.0", "1"))
+    factors = torch.logspace(-1, 1, depthwise.out_channels)
     depthwise.weight.data *= factors.view(-1, 1, 1, 1)
     depthwise.bias.data *= factors
     project.weight.data /= factors.view(1, -1, 1, 1)
@@ -90,7 +95,7 @@ def test_blocks_joined_by_an_addition_are_rescaled_together(net):
 def test_layers_between_which_something_is_not_homogeneous_stay_as_they_are():
     torch.manual_seed(0)
     for between in (nn.ReLU6(), nn.Sigmoid(), nn.Hardswish()):
-        chain = nn.Sequential(nn.Conv2d(3, 4, 1), between, nn.Conv2d(4, 2, 1))
+        chain = trace(nn.Sequential(nn.Conv2d(3, 4, 1), between, nn.Conv2d(4, 2, 1)), (3, 4, 4))
         equal = equalization.equalize(chain, (3, 4, 4))
         assert all(torch.equal(a, b) for a, b in zip(chain.parameters(), equal.parameters(), strict=True))
 
@@ -99,35 +104,44 @@ def test_a_channel_without_weights_stays_finite():
     chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     chain[0].weight.data[1] = 0
     chain[2].weight.data[:, 2] = 0
-    equal = equalization.equalize(chain, (3, 4, 4))
+    equal = equalization.equalize(trace(chain, (3, 4, 4)), (3, 4, 4))
     assert all(torch.isfinite(parameter).all() for parameter in equal.parameters())
 
 
 class Branching(nn.Module):
-    """Its forward() cannot be traced, but the part inside can."""
+    """Cannot be traced: it branches on values."""
 
-    def __init__(self):
+    def __init__(self, hidden=()):
         super().__init__()
-        self.inside = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        self.inside = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.hidden = list(hidden)  # Layers from elsewhere, which are not its submodules.
 
     def forward(self, x):
-        return self.inside(x) if x.mean() < 100 else x
+        x = self.inside(x) if x.mean() < 100 else x
+        return x + sum(layer.weight.mean() for layer in self.hidden)
 
 
-def test_a_model_that_cannot_be_traced_is_equalized_part_by_part():
-    assert sum(group.can_rescale() for group in equalization.find_scale_groups(Branching())) == 1
+def chain_with(part):
+    torch.manual_seed(0)
+    ends = [nn.Conv2d(3, 4, 1), nn.ReLU(), part, nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)]
+    ends[0].weight.data[0] *= 100
+    ends[4].weight.data[0] *= 100
+    return nn.Sequential(*ends)
 
 
-class Peeking(Branching):
-    """Uses a layer's output from outside its container."""
+def test_around_what_is_taken_as_a_whole_layers_stay_as_they_are_and_others_do_not():
+    model = trace(chain_with(Branching()), (3, 4, 4))
+    equal = equalization.equalize(model, (3, 4, 4))
+    before = dict(model.named_parameters())
+    changed = {name for name, value in equal.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"4.weight", "4.bias", "6.weight"}
 
-    def forward(self, x):
-        return self.inside[0](x) if x.mean() < 100 else x
 
-
-def test_a_model_that_uses_layers_in_another_order_than_they_stand_is_refused():
+def test_a_model_that_reads_its_layers_in_a_way_that_the_graph_does_not_show_is_refused():
+    model = chain_with(Branching())
+    model[2].hidden.append(model[4])
     with pytest.raises(ModelError, match="Set equalize = false"):
-        equalization.equalize(Peeking(), (3, 4, 4))
+        equalization.equalize(trace(model, (3, 4, 4)), (3, 4, 4))
 
 
 class Shared(nn.Module):
@@ -143,5 +157,45 @@ class Shared(nn.Module):
 
 
 def test_a_layer_that_runs_twice_stays_as_it_is():
-    model = Shared()
+    model = trace(Shared(), (3, 4, 4))
     assert torch.equal(equalization.equalize(model, (3, 4, 4)).layer.weight, model.layer.weight)
+
+
+class ReadsWeight(Shared):
+    """A layer's weight is read by something else, too."""
+
+    def forward(self, x):
+        return self.last(self.layer(x).relu()) * self.layer.weight.mean()
+
+
+def test_a_layer_whose_weight_is_also_read_elsewhere_stays_as_it_is():
+    model = trace(ReadsWeight(), (3, 4, 4))
+    equal = equalization.equalize(model, (3, 4, 4))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), equal.parameters(), strict=True))
+
+
+class Functional(Shared):
+    """The same function of two layers as a chain, without any module between them."""
+
+    def forward(self, x):
+        x = torch.nn.functional.relu(self.layer(x), inplace=True)
+        return self.last(torch.nn.functional.avg_pool2d(x, 2)).mean([2, 3])
+
+
+def test_functions_between_layers_count_as_their_modules_do():
+    torch.manual_seed(0)
+    model = trace(Functional(), (3, 4, 4))
+    equal = equalization.equalize(model, (3, 4, 4))
+    assert torch.allclose(ranges(equal.layer), incoming_ranges(equal.last), rtol=1e-2)
+    assert not torch.allclose(ranges(model.layer), incoming_ranges(model.last), rtol=1e-2)
+
+
+def test_a_model_fused_for_training_after_equalization_computes_the_same(net):
+    trainable = fusion.fuse_model(equalization.equalize(net, (3, 32, 32)), "qat").eval()
+    assert torch.allclose(logits_of(net), logits_of(trainable), atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_is_in_the_mode_of_the_model(net, training):
+    assert equalization.equalize(net.train(training), (3, 32, 32)).training == training
+    assert net.training == training

@@ -13,10 +13,10 @@ from quantlib.data import loading, shards
 from quantlib.data.normalization import IMAGENET
 from quantlib.data.transforms import EvalTransform, TrainTransform
 from quantlib.graph import fusion
+from quantlib.graph.tracing import trace
 from quantlib.measure import evaluation
 from quantlib.models import checkpoint
 from quantlib.quantize import conversion, preparation, qat, stored
-from quantlib.runtimes.engine import use_engine
 
 TRANSFORM = TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)
 
@@ -24,12 +24,13 @@ TRANSFORM = TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)
 @pytest.fixture(scope="module")
 def fused_content(trained_model, tiny_header):
     """The trained net, fused in mode "qat"."""
-    return checkpoint.save(fusion.fuse_model(trained_model, "qat"), replace(tiny_header, fused="qat"))
+    traced = trace(copy.deepcopy(trained_model), tiny_header.input_shape)
+    return checkpoint.save(fusion.fuse_model(traced, "qat"), replace(tiny_header, fused="qat"))
 
 
 def _load(content, qconfig="fbgemm"):
     model, header = stored.open_model(content)
-    return preparation.prepare(model, scheme(qconfig), "qat") if header.state == "fused" else model
+    return preparation.prepare_qat(model, scheme(qconfig)) if header.state == "fused" else model
 
 
 def _save(model, header, qconfig="fbgemm"):
@@ -54,7 +55,7 @@ def _batch_norm(model):
 
 
 def _ranges(model):
-    return _pick(model, "min_val", "max_val", "scale", "zero_point")
+    return _pick(model, "min_val", "max_val", "scale", "zero_point", "largest")
 
 
 # Resuming
@@ -87,30 +88,29 @@ def test_an_epoch_depends_on_its_number_and_the_seed(fused_content, train_split)
     assert len(losses) == 3
 
 
-def test_a_saved_epoch_converts_and_is_nearly_as_accurate(fused_content, tiny_header, train_split, val_shard, engine):
+def test_a_saved_epoch_converts_and_is_nearly_as_accurate(fused_content, tiny_header, train_split, val_shard):
     model = _load(fused_content)
     _train(model, 0, train_split)
 
     prepared, _ = stored.open_model(_save(model, tiny_header))
-    int8 = conversion.convert(prepared, engine)
+    quantized = conversion.convert(prepared, scheme("fbgemm"))
 
-    with use_engine(engine):
-        assert evaluation.evaluate(int8, val_shard, batch_size=18).top1 > 0.9
+    assert evaluation.evaluate(quantized, val_shard, batch_size=18).top1 > 0.9
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_an_epoch_handed_over_converts_to_the_bytes_of_one_read_back(
-    fused_content, tiny_header, train_split, engine, epochs
-):
+def test_an_epoch_handed_over_converts_to_the_bytes_of_one_read_back(fused_content, tiny_header, train_split, epochs):
     model = _load(fused_content)
     for epoch in range(epochs):  # BatchNorm and observers are frozen in the last of four.
         _train(model, epoch, train_split)
 
     header = replace(tiny_header, fused="qat", scheme=scheme("fbgemm"))
     content = stored.hand_over(model, header)
-    handed_over, read_back = (conversion.convert(stored.open_model(content)[0], engine) for _ in range(2))
+    handed_over, read_back = (
+        conversion.convert(stored.open_model(content)[0], scheme("fbgemm"), inplace=True) for _ in range(2)
+    )
 
-    header = replace(header, engine=engine)
+    header = replace(header, quantized=True)
     assert checkpoint.save(handed_over, header) == checkpoint.save(read_back, header)
 
 
@@ -122,11 +122,11 @@ def test_statistics_move_until_they_are_frozen_and_no_further(fused_content, tra
     moved: list[tuple[bool, bool]] = []
     for epoch in range(4):
         batch_norm, ranges = _batch_norm(model), _ranges(model)
-        weight = model.features[0][0].weight.clone()
+        weight = model.get_submodule("features.0.0").weight.clone()
         metrics = _train(model, epoch, train_split)
         assert metrics.batch_norm_frozen == (epoch >= 1)
         assert metrics.observers_frozen == (epoch >= 2)
-        assert not torch.equal(weight, model.features[0][0].weight)  # weights keep learning
+        assert not torch.equal(weight, model.get_submodule("features.0.0").weight)  # weights keep learning
         moved.append(
             tuple(
                 any(not torch.equal(value, after[name]) for name, value in before.items())
@@ -148,17 +148,20 @@ def test_frozen_batch_norm_normalizes_with_its_statistics_also_after_a_resume(fu
     _train(resumed, 2, train_split)
 
     _assert_equal(_batch_norm(resumed), before)
-    assert all(module.freeze_bn for module in resumed.modules() if hasattr(module, "freeze_bn"))
+    norms = [module for module in resumed.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 13
+    assert not any(norm.training for norm in norms)
 
 
-def test_evaluating_an_epoch_changes_nothing_in_it(fused_content, train_split, engine):
+def test_evaluating_an_epoch_changes_nothing_in_it(fused_content, train_split, val_shard):
     model = _load(fused_content)
     _train(model, 0, train_split)
     before = copy.deepcopy(model.state_dict())
 
-    conversion.convert(model, engine)
+    evaluation.evaluate(conversion.convert(model, scheme("fbgemm")), val_shard, batch_size=18)
 
     _assert_equal(model.state_dict(), before)
+    assert model.training
 
 
 # What is trained on, and what is reported
@@ -233,7 +236,7 @@ def test_a_step_is_plain_gradient_descent(fused_content, train_split):
     twin.train().to(memory_format=torch.channels_last)
     logits = twin(shards.to_input(torch.from_numpy(pixels), IMAGENET))
     nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
-    weight = twin.classifier[1].weight
+    weight = twin.get_submodule("classifier.1").weight
 
     expected = (weight - schedule.learning_rate * weight.grad).detach()
-    torch.testing.assert_close(model.classifier[1].weight.detach(), expected)
+    torch.testing.assert_close(model.get_submodule("classifier.1").weight.detach(), expected)

@@ -13,7 +13,7 @@ from quantlib.report.rows import Report
 def _sums(layer, **changes):
     values = {"type": "Conv2d", "signal": 100.0, "noise": 1.0, "num_values": 1000, "num_clipped": 10}
     values |= {"num_images": 10, "num_correct_only": 9, "num_correct_all_but": 8, "divergence_only": 0.5}
-    values |= {"num_correct_float": 9, "num_correct_int8": 7}
+    values |= {"num_correct_float": 9, "num_correct_int8": 7, "activation_min": 0.0, "activation_max": 1.0}
     return asdict(LayerSums(**{"layer": layer, **values, **changes}))
 
 

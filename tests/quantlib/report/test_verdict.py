@@ -11,7 +11,7 @@ from quantlib.measure.predictions import Predictions
 from quantlib.recipe.sections import GateRecipe
 from quantlib.recipe.variant import Variant
 from quantlib.report import choice, verdict
-from quantlib.report.rows import FileRow, VariantRow
+from quantlib.report.rows import FileRow, Report, VariantRow
 from quantlib.report.verdict import Epoch, File, Measured, RunInfo
 from quantlib.runtimes.available import Runtime
 
@@ -57,7 +57,7 @@ def _measured(name, num_correct, milliseconds=1.0, **changes):
         "files": (file,),
         "simulated": {},
         "epochs": (),
-        "samples_ms": {(file.runtime, 1, 1): [milliseconds] * 20},
+        "samples_ms": {(file.runtime, 1, 1): [milliseconds] * 50},
         "torchscript_path": file.path,
     }
     return Measured(**values | changes)
@@ -134,8 +134,8 @@ def _with_onnx(name, *, pt, onnx, pt_ms, onnx_ms, engine="x86"):
             _file(name, pt),
             _file(name, onnx, path=f"models/{name}.onnx", sha256="cd" * 32, size_bytes=1100, runtime="openvino"),
         ),
-        samples_ms={(own, 1, 1): [pt_ms] * 20, ("openvino", 1, 1): [onnx_ms] * 20, ("onnxruntime", 1, 1): [9.0] * 20},
-        onnx_path=f"models/{name}.onnx",
+        samples_ms={(own, 1, 1): [pt_ms] * 50, ("openvino", 1, 1): [onnx_ms] * 50, ("onnxruntime", 1, 1): [9.0] * 50},
+        onnx_paths=(f"models/{name}.onnx",),
     )
 
 
@@ -196,6 +196,49 @@ def test_a_file_is_meant_for_the_first_of_the_runtimes_that_are_fastest_within_n
 
     assert choice.fastest_runtime({x86: machine, onednn: machine * noise, fbgemm: machine * 1.2}) == x86
     assert choice.fastest_runtime({x86: machine, onednn: machine * 0.9}) == onednn
+
+
+def test_of_an_onnx_file_for_each_runtime_the_fastest_is_named_with_its_accuracy_there():
+    files = (
+        _file("a", 90),
+        _file("a", 89, path="models/a.onnxruntime.onnx", runtime="onnxruntime"),
+        _file("a", 88, path="models/a.openvino.onnx", runtime="openvino"),
+    )
+    milliseconds = {"torchscript-x86": 1.0, "onnxruntime": 3.0, "openvino": 2.0}
+    variant = _measured(
+        "a",
+        90,
+        files=files,
+        samples_ms={(runtime, 1, 1): [each] * 50 for runtime, each in milliseconds.items()},
+        onnx_paths=("models/a.onnxruntime.onnx", "models/a.openvino.onnx"),
+    )
+    row = _rows(_measured("float", 90, 4.0), variant)["a"]
+
+    assert (row.artifact_path, row.torchscript_path) == ("models/a.pt", "models/a.pt")
+    assert (row.onnx_path, row.onnx_top1) == ("models/a.openvino.onnx", 0.88)
+
+
+def test_an_onnx_file_that_may_not_be_shipped_is_named_without_accuracy():
+    row = _rows(_measured("float", 90, 4.0), _measured("a", 90, onnx_paths=("models/a.onnx",)))["a"]
+
+    assert (row.artifact_path, row.onnx_path, row.onnx_top1) == ("models/a.pt", "models/a.onnx", None)
+
+
+def test_a_variant_without_a_torchscript_file_says_why_and_is_judged_by_its_onnx_file():
+    variant = _measured(
+        "a",
+        90,
+        files=(_file("a", 89, path="models/a.onnx", runtime="openvino"),),
+        samples_ms={("openvino", 1, 1): [1.0] * 50},
+        torchscript_path=None,
+        torchscript_refusal="The model cannot be written as TorchScript: too dynamic.",
+        onnx_paths=("models/a.onnx",),
+    )
+    row = _rows(_measured("float", 90, 4.0), variant)["a"]
+
+    assert (row.torchscript_path, row.torchscript_refusal) == (None, variant.torchscript_refusal)
+    assert (row.winner, row.artifact_path, row.runtime, row.top1) == (True, "models/a.onnx", "openvino", 0.89)
+    assert (row.fastest_runtime, row.onnx_top1, row.onnx_refusal) == ("openvino", 0.89, None)
 
 
 def test_simulated_accuracies_are_reported_where_they_were_requested():
@@ -269,6 +312,104 @@ def test_what_loses_no_more_than_the_gate_is_accepted(num_correct, gate, accepte
 
     assert rows["a"].accepted == accepted
     assert rows["a"].winner == accepted
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "min_speedup", "outcome"),
+    [
+        (4.2, 1.0, "slower"),  # In every round, so it is beyond noise.
+        (4.0, 1.0, "inside"),
+        (3.8, 1.0, "inside"),
+        (400.0, 0.0, "inside"),  # Any speed will do.
+        (2.1, 2.0, "slower"),  # Faster than float, but not twice as fast.
+        (1.9, 2.0, "inside"),
+        (7.9, 0.5, "inside"),  # It may take twice as long.
+        (8.1, 0.5, "slower"),
+    ],
+)
+def test_a_file_that_is_not_as_fast_as_the_gate_asks_is_never_the_winner(milliseconds, min_speedup, outcome):
+    found = _verdict(_measured("float", 90, 4.0), _measured("a", 95, milliseconds), min_speedup=min_speedup)
+    row = found.variants[1]
+
+    inside = outcome == "inside"
+    assert (row.gate, row.accepted, row.winner, found.files[0].gate) == (outcome, inside, inside, outcome)
+    assert row.verdict == ("winner" if inside else "slower")
+    assert (row.pareto, row.reason is None) == (True if inside else None, not inside)
+
+
+def test_a_gate_that_asks_for_no_speed_asks_for_floats():
+    assert _rows(_measured("float", 90, 1.0), _measured("a", 90, 1.1))["a"].gate == "slower"
+    assert _rows(_measured("float", 90, 1.0), _measured("a", 90, 0.9))["a"].gate == "inside"
+
+
+def test_float_is_inside_however_fast_the_gate_asks_for():
+    row = _verdict(_measured("float", 90, 4.0), _measured("a", 90, 1.0), min_speedup=3.0).variants[0]
+
+    assert (row.gate, row.accepted, row.verdict) == ("inside", True, "baseline")
+
+
+def test_a_file_that_is_slower_only_within_the_noise_of_timing_is_inside_the_gate():
+    floats, own = _noisy(1.0, 3), _noisy(1.03, 4)
+    float_model = _measured("float", 90, samples_ms={("torchscript", 1, 1): floats["torchscript-x86", 1, 1]})
+    row = _rows(float_model, _measured("a", 90, samples_ms=own))["a"]
+
+    assert (row.speedup < 1, row.gate, row.winner) == (True, "inside", True)
+
+
+def test_a_file_is_compared_with_float_round_by_round():
+    # The machine is up to twice as slow in some rounds, which affects both: the file is slower in each of them.
+    machine = np.random.default_rng(0).uniform(1, 2, 50)
+    float_model = _measured("float", 90, samples_ms={("torchscript", 1, 1): list(machine)})
+
+    assert _rows(float_model, _measured("a", 90, samples_ms={("torchscript-x86", 1, 1): list(machine * 1.02)}))[
+        "a"
+    ].gate == ("slower")
+
+
+def test_a_file_must_be_as_fast_as_float_is_in_its_fastest_allowed_runtime():
+    variant = _measured("a", 90, 4.0)
+    both = _with_onnx("float", pt=90, onnx=90, pt_ms=8.0, onnx_ms=3.0, engine=None)
+
+    assert _rows(both, variant)["a"].gate == "slower"
+    # What is timed but may not be shipped sets no standard.
+    only_torchscript = _measured("float", 90, files=both.files[:1], samples_ms=both.samples_ms)
+    assert _rows(only_torchscript, variant)["a"].gate == "inside"
+
+
+@pytest.mark.parametrize("confidence", [None, 0.95])
+def test_a_file_that_loses_too_much_is_outside_and_not_slower_however_slow_it_is(confidence):
+    found = _verdict(_measured("float", 90, 4.0), _measured("a", 60, 9.0), confidence=confidence)
+
+    assert found.variants[1].gate == "outside"
+
+
+def test_a_file_that_is_too_slow_is_slower_and_not_undecided_as_no_number_of_images_would_help():
+    row = _verdict(_measured("float", 90, 4.0), _measured("a", 90, 9.0), confidence=0.95).variants[1]
+
+    assert (row.gate, row.num_images_to_decide) == ("slower", None)
+
+
+def test_a_file_that_is_fast_enough_wins_over_one_of_the_same_variant_that_is_not():
+    found = _verdict(_measured("float", 90, 4.0), _with_onnx("a", pt=90, onnx=90, pt_ms=5.0, onnx_ms=2.0))
+
+    assert [file.gate for file in found.files] == ["slower", "inside"]
+    assert (found.variants[1].winner, found.variants[1].runtime) == (True, "openvino")
+
+
+def test_the_report_says_of_what_is_slower_how_to_ship_it_all_the_same():
+    variants = (
+        _measured("float", 90, 4.0),
+        _measured("slow", 90, 5.0),
+        _measured("fast", 90, 2.0),
+        _measured("bad", 10, 9.0),
+    )
+    rows = _verdict(*variants).variants
+    report = Report(run_id="run", variants=rows, epochs=(), latency=(), stages=())
+
+    assert report.remarks == [
+        "slow: accurate enough, but 0.80x as fast as float; gate.min_speedup = 0 would ship it for its size alone."
+    ]
+    assert report.winner is rows[2]
 
 
 # The winner

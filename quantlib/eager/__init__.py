@@ -1,1 +1,0 @@
-"""torch's eager-mode quantization, which torch will remove: nothing else touches `torch.ao.quantization`."""

@@ -1,0 +1,109 @@
+"""The ONNX graph of an architecture, marked wherever something may be rounded; `onnx` fills in the values.
+
+torch's exporter takes seconds, and every variant of a model has the same graph: it runs once.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantlib.errors import ModelError
+from quantlib.graph.plan import Plan, draw_plan, is_layer
+from quantlib.graph.tracing import untraced
+from quantlib.quantize.layers import quantized
+
+# The newest that every supported release of the runtimes reads.
+_OPSET = 18
+DOMAIN = "quantflow"
+ACTIVATION, WEIGHT, PARAMETER = f"{DOMAIN}::Activation", f"{DOMAIN}::Weight", f"{DOMAIN}::Parameter"
+NAME = "name"
+"""Attribute of a mark: the tensor's node in the traced graph, or the layer's path.
+
+A parameter's mark keeps the exporter from computing with its value, which is still to be filled in.
+"""
+
+
+class _Mark(nn.Module):
+    """Stands for a rounding that is not decided yet."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__()
+        self.kind, self.name = kind, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`."""
+        return torch.onnx.ops.symbolic(self.kind, (x,), {NAME: self.name}, dtype=x.dtype, shape=x.shape, version=1)
+
+
+def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
+    """Write the ONNX graph of a fused float model, for any number of images, with marks and without its weights.
+
+    The same architecture gives the same bytes.
+
+    Raises:
+        ModelError: If it has an operation that ONNX cannot express.
+    """
+    if whole := untraced(fused):
+        raise ModelError(
+            f"The model cannot be written as ONNX: {whole[0]} branches on values, and the file would hold one branch."
+        )
+    marked = copy.deepcopy(fused).eval()
+    _put_marks(marked, draw_plan(marked))
+    # Different values: the exporter makes one constant of equal ones.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in marked.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(torch.rand(value.shape, generator=generator))
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # ONNX has no operation for attention that is fused for inference.
+        torch.backends.mha.set_fastpath_enabled(False)
+        program: Any = torch.onnx.export(
+            marked,
+            (torch.zeros(2, *input_shape),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=_OPSET,
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelError(f"The model cannot be written as ONNX: {lines[0]}") from None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+    written = program.model_proto
+    known = {initializer.name for initializer in written.graph.initializer}
+    lost = [name for name, value in marked.state_dict().items() if value.is_floating_point() and name not in known]
+    if lost:
+        raise ModelError(f"The model cannot be written as ONNX: the exporter computes with the value of {lost[0]}.")
+    content: bytes = written.SerializeToString(deterministic=True)
+    return content
+
+
+def _put_marks(model: fx.GraphModule, plan: Plan) -> None:
+    """Mark the weight of each layer, and each tensor that this plan rounds, or one with more layers in float would."""
+    for node in list(model.graph.nodes):
+        if "shape" in node.meta and (node in plan.int8 or node in plan.rounded):
+            _mark(model, node, ACTIVATION, plan.readers(node))
+        elif node.op == "get_attr":
+            _mark(model, node, PARAMETER, list(node.users))
+    for path, module in list(model.named_modules()):
+        if is_layer(module):
+            model.set_submodule(path, quantized(module, _Mark(WEIGHT, path)))
+    model.recompile()
+
+
+def _mark(model: fx.GraphModule, node: fx.Node, kind: str, readers: list[fx.Node]) -> None:
+    path = f"marks.{node.name}"
+    model.add_submodule(path, _Mark(kind, node.name))
+    with model.graph.inserting_after(node):
+        mark = model.graph.call_module(path, (node,))
+    for reader in readers:
+        reader.replace_input_with(node, mark)
