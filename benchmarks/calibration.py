@@ -7,12 +7,14 @@ import time
 
 import pairs
 import torch
+from torch.ao import quantization as tq
+from torchvision.models import quantization
 
 from quantlib import machine
 from quantlib.graph import fusion
+from quantlib.graph.tracing import trace
 from quantlib.models import mobilenet_v2
 from quantlib.quantize import preparation
-from quantlib.recipe.scheme import ObserverName, Scheme
 
 NUM_BATCHES = 3
 BATCH_SIZE = 30
@@ -22,15 +24,18 @@ def main() -> None:
     """Measure, print, write."""
     machine.keep_freed_memory()
     torch.manual_seed(0)
-    fused = fusion.fuse_model(mobilenet_v2.mobilenet_v2().eval(), "eval")
+    fused = fusion.fuse_model(trace(mobilenet_v2.mobilenet_v2(), (3, 224, 224)), "eval")
 
-    def torchs(observer: ObserverName) -> torch.nn.Module:
-        return preparation.prepare(fused, Scheme(observer=observer, weights="per_channel", activation_bits=8), "eval")
+    def torchs(observer: type[tq.ObserverBase]) -> torch.nn.Module:
+        model = quantization.mobilenet_v2().eval()
+        model.fuse_model(is_qat=False)
+        model.qconfig = tq.QConfig(activation=observer, weight=tq.default_per_channel_weight_observer)
+        return tq.prepare(model)
 
     prepared = {
         "float, no observers": fused,
-        "torch min/max": torchs("minmax"),
-        "torch histogram": torchs("histogram"),
+        "torch min/max": torchs(tq.MinMaxObserver),
+        "torch histogram": torchs(tq.HistogramObserver),
         "one pass for all": preparation.observe(fused, ()),
     }
     batches = [

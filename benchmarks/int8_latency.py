@@ -7,6 +7,7 @@ The same float model, quantized by each. Batch sizes 1 and 50, one and two threa
 each call timed after an untimed one. All benefit from the allocator setting, including the tutorial's.
 """
 
+import copy
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,14 +19,11 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
+from torch.ao import quantization as tq
+from torchvision.models import quantization
 
-from quantlib import machine
-from quantlib.export import onnx, scripting
-from quantlib.graph import fusion
+from quantlib import api, machine
 from quantlib.measure import benchmark
-from quantlib.models import mobilenet_v2
-from quantlib.quantize import conversion, preparation
-from quantlib.recipe.scheme import Scheme
 from quantlib.runtimes import classifiers
 from quantlib.runtimes.engine import use_engine
 
@@ -34,8 +32,8 @@ SETTINGS = [(batch_size, threads) for batch_size in (1, 50) for threads in (1, 2
 OURS = {
     "torchscript-x86": "ours.pt",
     "torchscript-onednn": "ours.pt",
-    "onnxruntime": "ours.onnx",
-    "openvino": "ours.onnx",
+    "onnxruntime": "ort.onnx",
+    "openvino": "openvino.onnx",
 }
 
 
@@ -73,18 +71,14 @@ def make_files(folder: Path) -> None:
     """The same float model, quantized by each."""
     torch.manual_seed(0)
     x = torch.randn(NUM_CALIBRATION, 3, 224, 224)
-    model = mobilenet_v2.mobilenet_v2()
+    model = quantization.mobilenet_v2()
     model(x)  # BatchNorm's statistics, so that activations have sensible ranges.
-    fused = fusion.fuse_model(model.eval(), "eval")
-    for name, bits in (("tutorial", 7), ("ours", 8)):
-        scheme = Scheme(observer="minmax", weights="per_channel", activation_bits=bits)
-        prepared = preparation.prepare(fused, scheme, "eval")
-        with torch.no_grad():
-            prepared(x)
-        engine = "fbgemm" if name == "tutorial" else "x86"
-        int8 = conversion.convert(prepared, engine)
-        (folder / f"{name}.pt").write_bytes(scripting.script(int8, engine))
-    (folder / "ours.onnx").write_bytes(onnx.to_onnx(int8, (3, 224, 224)))
+    ours = api.quantize(model, [x], observer="minmax", activation_bits=8)
+    for name, runtime in (("ours.pt", "torchscript-x86"), ("ort.onnx", "onnxruntime"), ("openvino.onnx", "openvino")):
+        ours.save(folder / name, runtime)
+    model.eval().fuse_model(is_qat=False)
+    make_tutorials(copy.deepcopy(model), x, folder / "tutorial.pt")
+    fused = model
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     torch.onnx.export(
         fused,
@@ -111,6 +105,15 @@ def make_files(folder: Path) -> None:
         openvino.convert_model(folder / "float.onnx"), nncf.Dataset([one.numpy() for one in x.split(1)])
     )
     openvino.save_model(quantized, folder / "nncf.xml")
+
+
+def make_tutorials(fused: torch.nn.Module, x: Tensor, path: Path) -> None:
+    """The file of PyTorch's tutorial, by torch's eager-mode quantization."""
+    fused.qconfig = tq.get_default_qconfig("fbgemm")
+    with use_engine("fbgemm"), torch.no_grad():
+        prepared = tq.prepare(fused)
+        prepared(x)
+        torch.jit.save(torch.jit.script(tq.convert(prepared)), str(path))
 
 
 def open_all(folder: Path, threads: int) -> dict[str, classifiers.Classifier]:

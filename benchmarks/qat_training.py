@@ -13,9 +13,11 @@ import time
 import pairs
 import torch
 from torch import nn
+from torchvision.models import quantization
 
 from quantlib import machine
 from quantlib.graph import fusion
+from quantlib.graph.tracing import trace
 from quantlib.models import mobilenet_v2
 from quantlib.quantize import preparation
 from quantlib.recipe.scheme import Scheme
@@ -26,7 +28,8 @@ BATCH_SIZE = 30
 
 def as_in_the_tutorial() -> nn.Module:
     """The model as the tutorial trains it: torch's own modules and layout."""
-    model = fusion.fuse_model(mobilenet_v2.mobilenet_v2(), "qat").train()
+    model = quantization.mobilenet_v2().train()
+    model.fuse_model(is_qat=True)
     model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
     return torch.ao.quantization.prepare_qat(model)
 
@@ -35,7 +38,8 @@ def as_quantflow_does() -> nn.Module:
     """The model that the stage `qat_epoch` trains."""
     machine.keep_freed_memory()
     scheme = Scheme(observer="histogram", weights="per_channel", activation_bits=7)
-    model = preparation.prepare(fusion.fuse_model(mobilenet_v2.mobilenet_v2(), "qat"), scheme, "qat")
+    fused = fusion.fuse_model(trace(mobilenet_v2.mobilenet_v2(), (3, 224, 224)), "qat")
+    model = preparation.prepare_qat(fused, scheme)
     return model.train().to(memory_format=torch.channels_last)
 
 
