@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx, nn
 
-from quantlib.graph.tracing import drops_paths, layers_inside
+from quantlib.graph.tracing import drops_paths, layers_inside, untraced
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -107,6 +107,8 @@ def draw_plan(traced: fx.GraphModule, float_layers: Collection[str] = ()) -> Pla
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.MultiheadAttention):
             layers.append(_attention_plan(node, module))
+        elif module is not None and str(node.target) not in untraced(traced):
+            layers += _plan_of_own(node, module)
         if (count := _num_in_product(node)) is not None:
             reason = "both of its factors depend on the image"
             layers.append(
@@ -258,6 +260,16 @@ def _num_in_product(node: fx.Node) -> int | None:
         # Each query with each key, then the weights with the values: as many again.
         return 2 * outputs * int(shapes[1][-2])
     return outputs * int(shapes[0][-1])
+
+
+def _plan_of_own(node: fx.Node, whole: nn.Module) -> list[LayerPlan]:
+    """The layers of a module of torch's own that uses their weights itself; what they compute is not known."""
+    reason = f"{type(whole).__name__} uses its weight itself"
+    return [
+        LayerPlan(f"{node.target}.{path}", type(module).__name__, int8=False, reason=reason, num_multiplications=0)
+        for path, module in whole.named_modules()
+        if path and is_layer(module)
+    ]
 
 
 def _plan_inside(traced: fx.GraphModule, float_layers: Collection[str]) -> list[LayerPlan]:

@@ -17,6 +17,7 @@ from quantlib.graph import rewriting, surgery
 
 WHOLE = "model"
 """Path of a model whose own forward() cannot be traced."""
+_USING_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _EXAMPLES = "examples"
 # What a tensor's shape has in common for both is a constant of the graph; the rest depends on the number of images.
 _BATCHES = (2, 3)
@@ -45,11 +46,14 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int], *, whole: bool = 
                 graph = tracer.trace(model)
         except Exception:
             failed = tracer.failed
+            is_torchs = failed in originals
+            # What is taken as a whole may call attention in ways that only the original knows.
+            for path in [path for path in originals if failed is None or f"{path}.".startswith(f"{failed}.")]:
+                model.set_submodule(path, originals.pop(path))
             if failed is None:
                 return _finished(*_as_a_whole(model), input_shape)
-            if failed in originals:
-                model.set_submodule(failed, originals[failed])
-            leaves.add(failed)
+            if not is_torchs:  # torch's own modules are never traced into.
+                leaves.add(failed)
         else:
             return _finished(model, graph, leaves, input_shape)
 
@@ -306,12 +310,17 @@ def _count_inside(traced: fx.GraphModule) -> Iterator[None]:
 
 def layers_inside(traced: fx.GraphModule) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
     """The layers, by path, of the submodules that were taken as a whole."""
-    return [
-        (f"{whole}.{path}", module)
-        for whole in untraced(traced)
-        for path, module in traced.get_submodule(whole).named_modules()
-        if path and isinstance(module, nn.Conv2d | nn.Linear)
-    ]
+    found = []
+    for whole in untraced(traced):
+        modules = dict(traced.get_submodule(whole).named_modules())
+        # torch's transformers use the weights of their layers themselves.
+        using = [path for path, module in modules.items() if isinstance(module, _USING_WEIGHTS)]
+        found += [
+            (f"{whole}.{path}", module)
+            for path, module in modules.items()
+            if isinstance(module, nn.Conv2d | nn.Linear) and not any(path.startswith(f"{other}.") for other in using)
+        ]
+    return found
 
 
 def _note_shapes(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:

@@ -147,6 +147,63 @@ class SamePadding(Net):
         self.first, self.second = nn.Conv2d(3, 8, 3, padding="same"), nn.Conv2d(8, 8, 5, padding="same")
 
 
+class CrossAttention(Net):
+    """Attention between two sequences, which torch's own module computes with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.query = nn.Parameter(torch.randn(1, 4, 8))
+
+    def forward(self, x):
+        tokens = self.body(x).flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(self.query.expand(x.shape[0], -1, -1), tokens, tokens)
+        return self.head(mixed.mean(1))
+
+
+class CrossAttentionInside(Net):
+    def __init__(self):
+        super().__init__()
+        self.rest = BranchingAttention()
+
+    def forward(self, x):
+        return self.rest(self.body(x))
+
+
+class BranchingAttention(CrossAttention):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        tokens = self.second(self.first(x).relu()).flatten(2).transpose(1, 2)
+        mixed = self.attention(self.query.expand(x.shape[0], -1, -1), tokens, tokens)[0]
+        if mixed.abs().max() > 100:
+            mixed = mixed / 2
+        return self.head(mixed.mean(1))
+
+
+class Transformer(Net):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.first(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class MaskedTransformer(Transformer):
+    """With a mask, the whole encoder is left to torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(256, 256))
+
+    def forward(self, x):
+        return self.head(self.encoder(self.first(x).flatten(2).transpose(1, 2), mask=self.mask).mean(1))
+
+
 class TupleInside(Net):
     def __init__(self):
         super().__init__()
@@ -185,6 +242,10 @@ def _trained(kind):
         (Einsum, 1.0),
         (SamePadding, 1.0),
         (TupleInside, 1.0),
+        (CrossAttention, 0.5),
+        (CrossAttentionInside, 0.5),
+        (Transformer, 0.1),
+        (MaskedTransformer, 0.5),
     ],
 )
 def test_a_model_as_people_write_them_is_quantized(kind, share, tmp_path):
