@@ -73,7 +73,7 @@ def build(name: str) -> tuple[Any, int]:
         size = 56 if own.endswith("14") else 64
         extra = {"image_size": size}
     if own in {"googlenet", "inception_v3"}:
-        extra = {"init_weights": False}
+        extra = {"init_weights": False, "aux_logits": False}
     return models.get_model(own, num_classes=10, **extra), size
 
 

@@ -92,8 +92,8 @@ class QuantizedModel:
 
         Args:
             path: NAME.pt for TorchScript, NAME.onnx for ONNX.
-            runtime: onnxruntime or openvino for .onnx (None: onnxruntime); torchscript-ENGINE for .pt (None: the engine
-                that torch prefers on this CPU).
+            runtime: onnxruntime or openvino for .onnx (None: onnxruntime); torchscript or torchscript-ENGINE for .pt
+                (without an engine: the one that torch prefers on this CPU).
 
         Raises:
             ModelError: If the model cannot be written in this format, or the format is not for this runtime.
@@ -103,8 +103,8 @@ class QuantizedModel:
         if path.suffix == ".onnx" and runtime in {None, "onnxruntime", "openvino"}:
             draft = onnx_draft.draft(fuse_model(self._traced, "eval"), self._input_shape)
             content = onnx.write_onnx(draft, self._quantized, runtime or "onnxruntime")
-        elif path.suffix == ".pt" and (runtime is None or runtime.startswith("torchscript-")):
-            engine = available.default_engine() if runtime is None else runtime.removeprefix("torchscript-")
+        elif path.suffix == ".pt" and (runtime in {None, "torchscript"} or str(runtime).startswith("torchscript-")):
+            engine = (runtime or "").partition("-")[2] or available.default_engine()
             content = scripting.script(self._quantized, engine, self._input_shape)
         else:
             raise ModelError(

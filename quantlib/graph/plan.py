@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx, nn
 
-from quantlib.graph.tracing import drops_paths, layers_inside, untraced
+from quantlib.graph.tracing import NUM_IMAGES, drops_paths, layers_inside, untraced
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -18,6 +19,7 @@ _PRODUCTS = {
     operator.matmul,
     torch.matmul,
     torch.bmm,
+    torch.einsum,
     "matmul",
     "bmm",
     "__matmul__",
@@ -110,7 +112,8 @@ def draw_plan(traced: fx.GraphModule, float_layers: Collection[str] = ()) -> Pla
         elif module is not None and str(node.target) not in untraced(traced):
             layers += _plan_of_own(node, module)
         if (count := _num_in_product(node)) is not None:
-            reason = "both of its factors depend on the image"
+            of_images = all(_depends_on_image(each) for each in _tensors(node))
+            reason = "both of its factors depend on the image" if of_images else "its weight is not that of a layer"
             layers.append(
                 LayerPlan(path_of(node) or node.name, "product", int8=False, reason=reason, num_multiplications=count)
             )
@@ -224,7 +227,7 @@ def _is_one_pixel(node: fx.Node) -> bool:
 
 def _layer_plan(node: fx.Node, module: nn.Conv2d | nn.Linear, reason: str) -> LayerPlan:
     shape = node.meta.get("shape")
-    outputs = 0 if shape is None else shape[1:].numel()
+    outputs = 0 if shape is None else shape.numel() // NUM_IMAGES
     return LayerPlan(
         path=str(node.target),
         kind=type(module).__name__,
@@ -255,11 +258,34 @@ def _num_in_product(node: fx.Node) -> int | None:
     shapes = [each.meta["shape"] for each in node.all_input_nodes if "shape" in each.meta]
     if len(shapes) < 2:
         return None
-    outputs: int = node.meta["shape"][1:].numel()
+    if target is torch.einsum:
+        # Each index goes through its whole range.
+        labels = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+        if "..." in str(node.args[0]) or list(map(len, labels)) != list(map(len, shapes)):
+            return 0
+        sizes = {
+            label: size
+            for each, shape in zip(labels, shapes, strict=True)
+            for label, size in zip(each, shape, strict=True)
+        }
+        return math.prod(sizes.values()) // NUM_IMAGES
+    outputs: int = node.meta["shape"].numel() // NUM_IMAGES
     if target is nn.functional.scaled_dot_product_attention:
         # Each query with each key, then the weights with the values: as many again.
         return 2 * outputs * int(shapes[1][-2])
     return outputs * int(shapes[0][-1])
+
+
+def _depends_on_image(node: fx.Node) -> bool:
+    waiting, seen = [node], set()
+    while waiting:
+        each = waiting.pop()
+        if each.op == "placeholder":
+            return True
+        if each not in seen:
+            seen.add(each)
+            waiting += each.all_input_nodes
+    return False
 
 
 def _plan_of_own(node: fx.Node, whole: nn.Module) -> list[LayerPlan]:

@@ -21,6 +21,8 @@ _USING_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transfor
 _EXAMPLES = "examples"
 # What a tensor's shape has in common for both is a constant of the graph; the rest depends on the number of images.
 _BATCHES = (2, 3)
+NUM_IMAGES = _BATCHES[0]
+"""Images that the shapes in a graph are for."""
 
 
 def trace(model: nn.Module, input_shape: tuple[int, int, int], *, whole: bool = False) -> fx.GraphModule:
@@ -297,7 +299,7 @@ def _count_inside(traced: fx.GraphModule) -> Iterator[None]:
     traced.meta["num_outputs"] = counts
 
     def count(path: str, output: Any) -> None:
-        counts[path] = counts.get(path, 0) + (output[0].numel() if isinstance(output, Tensor) else 0)
+        counts[path] = counts.get(path, 0) + (output.numel() // NUM_IMAGES if isinstance(output, Tensor) else 0)
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, path=path: count(path, output))

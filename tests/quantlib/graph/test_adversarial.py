@@ -239,7 +239,7 @@ def _trained(kind):
         (KeywordCalls, 1.0),
         (UnusedBranch, 1.0),
         (CustomAutograd, 1.0),
-        (Einsum, 1.0),
+        (Einsum, 0.9),
         (SamePadding, 1.0),
         (TupleInside, 1.0),
         (CrossAttention, 0.5),
