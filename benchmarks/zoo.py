@@ -9,6 +9,7 @@ Each model has a process of its own, so that one that dies is one row. All of it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import subprocess
@@ -58,13 +59,18 @@ def build(name: str) -> tuple[Any, int]:
     library, _, own = name.partition(":")
     if library == "timm":
         import timm
+        import torch
 
         try:
             return timm.create_model(own, num_classes=10, img_size=64), 64
         except (TypeError, AssertionError, ValueError, RuntimeError):
-            model = timm.create_model(own, num_classes=10)
+            model = timm.create_model(own, num_classes=10).eval()
             size = int(model.default_cfg["input_size"][-1])
-            return model, size if model.default_cfg.get("fixed_input_size") else min(size, 128)
+        for smaller in (64, 128):
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError), torch.inference_mode():
+                model(torch.zeros(1, 3, smaller, smaller))
+                return model, smaller
+        return model, size
     from torchvision import models
 
     size = _SIZES.get(own, 64)

@@ -112,6 +112,18 @@ def _make_modules(traced: fx.GraphModule) -> None:
         if key not in made or not all(isinstance(value, nn.Parameter) for value in values.values()):
             made[key] = _put_at_owner(traced, node, tensors.get("weight"), module)
         node.op, node.target, node.args, node.kwargs = "call_module", made[key], (given["input"],), {}
+        for constant in tensors.values():
+            _erase_unused(traced, constant)
+
+
+def _erase_unused(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Remove what nothing reads any more, and what only that has read."""
+    if node.users or node.op == "placeholder" or node._erased:
+        return
+    before = node.all_input_nodes
+    traced.graph.erase_node(node)
+    for each in before:
+        _erase_unused(traced, each)
 
 
 def _constant(traced: fx.GraphModule, node: fx.Node) -> Tensor | None:

@@ -80,8 +80,12 @@ class FunctionalConvolution(Net):
 
 
 class StandardizedWeights(Net):
+    def __init__(self):
+        super().__init__()
+        self.second.gain = nn.Parameter(torch.full((8, 1, 1, 1), 0.5))
+
     def body(self, x):
-        weight = self.second.weight
+        weight = self.second.weight * self.second.gain
         weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
         return functional.conv2d(self.first(x).relu(), weight, self.second.bias)
 
