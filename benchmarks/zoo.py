@@ -61,16 +61,13 @@ def build(name: str) -> tuple[Any, int]:
         import timm
         import torch
 
-        try:
-            return timm.create_model(own, num_classes=10, img_size=64), 64
-        except (TypeError, AssertionError, ValueError, RuntimeError):
-            model = timm.create_model(own, num_classes=10).eval()
-            size = int(model.default_cfg["input_size"][-1])
-        for smaller in (64, 128):
-            with contextlib.suppress(RuntimeError, AssertionError, ValueError), torch.inference_mode():
-                model(torch.zeros(1, 3, smaller, smaller))
-                return model, smaller
-        return model, size
+        for size, settings in ((64, {"img_size": 64}), (64, {}), (128, {})):
+            with contextlib.suppress(TypeError, RuntimeError, AssertionError, ValueError), torch.inference_mode():
+                model = timm.create_model(own, num_classes=10, **settings).eval()
+                model(torch.zeros(1, 3, size, size))
+                return model, size
+        model = timm.create_model(own, num_classes=10)
+        return model, int(model.default_cfg["input_size"][-1])
     from torchvision import models
 
     size = _SIZES.get(own, 64)
