@@ -1,1 +1,1 @@
-"""A model as a graph of modules: which ones are fused."""
+"""A model as a graph: tracing, the plan of what is int8, fusion."""

@@ -1,1 +1,1 @@
-"""Turns a fused float model into an int8 one: observers, calibration, training, conversion."""
+"""Turns a fused float model into a quantized one: calibration, ranges, bias correction, training, conversion."""
