@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from quantlib.recipe.scheme import FuseMode
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def recast(layer: nn.Module, kind: type[M], **modules: nn.Module) -> M:
+    """A layer with the same parameters and settings, of another class and with other submodules."""
+    own = kind.__new__(kind)
+    # Not by its constructor, which would draw initial weights.
+    own.__dict__.update(layer.__dict__)
+    own._parameters, own._modules = dict(layer._parameters), dict(modules)
+    return own
 
 
 class ConvBatchNorm2d(nn.Conv2d):
@@ -22,11 +33,7 @@ class ConvBatchNorm2d(nn.Conv2d):
     @classmethod
     def of(cls, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvBatchNorm2d:
         """Take over the parameters of two modules."""
-        fused = cls.__new__(cls)
-        # A convolution with everything that one has, and two submodules more.
-        fused.__dict__.update(copy.copy(convolution.__dict__))
-        fused._modules = {"bn": norm, "weight_quantizer": nn.Identity()}
-        return fused
+        return recast(convolution, cls, bn=norm, weight_quantizer=nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         """BatchNorm(conv(x)), with the weight rounded as it will be once BatchNorm is folded."""

@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from quantlib.graph.tracing import NUM_IMAGES, drops_paths, layers_inside, untraced
 
-ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+# Tracing leaves none that overwrites its input.
+ADDITIONS = {operator.add, torch.add, "add"}
+_MULTIPLICATIONS = {operator.mul, torch.mul, "mul"}
 _PRODUCTS = {
     operator.matmul,
     torch.matmul,

@@ -94,9 +94,7 @@ def measure_layers(
         stop: One past the last image; may lie past the end of the shard.
         progress: Called with (images done, images in all).
     """
-    int8_model, float_model = copy.deepcopy(quantized).eval(), _in_float(quantized, reference)
-    layers = _find_layers(int8_model)
-    found = [_describe(int8_model, float_model, layer) for layer in layers]
+    int8_model, float_model, layers, found = _start(reference, quantized)
     images = shards.open_shard(shard)
     stop = min(stop, len(images))
     _, height, width, _ = images.pixels.shape
@@ -125,9 +123,7 @@ def measure_layers(
 
 def compare_layers(reference: fx.GraphModule, quantized: fx.GraphModule, x: Tensor) -> list[LayerSums]:
     """Compare the output of each layer with float's, all layers being int8, on images x [N, C, H, W]."""
-    int8_model, float_model = copy.deepcopy(quantized).eval(), _in_float(quantized, reference)
-    layers = _find_layers(int8_model)
-    found = [_describe(int8_model, float_model, layer) for layer in layers]
+    int8_model, float_model, layers, found = _start(reference, quantized)
     with torch.inference_mode():
         in_float, in_int8 = _Recorder(float_model), _Recorder(int8_model)
         in_float.run(x)
@@ -135,6 +131,15 @@ def compare_layers(reference: fx.GraphModule, quantized: fx.GraphModule, x: Tens
         for layer, sums in zip(layers, found, strict=True):
             _compare(layer, in_float.env, in_int8.env, int8_model, sums)
     return found
+
+
+def _start(
+    reference: fx.GraphModule, quantized: fx.GraphModule
+) -> tuple[fx.GraphModule, fx.GraphModule, list[_Layer], list[LayerSums]]:
+    """The model in int8 and in float, its layers, and their sums, which are still 0."""
+    int8_model, float_model = copy.deepcopy(quantized).eval(), _in_float(quantized, reference)
+    layers = _find_layers(int8_model)
+    return int8_model, float_model, layers, [_describe(int8_model, float_model, layer) for layer in layers]
 
 
 def _in_float(quantized: fx.GraphModule, reference: fx.GraphModule) -> fx.GraphModule:

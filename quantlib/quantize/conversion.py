@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from quantlib.graph.fusion import ConvBatchNorm2d
+from quantlib.graph.fusion import ConvBatchNorm2d, recast
 from quantlib.quantize.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
 from quantlib.quantize.grids import weight_grid
 from quantlib.quantize.layers import quantized
@@ -49,9 +49,7 @@ def convert(prepared: fx.GraphModule, scheme: Scheme, *, inplace: bool = False) 
 
 def _folded(layer: ConvBatchNorm2d) -> nn.Conv2d:
     """A plain convolution that does what one with BatchNorm does in inference."""
-    plain = nn.Conv2d.__new__(nn.Conv2d)
-    plain.__dict__.update(copy.copy(layer.__dict__))
-    plain._modules = {}
+    plain = recast(layer, nn.Conv2d)
     weight, bias = layer.folded()
     plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
     return plain

@@ -8,13 +8,13 @@ the model computes the same function.
 from __future__ import annotations
 
 import copy
-import operator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
 from quantlib.errors import ModelError
+from quantlib.graph.plan import ADDITIONS
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -38,20 +38,14 @@ _HOMOGENEOUS_MODULES: tuple[type[nn.Module], ...] = (
     nn.Flatten,
 )
 _HOMOGENEOUS_FUNCTIONS = {
-    torch.relu,
-    torch.relu_,
     torch.flatten,
-    nn.functional.relu,
-    nn.functional.relu_,
     nn.functional.leaky_relu,
-    nn.functional.dropout,
     nn.functional.avg_pool2d,
     nn.functional.max_pool2d,
     nn.functional.adaptive_avg_pool2d,
     nn.functional.adaptive_max_pool2d,
 }
-_HOMOGENEOUS_METHODS = {"relu", "relu_", "flatten", "contiguous"}
-_ADDITIONS = {operator.add, operator.iadd, torch.add}
+_HOMOGENEOUS_METHODS = {"flatten", "contiguous"}
 
 
 @dataclass
@@ -217,8 +211,7 @@ class _ScaleGroups:
         )
 
     def _is_addition(self, node: fx.Node) -> bool:
-        plain = not node.kwargs
-        return plain and (node.target in _ADDITIONS if node.op == "call_function" else node.target in {"add", "add_"})
+        return node.target in ADDITIONS and not node.kwargs
 
     def _join(self, first: fx.Node, second: fx.Node) -> ScaleGroup:
         """Both terms of a sum are rescaled alike, as is the sum."""

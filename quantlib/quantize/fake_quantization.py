@@ -40,11 +40,12 @@ class ActivationFakeQuantize(nn.Module):
         """
         self.register_buffer("min_val", torch.tensor(float("inf")))
         self.register_buffer("max_val", torch.tensor(float("-inf")))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self._set_grid(activation_grid(torch.zeros(()), torch.zeros(()), bits))
 
     def _set_grid(self, grid: Grid) -> None:
-        self.register_buffer("scale", grid.scale)
-        self.register_buffer("zero_point", grid.zero_point)
+        self.scale, self.zero_point = grid.scale, grid.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x`, of any shape, to the grid; while observing, `x` updates the grid first."""

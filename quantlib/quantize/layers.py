@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 from torch import Tensor, nn
+
+from quantlib.graph.fusion import recast
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -43,9 +42,6 @@ class EnclosedLayer(nn.Module):
 
 def quantized(layer: nn.Conv2d | nn.Linear, weight_quantizer: nn.Module) -> QuantizedConv2d | QuantizedLinear:
     """A layer with the same parameters, whose weight is rounded."""
-    kind: Any = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    own: QuantizedConv2d | QuantizedLinear = kind.__new__(kind)
-    # Not by its constructor, which would draw initial weights.
-    own.__dict__.update(copy.copy(layer.__dict__))
-    own._modules = {"weight_quantizer": weight_quantizer}
-    return own
+    if isinstance(layer, nn.Conv2d):
+        return recast(layer, QuantizedConv2d, weight_quantizer=weight_quantizer)
+    return recast(layer, QuantizedLinear, weight_quantizer=weight_quantizer)
