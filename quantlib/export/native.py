@@ -34,7 +34,8 @@ class _Lowering:
     def __init__(self, model: fx.GraphModule) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.root = nn.Module()
+        self.root: dict[str, Any] = {}
+        """What the rewritten graph calls and reads, by path."""
         self.graph = fx.Graph()
         self.in_float: dict[fx.Node, fx.Node] = {}
         self.in_int8: dict[fx.Node, fx.Node] = {}
@@ -46,13 +47,13 @@ class _Lowering:
             if isinstance(module, Grid):
                 self.in_int8[node] = self._rounded(node, module)
             elif not is_int8(node):
-                self.in_float[node] = self._copy(node, self._float)
+                self.in_float[node] = self.graph.node_copy(node, self._float)
             elif not self._waits_for_grid(node):
-                self.in_int8[node] = self._copy(node, self._int8)
+                self.in_int8[node] = self.graph.node_copy(node, self._int8)
         # What stays as it is comes along: parameters that operations read, and modules that stay float.
         for node in self.graph.nodes:
-            if node.op in {"call_module", "get_attr"} and not _has(self.root, str(node.target)):
-                _put(self.root, str(node.target), _with_native_layers(_get(self.model, str(node.target))))
+            if node.op in {"call_module", "get_attr"} and node.target not in self.root:
+                self.root[str(node.target)] = _with_native_layers(_get(self.model, str(node.target)))
         lowered = fx.GraphModule(self.root, self.graph, type(self.model).__name__)
         lowered.meta["untraced"] = untraced(self.model)
         return lowered.eval()
@@ -99,9 +100,6 @@ class _Lowering:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         return self._call(place, _Concatenation(combined, int(str(dim))), read[0])
 
-    def _copy(self, node: fx.Node, form: Any) -> fx.Node:
-        return self.graph.node_copy(node, form)
-
     def _float(self, node: fx.Node) -> fx.Node:
         if node not in self.in_float:
             self.in_float[node] = self._call(node, nnq.DeQuantize(), self.in_int8[node], suffix="float")
@@ -112,9 +110,9 @@ class _Lowering:
 
     def _call(self, place: fx.Node, module: nn.Module, *arguments: Any, suffix: str = "int8") -> fx.Node:
         path = f"{place.name.removeprefix('quantizers_')}_{suffix}"
-        while _has(self.root, path):
+        while path in self.root or hasattr(self.model, path):
             path += "_"
-        self.root.add_module(path, module)
+        self.root[path] = module
         return self.graph.call_module(path, arguments)
 
 
@@ -193,30 +191,8 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
     return layer.padding
 
 
-def _has(root: nn.Module, path: str) -> bool:
-    owner: Any = root
-    for name in path.split("."):
-        if not hasattr(owner, name):
-            return False
-        owner = getattr(owner, name)
-    return True
-
-
 def _get(root: nn.Module, path: str) -> Any:
     owner: Any = root
     for name in path.split("."):
         owner = getattr(owner, name)
     return owner
-
-
-def _put(root: nn.Module, path: str, value: Any) -> None:
-    *parents, name = path.split(".")
-    owner = root
-    for parent in parents:
-        if not hasattr(owner, parent):
-            owner.add_module(parent, nn.Module())
-        owner = getattr(owner, parent)
-    if isinstance(value, nn.Module | nn.Parameter):
-        setattr(owner, name, value)
-    else:
-        owner.register_buffer(name, value)
