@@ -1,9 +1,10 @@
 """Quantizes every classifier of torchvision, and one of each of 40 families of timm, and writes docs/zoo.md.
 
-    python benchmarks/zoo.py [--only NAME ...]
+    python benchmarks/zoo.py [--only NAME ...] [--jobs 2]
 
 Weights are random and images are noise: it shows what becomes int8 and which files can be written, not accuracies.
-Each model has a process of its own, so that one that dies is one row. All of it takes about two hours on two cores.
+Each model has a process of its own with one thread, so that one that dies is one row. All of it takes about two hours
+on two cores; each row is written when it is known, and with `--only` the page keeps the rows of the other models.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "zoo.md"
 # One of each family, the smallest or nearly.
 TIMM = """
 botnet26t_256 caformer_s18 cait_xxs24_224 coat_tiny coatnet_nano_rw_224 convit_tiny convmixer_768_32 convnext_atto
@@ -165,24 +169,35 @@ def names() -> list[str]:
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="such as torchvision:resnet18; prints the rows")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="such as torchvision:resnet18")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time")
     parser.add_argument("--examine", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.examine:
         print(json.dumps(asdict(examine(options.examine))))
         return
-    rows = []
-    for name in options.only or names():
-        rows.append(_in_a_process(name))
-        print(_line(rows[-1]), flush=True)
-    if not options.only:
-        (ROOT / "docs" / "zoo.md").write_text(page(rows))
+    lines = _written() if options.only else {}
+    order = names()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(_in_a_process, options.only or order):
+            lines[row.name] = _line(row)
+            print(lines[row.name], flush=True)
+            PAGE.write_text(page([lines[name] for name in order if name in lines]))
+
+
+def _written() -> dict[str, str]:
+    """The rows of the page as it is, by model."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    return {line.split(" | ")[0][2:]: line for line in lines if line.startswith(("| torchvision:", "| timm:"))}
 
 
 def _in_a_process(name: str) -> Row:
     command = [sys.executable, "-W", "ignore", __file__, "--examine", name]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=ROOT)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, cwd=ROOT, env=one_thread
+        )
     except subprocess.TimeoutExpired:
         return Row(name, 0, error=f"takes more than {_TIMEOUT} s")
     try:
@@ -202,7 +217,7 @@ def _line(row: Row) -> str:
     return f"| {row.name} | {figures} | {files} | {'; '.join(remarks)} |"
 
 
-def page(rows: list[Row]) -> str:
+def page(lines: list[str]) -> str:
     """The table as a page."""
     import torch
     import torchvision
@@ -219,7 +234,7 @@ def page(rows: list[Row]) -> str:
             "",
             "| model | side | multiply-adds in int8 | SQNR | TorchScript | ONNX Runtime | OpenVINO | remarks |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            *map(_line, rows),
+            *lines,
             "",
         ]
     )
