@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,10 @@ def build(name: str) -> tuple[Any, int]:
         import torch
 
         for size, settings in ((64, {"img_size": 64}), (64, {}), (128, {})):
-            with contextlib.suppress(TypeError, RuntimeError, AssertionError, ValueError), torch.inference_mode():
+            with contextlib.suppress(TypeError, RuntimeError, AssertionError, ValueError):
                 model = timm.create_model(own, num_classes=10, **settings).eval()
-                model(torch.zeros(1, 3, size, size))
+                with torch.no_grad():
+                    model(torch.zeros(1, 3, size, size))
                 return model, size
         model = timm.create_model(own, num_classes=10)
         return model, int(model.default_cfg["input_size"][-1])
@@ -108,7 +109,8 @@ def examine(name: str) -> Row:
     row.repeated = _plan(again) == _plan(quantized)
     with tempfile.TemporaryDirectory() as folder:
         for runtime, suffix in (("torchscript", "pt"), ("onnxruntime", "onnx"), ("openvino", "onnx")):
-            setattr(row, runtime, _try(lambda: _difference(quantized, images, Path(folder) / f"m.{suffix}", runtime)))  # noqa: B023
+            path = Path(folder) / f"m.{suffix}"
+            setattr(row, runtime, _try(lambda: _difference(quantized, images, path, runtime, row.sqnr)))  # noqa: B023
     return row
 
 
@@ -140,13 +142,17 @@ def _decibels(expected: Any, got: Any) -> float:
     return 10 * math.log10(float(expected.square().sum()) / noise) if noise else math.inf
 
 
-def _difference(quantized: Any, images: Any, path: Path, runtime: str) -> str:
-    """Write a file, and compare its answers with the quantized model's."""
+def _difference(quantized: Any, images: Any, path: Path, runtime: str, sqnr: float) -> str:
+    """Write a file, and compare its answers with the quantized model's.
+
+    They round alike but not to the last bit, and a random network enlarges such differences as it does those of int8:
+    the file must be nearer to the quantized model than that is to float, and near in any case where int8 is.
+    """
     from quantlib import api
 
     quantized.save(path, runtime)
     own = _decibels(quantized(images), api.load(path, runtime)(images))
-    return "yes" if own > 10 else f"differs ({own:.0f} dB)"
+    return "yes" if own > min(sqnr, 10) else f"differs ({own:.0f} dB)"
 
 
 def _try(write: Callable[[], str]) -> str:
@@ -179,7 +185,8 @@ def main() -> None:
     lines = _written() if options.only else {}
     order = names()
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(_in_a_process, options.only or order):
+        for ended in as_completed([pool.submit(_in_a_process, name) for name in options.only or order]):
+            row = ended.result()
             lines[row.name] = _line(row)
             print(lines[row.name], flush=True)
             PAGE.write_text(page([lines[name] for name in order if name in lines]))

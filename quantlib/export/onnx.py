@@ -23,6 +23,8 @@ _NUM_CHECKED = 32
 # About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
 _MAX_ERROR = 0.1
 _MAX_FLOAT_ERROR = 1e-4
+# A Protocol Buffers message has at most 2 GiB; the graph itself takes a little.
+_MAX_SIZE = 2**31 - 2**24
 
 
 def write_onnx(draft: bytes, model: fx.GraphModule, runtime: str) -> bytes:
@@ -36,7 +38,7 @@ def write_onnx(draft: bytes, model: fx.GraphModule, runtime: str) -> bytes:
         runtime: The runtime that will run the file, onnxruntime or openvino: it decides what is rounded.
 
     Raises:
-        ModelError: If the graph holds a weight of another model.
+        ModelError: If the graph holds a weight of another model, or the file would be larger than ONNX allows.
     """
     import onnx
 
@@ -94,11 +96,12 @@ class _Filling:
 
         state = {name: value.numpy() for name, value in self.model.state_dict().items()}
         for initializer in self.graph.initializer:
-            own = state.get(initializer.name)
-            values = numpy_helper.to_array(initializer)
-            if own is not None and own.shape != values.shape:
+            values = state.get(initializer.name)
+            if values is None:
+                values = numpy_helper.to_array(initializer)
+            elif list(values.shape) != list(initializer.dims):
                 raise ModelError(f"The graph's {initializer.name} is of another model.")
-            self.initializers[initializer.name] = values if own is None else own
+            self.initializers[initializer.name] = values
         readers: dict[str, list[Any]] = {}
         for node in self.graph.node:
             for name in node.input:
@@ -163,6 +166,9 @@ class _Filling:
             if output.name in self.renamed:
                 self._add("Identity", [self.renamed[output.name]], output.name)
         used = {name for node in self.nodes for name in node.input}
+        size = sum(values.nbytes for name, values in self.initializers.items() if name in used)
+        if size > _MAX_SIZE:
+            raise ModelError(f"The weights take {size / 1e9:.1f} GB, and an ONNX file holds at most 2 GB.")
         del self.graph.node[:], self.graph.initializer[:]
         self.graph.node.extend(self.nodes)
         self.graph.initializer.extend(

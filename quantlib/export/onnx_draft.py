@@ -79,10 +79,12 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
     written = program.model_proto
-    known = {initializer.name for initializer in written.graph.initializer}
-    lost = [name for name, value in marked.state_dict().items() if value.is_floating_point() and name not in known]
-    if lost:
+    initializers = {each.name: each for each in written.graph.initializer}
+    weights = [name for name, value in marked.state_dict().items() if value.is_floating_point()]
+    if lost := [name for name in weights if name not in initializers]:
         raise ModelError(f"The model cannot be written as ONNX: the exporter computes with the value of {lost[0]}.")
+    for name in weights:
+        initializers[name].ClearField("raw_data")
     content: bytes = written.SerializeToString(deterministic=True)
     return content
 
