@@ -27,13 +27,14 @@ def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.Graph
     Raises:
         ModelError: If it has nothing to quantize, or its answers are not always the same.
     """
-    if not any(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()):
-        raise ModelError("The model has no Conv2d and no Linear: there is nothing to quantize.")
     x = torch.rand(3, *input_shape, generator=torch.Generator().manual_seed(0)) * 4 - 2
     model.eval()
     expected = {num_images: _logits(model, x[:num_images]) for num_images in (1, len(x))}
     original = copy.deepcopy(model)
     traced = trace(model, input_shape)
+    # A layer can be a function of its weight until the model is traced.
+    if not any(isinstance(module, nn.Conv2d | nn.Linear) for module in traced.modules()):
+        raise ModelError("The model has no Conv2d and no Linear: there is nothing to quantize.")
     if _same(traced, x, expected):
         return traced
     # Its forward() depends on something other than tensors, or on the number of images.

@@ -212,6 +212,11 @@ def _put_at_owner(traced: fx.GraphModule, node: fx.Node, weight: fx.Node | None,
         weight = weight.all_input_nodes[0]
     owner, _, name = str(weight.target).rpartition(".") if weight is not None else ("", "", "")
     called = {str(each.target) for each in traced.graph.nodes if each.op == "call_module"}
+    if owner and name.endswith("_weight"):  # As attention's in_proj_weight.
+        path = f"{owner}.{name.removesuffix('_weight')}"
+        if not hasattr(traced.get_submodule(owner), name.removesuffix("_weight")):
+            traced.add_submodule(path, module.eval())
+            return path
     if not owner or name != "weight" or owner in called:
         return add_module(traced, node.name, module)
     for child_name, child in traced.get_submodule(owner).named_children():
