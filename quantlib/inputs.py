@@ -26,7 +26,7 @@ from quantlib.models import preprocessing
 from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
 from quantlib.recipe.schema import Recipe
-from quantlib.recipe.sections import TIMM, TORCHVISION, DataRecipe, is_import_path, is_model_name, is_weights_file
+from quantlib.recipe.sections import FILE, TIMM, TORCHVISION, DataRecipe, is_import_path, is_model_name, is_weights_file
 from quantlib.store import codehash
 
 ARCHITECTURES = ("mobilenet_v2",)
@@ -173,25 +173,37 @@ def _find_model(recipe: Recipe) -> ModelInput:
     if section.architecture not in ARCHITECTURES and not is_model_name(section.architecture):
         raise RecipeError(
             f"model.architecture = {section.architecture!r} is unknown{suggest(section.architecture, ARCHITECTURES)} "
-            f'Allowed: {", ".join(ARCHITECTURES)}, "torchvision:NAME", "timm:NAME", or "package.module:function".'
+            f'Allowed: {", ".join(ARCHITECTURES)}, "torchvision:NAME", "timm:NAME", "file:MODEL.pt2", or '
+            '"package.module:function".'
         )
-    fingerprint = section.weights
-    if is_weights_file(section.weights):
-        path = Path(section.weights)
-        if not path.is_file():
-            raise ModelError(
-                f"No weights file {section.weights!r}: set model.weights to a state_dict file (.pth or .safetensors), "
-                'to "torchvision:NAME", "timm:TAG", or "train".'
-            )
-        with path.open("rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = section.weights or ""
+    fingerprint = weights
+    if weights and is_weights_file(weights):
+        fingerprint = _hash_model_file(
+            weights,
+            f"No weights file {weights!r}: set model.weights to a state_dict file (.pth or .safetensors), "
+            'to "torchvision:NAME", "timm:TAG", or "train".',
+        )
+    exported = section.architecture.removeprefix(FILE) if section.architecture.startswith(FILE) else ""
     return ModelInput(
-        architecture=section.architecture,
+        # Where the file is must not be in a key: what it holds is, as `code`.
+        architecture=FILE if exported else section.architecture,
         arguments=json.dumps(section.arguments, sort_keys=True),
-        weights=section.weights,
+        weights=weights,
         fingerprint=fingerprint,
-        code=_user_code(section.architecture, "model.architecture"),
+        code=_hash_model_file(exported, f"No file {exported!r}: set model.architecture to {FILE!r} and its path.")
+        if exported
+        else _user_code(section.architecture, "model.architecture"),
+        file=exported,
     )
+
+
+def _hash_model_file(name: str, missing: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        raise ModelError(missing)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_transform(recipe: Recipe) -> EvalTransform:

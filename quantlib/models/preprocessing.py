@@ -12,17 +12,17 @@ from quantlib.recipe.sections import TIMM, TORCHVISION, Interpolation
 _DEFAULT = EvalTransform(resize=256, crop=(224, 224))
 
 
-def of_weights(architecture: str, weights: str) -> EvalTransform:
+def of_weights(architecture: str, weights: str | None) -> EvalTransform:
     """The preprocessing that belongs to a recipe's `weights`; torchvision's usual one if the weights do not say.
 
     Raises:
         ModelError: If torchvision or timm has no such weights.
         MachineError: If timm is needed, and not installed.
     """
+    if weights is None or not weights.startswith((TIMM, TORCHVISION)):
+        return _DEFAULT
     if weights.startswith(TIMM):
         return _of_timm(architecture, weights)
-    if not weights.startswith(TORCHVISION):
-        return _DEFAULT
     from quantlib.models.weights import find_torchvision_weights  # It imports torch.
 
     preset = find_torchvision_weights(architecture, weights).transforms()

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from quantlib.errors import MachineError, ModelError, RecipeError, suggest
 from quantlib.imports import call_function, import_function
+from quantlib.models import exported_file, exported_graph
 from quantlib.models.checkpoint import Header
 from quantlib.models.mobilenet_v2 import mobilenet_v2
 from quantlib.models.weights import load_weights, read_weights
-from quantlib.recipe.sections import TIMM, TORCHVISION
+from quantlib.recipe.sections import FILE, TIMM, TORCHVISION
 
 if TYPE_CHECKING:
     from quantlib.models.source import ModelInput
@@ -35,13 +36,16 @@ def find_architecture(name: str) -> Callable[..., nn.Module]:
     """The callable that builds an architecture.
 
     Args:
-        name: A registered name, "torchvision:NAME", "timm:NAME", or "package.module:function".
+        name: A registered name, "torchvision:NAME", "timm:NAME", "file:" for an exported model, or
+            "package.module:function".
 
     Raises:
         RecipeError: If there is none.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
+    if name == FILE:
+        return exported_graph.build
     if name.startswith(TORCHVISION):
         return _find_in_torchvision(name.removeprefix(TORCHVISION))
     if name.startswith(TIMM):
@@ -99,7 +103,15 @@ def _takes_num_classes(function: Callable[..., nn.Module]) -> bool:
 
 
 def arguments_of(source: ModelInput, num_classes: int) -> dict[str, Any]:
-    """What the architecture is called with: the recipe's arguments, and `num_classes` if it takes that."""
+    """What the architecture is called with: the recipe's arguments, and `num_classes` if it takes that.
+
+    For an exported model it is the graph, so that a stored model needs no other file.
+
+    Raises:
+        ModelError: If the file of an exported model cannot be read.
+    """
+    if source.architecture == FILE:
+        return {"program": exported_file.read_program(source.file)}
     arguments: dict[str, Any] = json.loads(source.arguments)
     if _takes_num_classes(find_architecture(source.architecture)):
         arguments = {"num_classes": num_classes} | arguments
@@ -112,7 +124,7 @@ def from_input(
     """The model that a recipe names, and its header.
 
     Args:
-        source: Its weights are loaded, unless they are "train".
+        source: Its weights are loaded, unless they are "train"; without any, those in an exported model's file.
         num_classes: Passed to the architecture if it takes that and the recipe does not set it.
         input_shape: Channels, height and width of its input.
         seed: Seeds the initial weights.
@@ -124,9 +136,9 @@ def from_input(
     torch.manual_seed(seed)
     model = build(source.architecture, arguments)
     if source.weights != "train":
-        state = read_weights(source.weights, source.architecture)
+        state = _read_state(source)
         try:
-            load_weights(model, state, source.weights)
+            load_weights(model, state, source.weights or source.file)
         except ModelError as error:
             nearest = nearest_architecture(state)
             hint = f' They look like those of "{nearest}".' if nearest not in {None, source.architecture} else ""
@@ -134,6 +146,17 @@ def from_input(
     return model.eval(), Header(
         architecture=source.architecture, arguments=arguments, code=source.code, input_shape=input_shape
     )
+
+
+def _read_state(source: ModelInput) -> dict[str, Tensor]:
+    """The state_dict that fills a model."""
+    if source.architecture != FILE:
+        return read_weights(source.weights, source.architecture)
+    state = exported_file.read_state(source.file)
+    if source.weights:
+        # A state_dict lacks the constants of the model's code.
+        state |= read_weights(source.weights, source.architecture)
+    return state
 
 
 def nearest_architecture(state: Mapping[str, Tensor]) -> str | None:
@@ -163,7 +186,7 @@ def nearest_architecture(state: Mapping[str, Tensor]) -> str | None:
 
 
 def check_logits(model: nn.Module, num_classes: int, input_shape: tuple[int, int, int]) -> None:
-    """Run one empty image through a model.
+    """Run one empty image through a model; several through one that was exported for a fixed number of them.
 
     Raises:
         ModelError: If that fails, or does not give [1, num_classes].
@@ -172,7 +195,7 @@ def check_logits(model: nn.Module, num_classes: int, input_shape: tuple[int, int
     try:
         with torch.inference_mode():
             logits = model(torch.zeros(1, *input_shape))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         channels, height, width = input_shape
         raise ModelError(
             f"The model cannot take an image of {height} x {width} pixels in {channels} channels: {error}. "
@@ -182,5 +205,6 @@ def check_logits(model: nn.Module, num_classes: int, input_shape: tuple[int, int
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
             f"The model gives {got} for one image, and the data has {num_classes} classes: it must give "
-            f"[1, {num_classes}]. Set num_classes in model.arguments, or use the dataset it was trained on."
+            f"[1, {num_classes}]. Use the dataset it was trained on, or set num_classes in model.arguments."
         )
+    exported_graph.check_batch(model, input_shape)

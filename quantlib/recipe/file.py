@@ -7,7 +7,7 @@ from typing import Any
 
 from quantlib.errors import RecipeError
 from quantlib.recipe.schema import Recipe, parse_recipe
-from quantlib.recipe.sections import is_weights_file
+from quantlib.recipe.sections import FILE, is_weights_file
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -59,6 +59,8 @@ def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
     model, data = tables.get("model"), tables.get("data")
     if isinstance(model, dict) and isinstance(model.get("weights"), str) and is_weights_file(model["weights"]):
         model["weights"] = str(folder / Path(model["weights"]).expanduser())
+    if isinstance(model, dict) and str(model.get("architecture")).startswith(FILE):
+        model["architecture"] = FILE + str(folder / Path(model["architecture"].removeprefix(FILE)).expanduser())
     if isinstance(data, dict) and isinstance(data.get("root"), str):
         data["root"] = str(folder / Path(data["root"]).expanduser())
 

@@ -10,6 +10,8 @@ from quantlib.recipe.fields import MAX_INT, Arguments, Count, Flag, Fraction, Li
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
 """Before the name of a published architecture, or of published weights."""
+FILE = "file:"
+"""Before the path of an exported model."""
 
 
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
@@ -71,13 +73,30 @@ class ModelRecipe(Section):
     """The float model: its architecture and where its weights come from."""
 
     architecture: Line = "mobilenet_v2"
-    """mobilenet_v2; "torchvision:NAME" or "timm:NAME"; or "package.module:function", which returns an nn.Module."""
+    """mobilenet_v2; "torchvision:NAME" or "timm:NAME"; "file:MODEL.pt2", which torch.export.save wrote; or
+    "package.module:function", which returns an nn.Module."""
     arguments: Arguments = {}
     """Keyword arguments of the architecture; `num_classes` is taken from the data if it is not given."""
-    weights: PathName
-    """A state_dict file, .pth or .safetensors; "torchvision:NAME"; "timm:TAG"; or "train"."""
+    weights: PathName | None = None
+    """A state_dict file, .pth or .safetensors; "torchvision:NAME"; "timm:TAG"; or "train". With "file:MODEL.pt2" it may
+    be absent: the file's own."""
     training: TrainingRecipe = TrainingRecipe()
     """Used when `weights = "train"`."""
+
+    @model_validator(mode="after")
+    def _file_holds_everything(self) -> Self:
+        is_exported = self.architecture.startswith(FILE)
+        if self.weights is None and not is_exported:
+            raise ValueError('weights is missing: give a state_dict file, "torchvision:NAME", "timm:TAG" or "train"')
+        if is_exported and self.weights is not None and not is_weights_file(self.weights):
+            raise ValueError(
+                f"weights = {self.weights!r} is not for an exported model: give a state_dict file, or none"
+            )
+        if is_exported and self.arguments:
+            raise ValueError(
+                "arguments are not for an exported model, which cannot be built in another way: remove them"
+            )
+        return self
 
 
 class DataRecipe(Section):
@@ -216,8 +235,8 @@ def is_import_path(name: str) -> bool:
 
 
 def is_model_name(name: str) -> bool:
-    """Whether `[model] architecture` names a model of torchvision or timm, or a Python function."""
-    return name.startswith((TORCHVISION, TIMM)) or is_import_path(name)
+    """Whether `[model] architecture` names a model of torchvision or timm, a file, or a Python function."""
+    return name.startswith((TORCHVISION, TIMM, FILE)) or is_import_path(name)
 
 
 def is_weights_file(weights: str) -> bool:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import duckdb
+import exported
 import harness
 import httpx
 import pandas as pd
@@ -295,3 +296,44 @@ def test_a_grey_and_rectangular_model_gets_images_as_it_was_trained_with(tmp_pat
         expected = [row["top5"][0] for row in rows if row["variant"] == name]  # In the dataset's order.
         model = api.load(home / "models" / run_id / f"{name}.pt", "torchscript")
         assert (model(x).argmax(1) == torch.tensor(expected)).float().mean() >= least
+
+
+def test_an_exported_model_alone_is_quantized_and_a_copy_of_its_file_computes_nothing(tmp_path, stir_batch_norm):
+    torch.manual_seed(0)
+    net = stir_batch_norm(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(64, 10),
+        )
+    ).eval()
+    first = exported.write(net, tmp_path / "net.pt2", any_number=False)
+    input_ = {"resize": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    recipe = harness.RECIPE | {"data": harness.RECIPE["data"] | input_, "evaluation": {"num_held_out": 40}}
+    home = tmp_path / "home"
+
+    done = harness.run(home, recipe=recipe | {"model": {"architecture": f"file:{first}"}})
+    assert done.error == ""
+    assert {"load_float", "fuse-qat-equalized", "qat_epoch-qat-1"} <= set(done.stages)
+    split, run_id = datasets.open_split("digits", None, "val"), harness.run_id_of(home)
+    assert (home / "models" / run_id / "qat.onnxruntime.onnx").exists()
+    rows = tables.read_table(home / "reports", "predictions", run_id).to_pylist()
+    answers = [row["top5"][0] for row in rows if row["variant"] == "float"]
+    as_trained = transforms.Compose(
+        [transforms.Resize(32), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.25] * 3)]
+    )
+    with torch.inference_mode():
+        x = torch.stack([as_trained(split.open(index)) for index in range(len(split))])
+        assert (net(x).argmax(1) == torch.tensor(answers)).float().mean() >= 0.999
+        assert len(net(x).argmax(1).unique()) > 1
+
+    copied = tmp_path / "elsewhere.pt2"
+    copied.write_bytes((tmp_path / "net.pt2").read_bytes())
+    (tmp_path / "net.pt2").unlink()
+    again = harness.run(home, recipe=recipe | {"model": {"architecture": f"file:{copied}"}})
+    assert again.error == ""
+    assert all(again.stages.values())

@@ -129,6 +129,23 @@ def test_weights_are_identified_by_their_bytes(find, tmp_path):
     assert same == "0967115f2813a3541eaef77de9d9d5773f1c0c04314b0bbfe4ff3b3b1c55b5d5"  # echo -n same | sha256sum
 
 
+def test_an_exported_model_is_identified_by_its_bytes_not_by_its_place(find, tmp_path):
+    def found(name, content):
+        (tmp_path / name).write_bytes(content)
+        return find(model={"architecture": f"file:{tmp_path / name}", "weights": None}).model
+
+    first, copied, other = found("a.pt2", b"a"), found("b.pt2", b"a"), found("a.pt2", b"b")
+
+    assert first.architecture == "file:"
+    assert first.code == copied.code != other.code
+    assert copied.file == str(tmp_path / "b.pt2")
+
+
+def test_a_missing_exported_model_is_named(find, tmp_path):
+    with pytest.raises(ModelError, match=r"No file '.*m\.pt2': set model.architecture to 'file:' and its path"):
+        find(model={"architecture": f"file:{tmp_path / 'm.pt2'}", "weights": None})
+
+
 def test_torchvisions_weights_are_identified_by_name(find):
     assert find(model={"weights": "torchvision:DEFAULT"}).model.fingerprint == "torchvision:DEFAULT"
 

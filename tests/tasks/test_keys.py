@@ -211,6 +211,9 @@ def test_where_data_lies_and_what_a_run_is_called_are_not_in_the_key():
     assert key(model.load_float, source, 10, (3, 64, 64), 1, None) == key(
         model.load_float, replace(source, weights="b.pth"), 10, (3, 64, 64), 1, None
     )
+    assert key(model.load_float, replace(source, file="a.pt2"), 10, (3, 64, 64), 1, None) == key(
+        model.load_float, replace(source, file="b.pt2"), 10, (3, 64, 64), 1, None
+    )
 
 
 def _fuse(job, model, mode, *, branch):

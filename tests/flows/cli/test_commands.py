@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import exported
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from torch import nn
 
 from flows import parameters
 from flows.cli import commands, outcome
@@ -265,6 +267,21 @@ def test_inspect_shows_what_becomes_int8_and_why_the_rest_does_not_and_runs_noth
     assert re.search(r"features\.1\.block\.1\.fc1 +Conv2d +float +0\.\d% +it computes a gate", said)
     assert re.search(r"\d\d\.\d% of the multiply-adds are int8", said)
     assert not (tmp_path / ".quantflow" / "store").exists()
+
+
+def test_inspect_reads_an_exported_model(recipe, quantflow, tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Flatten(), nn.Linear(512, 2))
+    exported.write(net, tmp_path / "net.pt2")
+    recipe.write_text(recipe.read_text().replace('weights = "train"', 'architecture = "file:net.pt2"'))
+
+    status, said = quantflow("inspect", str(recipe), "--set", "ptq.0.float_layers=['3']")
+
+    assert status == 0
+    assert re.search(r"0 +Conv2d +int8", said)
+    assert re.search(r"3 +Linear +int8", said)
+    status, said = quantflow("inspect", str(recipe), "--set", "data.crop=16")
+    assert status == outcome.WRONG_INPUT
+    assert "it was exported for images of [3 x 32 x 32]" in said
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,12 @@ def test_absolute_paths_and_those_of_the_users_home_stay(recipe_file, monkeypatc
     assert recipe.data.root == "/home/somebody/images"
 
 
+def test_the_path_of_an_exported_model_is_relative_to_the_recipe(recipe_file):
+    recipe_file.write_text(_FILE.replace('weights = "weights.pth"', 'architecture = "file:nets/model.pt2"'))
+
+    assert load_recipe(recipe_file).model.architecture == f"file:{recipe_file.parent}/nets/model.pt2"
+
+
 @pytest.mark.parametrize("weights", ["train", "torchvision:IMAGENET1K_V1"])
 def test_weights_that_are_no_file_stay(recipe_file, weights):
     recipe_file.write_text(_FILE.replace("weights.pth", weights))

@@ -163,10 +163,33 @@ def test_arguments_are_what_toml_and_json_can_say():
 
 def test_a_missing_key_is_named():
     tables = copy.deepcopy(MINIMAL)
-    del tables["model"]["weights"]
+    del tables["data"]["format"]
 
-    with pytest.raises(RecipeError, match=r"Missing key 'model\.weights'"):
+    with pytest.raises(RecipeError, match=r"Missing key 'data\.format'"):
         parse_recipe(tables)
+
+
+def test_only_an_exported_model_needs_no_weights():
+    with pytest.raises(RecipeError, match="model: weights is missing"):
+        parse_recipe(_with("model", {"architecture": "mobilenet_v2"}))
+
+    assert parse_recipe(_with("model", {"architecture": "file:model.pt2"})).model.weights is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weights": "train"}, "weights = 'train' is not for an exported model"),
+        (
+            {"weights": "torchvision:IMAGENET1K_V1"},
+            "weights = 'torchvision:IMAGENET1K_V1' is not for an exported model",
+        ),
+        ({"arguments": {"num_classes": 3}}, "arguments are not for an exported model"),
+    ],
+)
+def test_an_exported_model_is_as_it_is(keys, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(_with("model", {"architecture": "file:model.pt2", **keys}))
 
 
 def test_all_errors_are_reported_at_once():
