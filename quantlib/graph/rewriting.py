@@ -45,8 +45,19 @@ def rewrite(traced: fx.GraphModule) -> None:
     _merge_padding(traced)
     _separate_calls(traced)
     traced.delete_all_unused_submodules()
+    _delete_unread_parameters(traced)
     traced.graph.lint()
     traced.recompile()
+
+
+def _delete_unread_parameters(traced: fx.GraphModule) -> None:
+    """Delete what a module no longer reads, as its layers have it now: a parameter has one name in a file."""
+    read = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
+    called = tuple(f"{node.target}." for node in traced.graph.nodes if node.op == "call_module")
+    for path, _ in list(traced.named_parameters(remove_duplicate=False)):
+        if path not in read and not path.startswith(called):
+            owner, _, name = path.rpartition(".")
+            delattr(traced.get_submodule(owner), name)
 
 
 def _by_position(traced: fx.GraphModule, node: fx.Node) -> None:

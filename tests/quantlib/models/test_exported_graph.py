@@ -9,6 +9,7 @@ from torch import nn
 from torchvision import models, ops
 from torchvision.models.vision_transformer import VisionTransformer
 
+from quantlib import api
 from quantlib.errors import ModelError
 from quantlib.graph.model import plan_of, trace_model
 from quantlib.graph.plan import share_of_int8
@@ -183,6 +184,23 @@ def test_a_stored_model_is_opened_without_the_file(make_net, tmp_path):
 
     assert str(tmp_path).encode() not in content
     _assert_same_answers(opened, net)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torchscript"])
+def test_attention_is_written_for_runtimes_and_trained(make_net, tmp_path, runtime):
+    net = make_net("vit")
+    model, _ = _load(exported.write(net, tmp_path / "net.pt2", any_number=False))
+    x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+    quantized = api.quantize(model, [x])
+    path = tmp_path / ("int8.onnx" if runtime == "onnxruntime" else "int8.pt")
+    quantized.save(path, runtime)
+
+    expected = quantized(x)
+    assert (api.load(path, runtime)(x) - expected).abs().max() < 0.1 * expected.abs().max()
+    trainable = quantized.trainable()
+    trainable(x).sum().backward()
+    (weight,) = (value for name, value in trainable.named_parameters() if name.endswith("in_proj.weight"))
+    assert weight.grad.abs().sum() > 0
 
 
 # What is refused
