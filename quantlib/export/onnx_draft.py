@@ -53,12 +53,17 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
         )
     marked = copy.deepcopy(fused).eval()
     _put_marks(marked, draw_plan(marked))
+    constants = _constants(marked)
+    weights = {
+        name: value
+        for name, value in marked.state_dict().items()
+        if value.is_floating_point() and name not in constants
+    }
     # Different values: the exporter makes one constant of equal ones.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for value in marked.state_dict().values():
-            if value.is_floating_point():
-                value.copy_(torch.rand(value.shape, generator=generator))
+        for value in weights.values():
+            value.copy_(torch.rand(value.shape, generator=generator))
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     try:
         # ONNX has no operation for attention that is fused for inference.
@@ -80,7 +85,6 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
     written = program.model_proto
     initializers = {each.name: each for each in written.graph.initializer}
-    weights = [name for name, value in marked.state_dict().items() if value.is_floating_point()]
     if lost := [name for name in weights if name not in initializers]:
         raise ModelError(f"The model cannot be written as ONNX: the exporter computes with the value of {lost[0]}.")
     for name in weights:
@@ -91,15 +95,22 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
 
 def _put_marks(model: fx.GraphModule, plan: Plan) -> None:
     """Mark the weight of each layer, and each tensor that this plan rounds, or one with more layers in float would."""
+    constants = _constants(model)
     for node in list(model.graph.nodes):
         if "shape" in node.meta and (node in plan.int8 or node in plan.rounded):
             _mark(model, node, ACTIVATION, plan.readers(node))
-        elif node.op == "get_attr":
+        elif node.op == "get_attr" and node.target not in constants:
             _mark(model, node, PARAMETER, list(node.users))
     for path, module in list(model.named_modules()):
         if is_layer(module):
             model.set_submodule(path, quantized(module, _Mark(WEIGHT, path)))
     model.recompile()
+
+
+def _constants(model: fx.GraphModule) -> set[str]:
+    """What operations read and is no parameter, such as positions: it is the same for every variant."""
+    parameters = dict(model.named_parameters())
+    return {str(node.target) for node in model.graph.nodes if node.op == "get_attr"} - parameters.keys()
 
 
 def _mark(model: fx.GraphModule, node: fx.Node, kind: str, readers: list[fx.Node]) -> None:

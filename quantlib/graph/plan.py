@@ -153,6 +153,7 @@ def _is_inside(node: fx.Node, paths: Collection[str]) -> bool:
 def _leave_where_nothing_computes(int8: dict[fx.Node, None], modules: Mapping[str, nn.Module]) -> None:
     """Remove what carries int8 values that no layer reads in the end: rounding them would gain nothing."""
     useful: set[fx.Node] = set()
+    removed: list[fx.Node] = []
     for node in reversed(list(int8)):
         if is_layer(_module_of(node, modules)):
             useful.update([node, *_tensors(node)])
@@ -160,6 +161,12 @@ def _leave_where_nothing_computes(int8: dict[fx.Node, None], modules: Mapping[st
             useful.update(_tensors(node))
         elif not is_layer(_module_of(_clipped(node, modules), modules)):
             del int8[node]
+            removed.append(node)
+    for node in removed:
+        if node.target is operator.getitem and any(
+            each in int8 and "shape" not in each.meta for each in _tensors(node)
+        ):
+            int8[node] = None  # One of several parts, of which others are read by layers.
 
 
 def _is_rounded(node: fx.Node, int8: Collection[fx.Node], modules: Mapping[str, nn.Module]) -> bool:

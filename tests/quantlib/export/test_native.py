@@ -146,13 +146,15 @@ class Operations(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv2d(c, 8, 1) for c in (3, 8, 16, 8, 8, 8))
-        self.fc, self.head = nn.Linear(8, 8), nn.Linear(32, 3)
+        self.narrow, self.fc, self.head = nn.Conv2d(4, 8, 1), nn.Linear(8, 8), nn.Linear(32, 3)
 
     def forward(self, x):
         x = nn.functional.relu6(self.layers[0](x))
         left, right = torch.chunk(self.layers[1](x), 2, 1)
         x = self.layers[2](torch.cat([x, right, left], 1))
         x = self.layers[3](nn.functional.hardswish(x))
+        x, gate = torch.split(x, [4, 4], 1)  # A layer reads the first part, a float operation the second.
+        x = self.narrow(x) * torch.sigmoid(gate.mean((1, 2, 3), keepdim=True))
         x = nn.functional.silu(self.layers[4](nn.functional.max_pool2d(x, 2)))
         x = self.layers[5](x) * torch.sigmoid(x)
         x = torch.relu(self.fc(x.flatten(2).transpose(1, 2)))  # A layer over tokens.

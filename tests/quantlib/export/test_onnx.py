@@ -132,6 +132,27 @@ def test_a_file_that_would_be_too_large_is_refused(graph, float_model, monkeypat
         write_onnx(graph, float_model, "onnxruntime")
 
 
+class Positions(nn.Module):
+    """A convolution and a table that is no parameter, which the exporter computes with."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 8, stride=8), nn.Linear(4, 2)
+        self.register_buffer("angles", torch.linspace(0, 3, 16))
+
+    def forward(self, x):
+        return self.head((self.conv(x).flatten(2) * torch.cos(self.angles)).mean(2))
+
+
+@needs_runtime
+def test_a_constant_that_is_no_weight_stays_as_it_is(tmp_path):
+    model = fusion.fuse_model(trace_model(Positions().eval(), SHAPE), "eval", inplace=True)
+    content = write_onnx(draft(model, SHAPE), quantized(model), RUNTIMES[0])
+
+    x = torch.randn(4, *SHAPE)
+    assert noise(quantized(model)(x), answers(content, RUNTIMES[0], x, tmp_path)) < 1e-3
+
+
 class Branching(nn.Module):
     """Its forward depends on the values that it sees."""
 
