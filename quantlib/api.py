@@ -106,6 +106,7 @@ class QuantizedModel:
         elif path.suffix == ".pt" and (runtime in {None, "torchscript"} or str(runtime).startswith("torchscript-")):
             engine = (runtime or "").partition("-")[2] or available.default_engine()
             content = scripting.script(self._quantized, engine, self._input_shape)
+            scripting.try_out(content, engine, self._input_shape)
         else:
             raise ModelError(
                 f"{path.name!r} is not a file for {runtime or 'any runtime'}: NAME.pt is for torchscript-ENGINE, "

@@ -87,3 +87,10 @@ def suggest(got: str, allowed: Iterable[str]) -> str:
     """The end of a sentence, with the closest of `allowed` if one is close."""
     nearest = difflib.get_close_matches(got, list(allowed), n=1)
     return f" (did you mean {nearest[0]!r}?)." if nearest else "."
+
+
+def reason_of(error: Exception) -> str:
+    """The line of an error's message that says why; the error's type if it has no message."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # TorchScript's interpreter says what happened last.
+    return lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]

@@ -1,6 +1,6 @@
 """Stages that export: script_and_save, draft_onnx, save_onnx."""
 
-from quantlib.runtimes.available import Runtime
+from quantlib.runtimes.available import Runtime, torchscript_on
 from quantlib.store.artifacts import Ref
 from tasks.stage import Job, stage
 
@@ -8,15 +8,19 @@ _REFUSAL = "refusal"
 
 
 @stage("script_and_save-{branch}")
-def script_and_save(job: Job, model: Ref, engine: str | None, *, branch: str) -> Ref:
-    """The TorchScript file of a quantized model for an engine, or of a fused float model; or why there is none."""
+def script_and_save(job: Job, model: Ref, engine: str | None, images: Ref, *, branch: str) -> Ref:
+    """The TorchScript file of a quantized model for an engine, or of a fused float model, once it answers as the model.
+
+    Or why there is none.
+    """
     from quantlib.errors import ModelError
-    from quantlib.export import scripting
+    from quantlib.export import check, scripting
     from quantlib.quantize import stored
 
     module, header = stored.open_model(job.store.read(model))
     try:
         content = scripting.script(module, engine, header.input_shape)
+        check.check_file(content, module, torchscript_on(engine), job.store.path(images))
     except ModelError as error:
         return job.store.put_json(_REFUSAL, {"reason": str(error)})
     return job.store.put("torchscript", content)
@@ -25,10 +29,12 @@ def script_and_save(job: Job, model: Ref, engine: str | None, *, branch: str) ->
 @stage("draft_onnx")
 def draft_onnx(job: Job, fused: Ref, exporter: str) -> Ref:  # The exporter's version is a part of the key.
     """The ONNX graph that the files of every variant are filled into; or why there is none."""
+    from quantlib import helper
     from quantlib.errors import ModelError
     from quantlib.export import onnx_draft
     from quantlib.quantize import stored
 
+    helper.start()  # The files that are filled into this graph will be checked there; torch's exporter takes seconds.
     module, header = stored.open_model(job.store.read(fused))
     try:
         content = onnx_draft.draft(module, header.input_shape)
@@ -45,7 +51,7 @@ def save_onnx(job: Job, draft: Ref, model: Ref, images: Ref, runtime: Runtime, *
     other files.
     """
     from quantlib.errors import ModelError
-    from quantlib.export import onnx
+    from quantlib.export import check, onnx
     from quantlib.quantize import stored
 
     store = job.store
@@ -54,7 +60,7 @@ def save_onnx(job: Job, draft: Ref, model: Ref, images: Ref, runtime: Runtime, *
     module, _ = stored.open_model(store.read(model))
     try:
         content = onnx.write_onnx(store.read(draft), module, runtime.name)
-        onnx.check_onnx(content, module, runtime.name, store.path(images))
+        check.check_file(content, module, runtime.name, store.path(images))
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)

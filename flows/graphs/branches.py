@@ -40,8 +40,8 @@ _LAYER_IMAGES_PER_STAGE = 64
 def float_branch(shared: SharedStages) -> VariantRefs:
     """The baseline: fused, exported, evaluated."""
     model = shared.fused_eval
-    artifact = shared.run(script_and_save, model, None, branch="float")
     onnx = _save_onnx(shared, model, "float")
+    artifact = shared.run(script_and_save, model, None, shared.validation[0], branch="float")
     file, runtime = _reference(shared, artifact, onnx, None)
     batch_size = shared.recipe.evaluation.batch_size
     validation, selection = _on_shards(
@@ -188,7 +188,7 @@ def _variant(
 def _candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
     """The file that a calibrated model or a QAT state would ship, evaluated."""
     model = shared.run(convert, prepared, branch=name)
-    artifact = shared.run(script_and_save, model, shared.engine, branch=name)
+    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], branch=name)
     onnx = _save_onnx(shared, model, name, shared.onnx_runtimes[:1]) if is_refusal(artifact) else ()
     file, runtime = _reference(shared, artifact, onnx, shared.engine)
     validation, selection = _evaluate(shared, file, runtime, name)

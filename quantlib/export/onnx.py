@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import fx, nn
+from torch import fx
 
-from quantlib import temporary
-from quantlib.data import shards
 from quantlib.errors import ModelError
 from quantlib.export.onnx_draft import ACTIVATION, DOMAIN, NAME, PARAMETER, WEIGHT
 from quantlib.graph.plan import is_layer
 from quantlib.quantize.grids import Grid
 from quantlib.quantize.preparation import QUANTIZERS, is_int8
-from quantlib.runtimes import classifiers
 
-_NUM_CHECKED = 32
-# About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
-_MAX_ERROR = 0.1
-_MAX_FLOAT_ERROR = 1e-4
 # A Protocol Buffers message has at most 2 GiB; the graph itself takes a little.
 _MAX_SIZE = 2**31 - 2**24
 
@@ -178,35 +169,3 @@ class _Filling:
 
 def _name_of(mark: Any) -> str:
     return next((each.s.decode() for each in mark.attribute if each.name == NAME), "")
-
-
-def check_onnx(content: bytes, model: nn.Module, runtime: str, shard: Path) -> None:
-    """Compare an ONNX file's logits with the model's own, on real images.
-
-    They are not bit-identical: runtimes round sums in different places, and int8 models amplify that.
-
-    Args:
-        content: The ONNX file.
-        model: Fused float, or quantized.
-        runtime: The runtime that the file runs in.
-        shard: A file of decoded images; the first 32 are used.
-
-    Raises:
-        ModelError: If the difference has more than a tenth of the logits' power, or for float a ten-thousandth; a
-            wrong scale, zero point or layer causes more than all of it.
-    """
-    x = shards.open_shard(shard).inputs(stop=_NUM_CHECKED)
-    with temporary.new_folder() as folder:
-        (folder / "model.onnx").write_bytes(content)
-        got = classifiers.open_model(folder / "model.onnx", runtime)(x)
-    with torch.inference_mode():
-        expected = model.eval()(x)
-    error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
-    is_quantized = any(isinstance(module, Grid) for module in model.modules())
-    allowed = _MAX_ERROR if is_quantized else _MAX_FLOAT_ERROR
-    if not error <= allowed:
-        advice = " On a CPU whose int8 arithmetic saturates, set activation_bits = 7." if is_quantized else ""
-        raise ModelError(
-            f"In {runtime} the logits are {error:.2%} of their power away from the model's own, but at most "
-            f"{allowed:.2%} are allowed.{advice}"
-        )

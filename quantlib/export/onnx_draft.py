@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, reason_of
 from quantlib.graph.plan import Plan, draw_plan, is_layer
 from quantlib.graph.tracing import untraced
 from quantlib.quantize.layers import quantized
@@ -79,8 +79,7 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
             verbose=False,
         )
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(f"The model cannot be written as ONNX: {lines[0]}") from None
+        raise ModelError(f"The model cannot be written as ONNX: {reason_of(error)}") from None
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
     written = program.model_proto

@@ -7,14 +7,14 @@ import io
 import torch
 from torch import fx
 
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, reason_of
 from quantlib.graph.tracing import untraced
 
 
 def script(model: fx.GraphModule, engine: str | None, input_shape: tuple[int, int, int]) -> bytes:
     """Script a model as a TorchScript file; `torch.jit.load` reads it without this package.
 
-    The same model gives the same bytes.
+    The same model gives the same bytes. Whether its int8 kernels can run it shows only as it runs.
 
     Args:
         model: Fused float, or quantized.
@@ -22,8 +22,7 @@ def script(model: fx.GraphModule, engine: str | None, input_shape: tuple[int, in
         input_shape: Channels, height and width of its input.
 
     Raises:
-        ModelError: If it uses Python that TorchScript cannot express, its int8 kernels cannot run it, or this torch has
-            no TorchScript any more.
+        ModelError: If it uses Python that TorchScript cannot express, or this torch has no TorchScript any more.
         MachineError: If this machine lacks the engine.
     """
     try:
@@ -39,25 +38,39 @@ def script(model: fx.GraphModule, engine: str | None, input_shape: tuple[int, in
             torchscript.forget_classes()
             torch.jit.save(_scripted(own, input_shape), buffer)
         except Exception as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            # The interpreter says what happened last.
-            reason = lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
-            raise ModelError(f"The model cannot be written as TorchScript: {reason}") from None
+            raise ModelError(f"The model cannot be written as TorchScript: {reason_of(error)}") from None
     return torchscript.canonical(buffer.getvalue())
 
 
+def try_out(content: bytes, engine: str | None, input_shape: tuple[int, int, int]) -> None:
+    """Run a TorchScript file in this process, on images of zeros.
+
+    Args:
+        content: The file.
+        engine: The engine that it was written for; None for float.
+        input_shape: Channels, height and width of its input.
+
+    Raises:
+        ModelError: If it does not run.
+        MachineError: If this machine lacks the engine.
+    """
+    from quantlib.runtimes.engine import use_engine
+
+    with use_engine(engine or "auto"), torch.inference_mode():
+        try:
+            torch.jit.load(io.BytesIO(content))(torch.zeros(1, *input_shape))
+        except Exception as error:
+            raise ModelError(f"The model cannot be written as TorchScript: {reason_of(error)}") from None
+
+
 def _scripted(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> torch.jit.ScriptModule:
-    """A model in TorchScript; it can run."""
+    """A model in TorchScript."""
     # Its class's name gets into the file, and depends on where the model comes from.
     model = fx.GraphModule(model, model.graph, "Classifier")
     try:
-        scripted: torch.jit.ScriptModule = torch.jit.script(model)
+        return torch.jit.script(model)
     except RuntimeError:
         # TorchScript is stricter with types than Python. What is recorded has none, but only one way through branches.
         if untraced(model):
             raise
-        scripted = torch.jit.trace(model, torch.zeros(2, *input_shape), check_trace=False)
-    with torch.inference_mode():
-        for num_images in (1, 3):
-            scripted(torch.zeros(num_images, *input_shape))
-    return scripted
+        return torch.jit.trace(model, torch.zeros(2, *input_shape), check_trace=False)

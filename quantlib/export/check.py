@@ -1,0 +1,51 @@
+"""The check of an exported file: it must answer as its model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantlib import helper, temporary
+from quantlib.data import shards
+from quantlib.errors import ModelError
+from quantlib.quantize.grids import Grid
+
+_NUM_CHECKED = 32
+# About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
+_MAX_ERROR = 0.1
+_MAX_FLOAT_ERROR = 1e-4
+
+
+def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path) -> None:
+    """Compare an exported file's logits, computed in a helper process, with the model's own, on real images.
+
+    They are not bit-identical: runtimes round sums in different places, and int8 models amplify that.
+
+    Args:
+        content: The file: TorchScript or ONNX.
+        model: Fused float, or quantized.
+        runtime: The runtime that the file runs in.
+        shard: A file of decoded images; the first 32 are used.
+
+    Raises:
+        ModelError: If the file does not run, crashes or hangs; or if the difference has more than a tenth of the
+            logits' power, or for float a ten-thousandth: a wrong scale, zero point or layer causes more than all of it.
+        MachineError: If this machine lacks the runtime or the engine, or the helper was ended from outside.
+    """
+    with temporary.new_folder() as folder:
+        path = folder / ("model.pt" if runtime.startswith("torchscript") else "model.onnx")
+        path.write_bytes(content)
+        got = helper.run_file(path, runtime, shard, _NUM_CHECKED)
+    with torch.inference_mode():
+        expected = model.eval()(shards.open_shard(shard).inputs(stop=_NUM_CHECKED))
+    error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
+    is_quantized = any(isinstance(module, Grid) for module in model.modules())
+    allowed = _MAX_ERROR if is_quantized else _MAX_FLOAT_ERROR
+    if not error <= allowed:
+        advice = " On a CPU whose int8 arithmetic saturates, set activation_bits = 7." if is_quantized else ""
+        raise ModelError(
+            f"In {runtime} the logits are {error:.2%} of their power away from the model's own, but at most "
+            f"{allowed:.2%} are allowed.{advice}"
+        )

@@ -1,0 +1,209 @@
+"""A process that runs exported files, so that a native kernel that crashes or hangs takes nothing else along.
+
+The first file starts it, which takes as long as importing torch; it then serves all others. Requests and answers are
+lines of JSON: the paths of a file and of images in, logits out. It exits when its standard input is closed, as the
+kernel does when the process that started it ends, however that ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlib.data import shards
+from quantlib.errors import MachineError, ModelError, QuantflowError, reason_of
+from quantlib.process import prepare_process
+from quantlib.runtimes import classifiers
+
+# Opening a large model and running it on some images takes a minute.
+_MAX_SECONDS = 600
+# What a kernel does to its own process. Any other signal came from outside and says nothing about the file.
+_CRASHES = {
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
+_ERRORS = {error.__name__: error for error in (MachineError, ModelError)}
+
+
+def start() -> None:
+    """Start the helper ahead of the first file, so that it imports torch while this process works."""
+    _HELPER.start()
+
+
+def run_file(path: Path, runtime: str, shard: Path, num_images: int) -> Tensor:
+    """Logits of an exported file, [n, num_classes] float32, computed in the helper.
+
+    Args:
+        path: The file.
+        runtime: As for `classifiers.open_model`.
+        shard: A file of decoded images.
+        num_images: How many of them to use: the first.
+
+    Raises:
+        ModelError: If the file cannot be read, does not run, crashes or hangs.
+        MachineError: If this machine lacks the runtime or the engine, or the helper was ended from outside.
+    """
+    request = {
+        "path": str(path.absolute()),
+        "runtime": runtime,
+        "shard": str(shard.absolute()),
+        "num_images": num_images,
+        "max_seconds": _MAX_SECONDS,
+    }
+    answer = _HELPER.ask(request)
+    if isinstance(answer, int):
+        raise _explain_death(answer, runtime)
+    if "error" in answer:
+        raise _ERRORS[answer["error"]](answer["message"])
+    return torch.tensor(answer["logits"], dtype=torch.float32)
+
+
+class _Helper:
+    """The helper as its parent sees it."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self._turn = threading.Lock()
+
+    def start(self) -> None:
+        """Start it, unless it runs."""
+        with self._turn:
+            self._running()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any] | int:
+        """The helper's answer, or the exit status that it ended with instead, negative for a signal."""
+        with self._turn:
+            process = self._running()
+            requests, answers = process.stdin, process.stdout
+            assert requests is not None
+            assert answers is not None
+            try:
+                requests.write(json.dumps(request) + "\n")
+                requests.flush()
+                line = answers.readline()
+            except BrokenPipeError:
+                line = ""
+            except BaseException:
+                self.stop()  # Its answer would be taken for that to the next request.
+                raise
+            if line.endswith("\n"):
+                return json.loads(line)
+            process.communicate()
+            self.process = None
+            return process.returncode
+
+    def stop(self) -> None:
+        """Kill the helper, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def _running(self) -> subprocess.Popen[str]:
+        # It may have died since its last answer.
+        if self.process is not None and self.process.poll() is not None:
+            self.stop()
+        if self.process is None:
+            self.process = _start()
+        return self.process
+
+
+_HELPER = _Helper()
+atexit.register(_HELPER.stop)
+
+
+def _start() -> subprocess.Popen[str]:
+    own = {
+        "PYTHONPATH": os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        # TorchScript's interpreter prints warnings past Python's filters. What a file warns of is seen when it is
+        # evaluated, too.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    # -P: a module of the user's in the working folder is not one of Python's.
+    command = [sys.executable, "-P", "-m", "quantlib.helper"]
+    return subprocess.Popen(  # noqa: S603 (our own module)
+        command, env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def _explain_death(status: int, runtime: str) -> QuantflowError:
+    if -status == signal.SIGALRM:
+        what = f"gave no answer within {_MAX_SECONDS} seconds"
+    elif -status in _CRASHES:
+        what = f"crashed with {signal.Signals(-status).name}"
+    else:
+        how = f"exit status {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)})"
+        return MachineError(
+            f"The process that runs exported files ended with {how} in {runtime}. If memory ran out, free some; or "
+            "leave the runtime out with benchmark.runtimes. Then run again: finished stages are kept."
+        )
+    return ModelError(
+        f"The {_format(runtime)} file {what} in {runtime}. Try another engine or runtime, or leave layers in float "
+        "(float_layers)."
+    )
+
+
+def _format(runtime: str) -> str:
+    return "TorchScript" if runtime.startswith("torchscript") else "ONNX"
+
+
+# In the helper
+
+
+def _serve() -> None:
+    """Answer requests until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which decides.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # A crash is expected, and leaves no file in the working folder.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # What a library prints must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    prepare_process()
+    for line in sys.stdin:
+        request = json.loads(line)
+        # The kernel ends a file that hangs, even one that keeps Python from running.
+        signal.alarm(request.pop("max_seconds"))
+        answer = _answer(**request)
+        signal.alarm(0)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _exit_with_parent() -> None:
+    hung_up = select.poll()
+    hung_up.register(0, 0)
+    hung_up.poll()
+    os._exit(0)
+
+
+def _answer(path: str, runtime: str, shard: str, num_images: int) -> dict[str, Any]:
+    try:
+        images = shards.open_shard(Path(shard)).inputs(stop=num_images)
+        return {"logits": classifiers.open_model(Path(path), runtime)(images).tolist()}
+    except (MachineError, ModelError) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        message = f"The model cannot be written as {_format(runtime)}: {reason_of(error)}"
+        return {"error": "ModelError", "message": message}
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,94 @@
+"""A file whose native kernels crash is refused, and the run ends with a verdict about the others."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from crashing import Crashing
+from dashboard_driver import own_environment
+
+from quantlib.report import tables
+
+RECIPE = """
+name = "crashing"
+
+[model]
+architecture = "mobilenet_v2"
+arguments = { width_mult = 0.25, inverted_residual_setting = [[1, 16, 1, 2], [2, 16, 2, 2]] }
+weights = "train"
+training = { epochs = 1, batch_size = 64 }
+
+[data]
+format = "digits"
+resize = 16
+crop = 16
+train_flip = 0.0
+
+[evaluation]
+max_images = 60
+num_held_out = 40
+
+[calibration]
+batch_size = 16
+num_batches = 2
+
+[[ptq]]
+name = "ptq"
+
+[benchmark]
+num_samples = 10
+runtimes = ["torchscript", "onnxruntime"]
+
+[gate]
+max_top1_drop = 1.0
+min_speedup = 0
+"""
+
+# The TorchScript file of the int8 model is one that crashes.
+CRASHING = """
+from pathlib import Path
+from quantlib.export import scripting
+
+write = scripting.script
+scripting.script = lambda *given: Path("crashing.pt").read_bytes() if given[1] else write(*given)
+"""
+WITHOUT_HELPER = """
+from quantlib import helper
+helper._start = lambda: 1 / 0
+"""
+COMMAND = """
+from flows.cli.commands import command
+command()
+"""
+
+
+def test_a_crash_costs_one_file_and_a_run_that_only_reuses_starts_no_helper(tmp_path):
+    pytest.importorskip("onnxruntime", reason="the other file is for ONNX Runtime")
+    (tmp_path / "crashing.toml").write_text(RECIPE)
+    (tmp_path / "crashing.pt").write_bytes(torch.jit.script(Crashing()).save_to_buffer())
+    (tmp_path / "tmp").mkdir()
+
+    def run(prelude):
+        ended = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", prelude + COMMAND, "run", "crashing.toml", "--home", "home"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
+            env=own_environment(OMP_NUM_THREADS="1", TMPDIR=str(tmp_path / "tmp")),
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "Winner: ptq in onnxruntime" in ended.stdout
+
+    run(CRASHING)
+    rows = {row.variant: row for _, row in tables.read_variants(tmp_path / "home" / "reports")}
+    assert rows["float"].torchscript_path is not None
+    assert rows["ptq"].torchscript_path is None
+    assert "TorchScript file crashed with SIGSEGV in torchscript-" in rows["ptq"].torchscript_refusal
+    assert rows["ptq"].onnx_refusal is None
+
+    run(WITHOUT_HELPER)
+    # torch keeps a folder there for the next process.
+    assert [path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor_")] == []
