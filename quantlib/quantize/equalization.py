@@ -25,40 +25,54 @@ _MAX_ROUNDS = 100
 _MAX_CHANGE = 1e-4
 
 
-def equalize(
-    model: fx.GraphModule,
-    input_shape: tuple[int, int, int],
-    *,
-    smoothing: float | None = None,
-    images: Iterable[Tensor] = (),
-) -> fx.GraphModule:
+def equalize(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> fx.GraphModule:
     """Copy a float model with the channel ranges of consecutive layers made equal; it computes the same function.
 
     Args:
         model: Float, fused in mode "eval" or not fused; BatchNorm that is not folded absorbs the factors, so
             the model can still be fused for training.
         input_shape: Channels, height and width of the model's input.
-        smoothing: SmoothQuant's alpha, in (0, 1]: how much of a norm's range per channel goes over to the weights of
-            the layers that read it; None: norms stay as they are.
-        images: Batches [N, C, H, W] of calibration images, for `smoothing` to measure these ranges on.
 
     Raises:
         ModelError: If the copy computes something else, because the model uses its layers differently from what its
             structure shows.
     """
     equal = copy.deepcopy(model).eval()
-    groups = [group for group in find_scale_groups(equal) if group.can_rescale()]
-    norms = [norm for group in groups for norm in group.norms]
-    if smoothing is None:
-        groups = [group for group in groups if not group.norms]
-    elif norms:
-        _find_peaks(equal, norms, images)
+    groups = [group for group in find_scale_groups(equal) if group.can_rescale() and not group.norms]
     with torch.no_grad():
         for _ in range(_MAX_ROUNDS):
-            if not groups or max(_equalize(group, smoothing) for group in groups) < _CONVERGED:
+            if not groups or max(_equalize(group, 0.5) for group in groups) < _CONVERGED:
                 break
-    _check_same(model, equal, input_shape)
+    _check_same(model, equal, input_shape, "Set equalize = false")
     return equal.train(model.training)
+
+
+def smooth(
+    model: fx.GraphModule, input_shape: tuple[int, int, int], alpha: float, images: Iterable[Tensor]
+) -> fx.GraphModule:
+    """Copy a float model with its norms' outputs divided per channel, so that one scale suits all of their channels.
+
+    The layers that read them are multiplied: the copy computes the same function. Norms that anything else reads stay.
+
+    Args:
+        model: Float, fused or not.
+        input_shape: Channels, height and width of the model's input.
+        alpha: In (0, 1]: how much of a channel's range goes over to the weights that read it.
+        images: Batches [N, C, H, W] of calibration images, to measure these ranges on.
+
+    Raises:
+        ModelError: As for `equalize`.
+    """
+    smoothed = copy.deepcopy(model).eval()
+    groups = [group for group in find_scale_groups(smoothed) if group.can_rescale()]
+    groups = [group for group in groups if len(group.norms) == len(group.producers)]
+    if groups:
+        _find_peaks(smoothed, [norm for group in groups for norm in group.norms], images)
+    with torch.no_grad():
+        for group in groups:
+            _equalize(group, alpha)
+    _check_same(model, smoothed, input_shape, "Remove smoothing")
+    return smoothed.train(model.training)
 
 
 def _find_peaks(model: fx.GraphModule, norms: Sequence[Producer], images: Iterable[Tensor]) -> None:
@@ -80,13 +94,12 @@ def _find_peaks(model: fx.GraphModule, norms: Sequence[Producer], images: Iterab
         handle.remove()
 
 
-def _equalize(group: ScaleGroup, smoothing: float | None) -> float:
+def _equalize(group: ScaleGroup, share: float) -> float:
     """Rescale a group's channels; returns how far from 1 the furthest factor was, as a natural logarithm.
 
     Nagel et al. 2019, eq. 11, s_i = sqrt(r1_i r2_i) / r2_i, with the largest range if there are several layers. For
-    norms Xiao et al. 2022, eq. 4, which is the same with another exponent.
+    norms Xiao et al. 2022, eq. 4, which is the same with another share than a half.
     """
-    share = smoothing if group.norms and smoothing is not None else 0.5
     out_range = torch.stack([each.range() for each in group.producers]).amax(0)  # (channels,)
     in_range = torch.stack([each.range(len(out_range)) for each in group.consumers]).amax(0)  # (channels,)
     # A channel with only zero weights on one side has nothing to equalize.
@@ -100,7 +113,7 @@ def _equalize(group: ScaleGroup, smoothing: float | None) -> float:
     return float(factors.clamp_min(1e-300).log().abs().max())
 
 
-def _check_same(model: nn.Module, equal: nn.Module, input_shape: tuple[int, int, int]) -> None:
+def _check_same(model: nn.Module, equal: nn.Module, input_shape: tuple[int, int, int], advice: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *input_shape, generator=generator)
     original = copy.deepcopy(model).eval()
@@ -110,5 +123,5 @@ def _check_same(model: nn.Module, equal: nn.Module, input_shape: tuple[int, int,
     if not change <= _MAX_CHANGE:
         raise ModelError(
             f"Equalization changed the model's logits by {change:.1e} (rounding explains at most {_MAX_CHANGE:.0e}): "
-            "its forward() uses layers in a way that their order does not show. Set equalize = false in the recipe."
+            f"its forward() uses layers in a way that their order does not show. {advice} in the recipe."
         )

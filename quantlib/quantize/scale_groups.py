@@ -73,8 +73,6 @@ class Producer:
                 assert isinstance(parameter, nn.Parameter)
                 shape = (-1, *[1] * (parameter.dim() - 1))
                 parameter.data = (parameter.detach().double() / factors.view(shape)).to(parameter.dtype)
-        if self.peak is not None:
-            self.peak = self.peak / factors
 
 
 @dataclass(eq=False)

@@ -331,7 +331,7 @@ def test_smoothing_moves_a_norms_range_per_channel_into_the_layers_that_read_it(
     model = trace(Tokens(Attention(fused=True)), (3, 32, 32))
     # Xiao et al. 2022, eq. 4: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
     factors = peaks(model, "last_norm") ** alpha / incoming_ranges(model.head) ** (1 - alpha)
-    equal = equalization.equalize(model, (3, 32, 32), smoothing=alpha, images=[images()[:5], images()[5:]])
+    equal = equalization.smooth(model, (3, 32, 32), alpha, [images()[:5], images()[5:]])
     assert torch.allclose(equal.last_norm.weight, model.last_norm.weight / factors, rtol=1e-4)
     assert torch.allclose(equal.last_norm.bias, model.last_norm.bias / factors, rtol=1e-4)
     assert torch.allclose(equal.head.weight, model.head.weight * factors, rtol=1e-4)
@@ -354,7 +354,7 @@ def test_smoothing_goes_through_every_norm_with_a_weight_per_channel(norm, reade
     norm.weight.data = torch.exp(torch.randn(len(norm.weight)))
     model = trace(nn.Sequential(nn.Conv2d(3, 4, 1), norm, reader), (3, 8, 8))
     x = torch.randn(8, 3, 8, 8)
-    equal = equalization.equalize(model, (3, 8, 8), smoothing=0.5, images=[x])
+    equal = equalization.smooth(model, (3, 8, 8), 0.5, [x])
     assert {"1.weight", "2.weight"} <= changed(model, equal)
     assert torch.allclose(model(x), equal(x), rtol=1e-4, atol=1e-5)
 
@@ -388,7 +388,7 @@ class Read(nn.Module):
 )
 def test_smoothing_leaves_a_norm_that_not_only_layers_read_as_it_is(norm, and_also):
     model = trace(Read(norm, and_also), (3, 8, 8))
-    equal = equalization.equalize(model, (3, 8, 8), smoothing=0.5, images=[torch.randn(8, 3, 8, 8)])
+    equal = equalization.smooth(model, (3, 8, 8), 0.5, [torch.randn(8, 3, 8, 8)])
     assert changed(model, equal) == set()
 
 
@@ -402,15 +402,15 @@ class OwnNorm(nn.LayerNorm):
 def test_a_norm_that_is_called_as_a_function_of_its_weight_is_smoothed_too():
     model = trace(Read(OwnNorm(8, eps=0.1), nn.Linear(8, 8)), (3, 8, 8))
     x = torch.randn(8, 3, 8, 8)
-    equal = equalization.equalize(model, (3, 8, 8), smoothing=0.5, images=[x])
+    equal = equalization.smooth(model, (3, 8, 8), 0.5, [x])
     assert changed(model, equal) == {"norm.weight", "norm.bias", "layer.weight", "and_also.weight"}
     assert torch.allclose(model(x), equal(x), rtol=1e-4, atol=1e-5)
 
 
-def test_without_smoothing_norms_stay_as_they_are():
+def test_equalization_leaves_norms_to_smoothing():
     model = trace(Read(nn.LayerNorm(8), nn.Linear(8, 8)), (3, 8, 8))
-    assert changed(model, equalization.equalize(model, (3, 8, 8), images=[torch.randn(8, 3, 8, 8)])) == set()
-    smoothed = equalization.equalize(model, (3, 8, 8), smoothing=0.5, images=[torch.randn(8, 3, 8, 8)])
+    assert changed(model, equalization.equalize(model, (3, 8, 8))) == set()
+    smoothed = equalization.smooth(model, (3, 8, 8), 0.5, [torch.randn(8, 3, 8, 8)])
     assert changed(model, smoothed) == {"norm.weight", "norm.bias", "layer.weight", "and_also.weight"}
 
 
