@@ -150,6 +150,7 @@ def quantize(
     weights: WeightGrid = "per_channel",
     activation_bits: ActivationBits | None = None,
     equalize: bool = True,
+    smoothing: float | None = None,
     bias_correction: bool = True,
     float_layers: Sequence[str] = (),
 ) -> QuantizedModel:
@@ -163,6 +164,7 @@ def quantize(
         weights: per_channel or per_tensor.
         activation_bits: 7 or 8; None: as many as the int8 arithmetic of this CPU takes.
         equalize: Rescale channels from layer to layer, so that one scale suits all of them.
+        smoothing: SmoothQuant's alpha, such as 0.5: rescale norms, too, by as much of their ranges; None: they stay.
         bias_correction: Correct each layer's mean output, on the first batches.
         float_layers: Layers that stay float, by path or class.
 
@@ -184,6 +186,8 @@ def quantize(
     traced = trace_model(copy.deepcopy(model).eval(), input_shape)
     if equalize:
         traced = equalization.equalize(traced, input_shape)
+    if smoothing is not None:
+        traced = equalization.smooth(traced, input_shape, smoothing, batches)
     observed = preparation.observe(fuse_model(traced, "eval"), scheme.float_layers, inplace=True)
     calibration.show(observed, batches, sum(map(len, batches)))
     calibration.choose_ranges(observed, scheme)

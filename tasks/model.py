@@ -1,4 +1,4 @@
-"""Stages that make float models: load_float, equalize, fuse."""
+"""Stages that make float models: load_float, equalize, smooth, fuse."""
 
 from dataclasses import dataclass, replace
 
@@ -55,6 +55,21 @@ def equalize(job: Job, model: Ref) -> Ref:
     store = job.store
     module, header = stored.open_model(store.read(model))
     return store.put(header.kind, checkpoint.save(equalization.equalize(module, header.input_shape), header))
+
+
+@stage("smooth-{branch}")
+def smooth(job: Job, model: Ref, alpha: float, images: tuple[Ref, ...], batch_size: int, *, branch: str) -> Ref:
+    """Move the range that channels of norms have into the layers that read them; the outputs stay the same."""
+    from quantlib.data import shards
+    from quantlib.models import checkpoint
+    from quantlib.quantize import equalization, stored
+
+    store = job.store
+    module, header = stored.open_model(store.read(model))
+    batches = (x for shard in images for x, _ in shards.batches(store.path(shard), batch_size))
+    return store.put(
+        header.kind, checkpoint.save(equalization.smooth(module, header.input_shape, alpha, batches), header)
+    )
 
 
 @stage("plan_layers-{branch}")

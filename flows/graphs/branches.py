@@ -57,9 +57,13 @@ def float_branch(shared: SharedStages) -> VariantRefs:
     )
 
 
+def _fused(shared: SharedStages, branch: BranchRecipe, mode: Literal["eval", "qat"]) -> Ref:
+    return shared.fused(mode, equalized=branch.equalizes, smoothing=branch.smoothing)
+
+
 def _calibrate(shared: SharedStages, branch: BranchRecipe) -> Ref:
     """The calibrated model; its weights and biases are still float's."""
-    scheme, observed = _scheme(shared, branch), shared.fused("eval", equalized=branch.equalizes)
+    scheme, observed = _scheme(shared, branch), _fused(shared, branch, "eval")
     for shard, label in _labelled(shared.calibration, branch.name):
         batch_size = shared.recipe.calibration.batch_size
         observed = shared.run(calibrate, observed, shard, scheme.float_layers, batch_size, branch=label)
@@ -103,7 +107,7 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     images, scheme = shared.inputs.training, _scheme(shared, branch)
     transform = replace(train_transform(shared.recipe, shared.inputs), scale=branch.train_scale)
     teacher = shared.fused_eval if branch.distill else None
-    state = shared.fused("qat", equalized=branch.equalizes)
+    state = _fused(shared, branch, "qat")
     candidates: list[CandidateRefs] = []
     if branch.start == "calibrated":
         calibrated = _correct(shared, branch, _calibrate(shared, branch))
@@ -181,6 +185,7 @@ def _variant(
         engine=shared.engine,
         scheme=_scheme(shared, branch),
         equalized=branch.equalizes,
+        smoothing=branch.smoothing,
         bias_corrected=bias_corrected,
     )
 
@@ -330,12 +335,12 @@ def _layers(shared: SharedStages, model: Ref, branch: BranchRecipe) -> tuple[Ref
     """The measurements of `layers_of`, if the recipe asks for them."""
     if not shared.recipe.evaluation.layers:
         return ()
-    return layers_of(shared, model, branch.name, equalized=branch.equalizes)
+    return layers_of(shared, model, branch)
 
 
-def layers_of(shared: SharedStages, model: Ref, name: str, *, equalized: bool) -> tuple[Ref, ...]:
+def layers_of(shared: SharedStages, model: Ref, branch: BranchRecipe) -> tuple[Ref, ...]:
     """What each layer costs in accuracy, on the first selection images."""
-    reference = shared.fused("eval", equalized=equalized)
+    reference = _fused(shared, branch, "eval")
     images = shared.inputs.held_out if shared.held_out else shared.inputs.validation
     shard = (shared.held_out or shared.validation)[0]
     num_images = min(_LAYER_IMAGES, images.stop - images.start, shard_size(shared.inputs.transform.input_shape))
@@ -347,7 +352,7 @@ def layers_of(shared: SharedStages, model: Ref, name: str, *, equalized: bool) -
             shard,
             start,
             min(start + _LAYER_IMAGES_PER_STAGE, num_images),
-            branch=f"{name}-{n}",
+            branch=f"{branch.name}-{n}",
         )
         for n, start in enumerate(range(0, num_images, _LAYER_IMAGES_PER_STAGE))
     )

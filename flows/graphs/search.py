@@ -51,7 +51,8 @@ def _try_in_turn(
     def rank(name: str) -> list[str]:
         refs = variants[name]
         assert refs.model is not None
-        layers = refs.layers or layers_of(stages, refs.model, name, equalized=refs.variant.equalized)
+        (branch,) = (trial.branch for trial in trials if trial.branch.name == name)
+        layers = refs.layers or layers_of(stages, refs.model, branch)
         variants[name] = replace(refs, layers=layers)
         return rank_layers(stages.run, layers)
 

@@ -1,7 +1,8 @@
 """Stages that the branches of a run share: the float model, the fused models, the decoded images."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -14,7 +15,7 @@ from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.data import decode
 from tasks.export import draft_onnx
-from tasks.model import Training, equalize, fuse, load_float
+from tasks.model import Training, equalize, fuse, load_float, smooth
 from tasks.run import Run
 
 # One stage evaluates one shard of decoded images: small enough that no stage takes more than minutes, and that its
@@ -37,20 +38,19 @@ class SharedStages:
     """Decoded shards."""
     held_out: tuple[Ref, ...]
     """Decoded shards; empty if the recipe selects on validation."""
+    _made: dict[str, Ref] = field(default_factory=dict)
+    """Fused models and those that they are made from, by the label of their stage."""
 
-    def fused(self, mode: Literal["eval", "qat"], *, equalized: bool) -> Ref:
+    def fused(self, mode: Literal["eval", "qat"], *, equalized: bool = False, smoothing: float | None = None) -> Ref:
         """The float model that a branch quantizes."""
-        return {
-            ("eval", False): lambda: self.fused_eval,
-            ("qat", False): lambda: self._fused_qat,
-            ("eval", True): lambda: self._fused_eval_equalized,
-            ("qat", True): lambda: self._fused_qat_equalized,
-        }[mode, equalized]()
+        model = self._rescaled(equalized, smoothing)
+        name = mode + ("-equalized" if equalized else "") + ("" if smoothing is None else f"-smoothed-{smoothing}")
+        return self._once(f"fuse-{name}", lambda: self.run(fuse, model, mode, branch=name))
 
-    @cached_property
+    @property
     def fused_eval(self) -> Ref:
-        """The fused model of the baseline and of every PTQ branch that is not equalized."""
-        return self.run(fuse, self.float_model, "eval", branch="eval")
+        """The fused model of the baseline and of every PTQ branch that rescales nothing."""
+        return self.fused("eval")
 
     @cached_property
     def onnx_draft(self) -> Ref:
@@ -66,21 +66,24 @@ class SharedStages:
         chosen = replace(self.inputs.training, stop=first + settings.batch_size * settings.num_batches)
         return _decode(self.run, recipe, chosen, transform, "calibration", settings.batch_size)
 
-    @cached_property
-    def _equalized(self) -> Ref:
-        return self.run(equalize, self.float_model)
+    def _rescaled(self, equalized: bool, smoothing: float | None) -> Ref:
+        """The float model, equalized and smoothed as asked."""
+        model = self.float_model
+        if equalized:
+            model = self._once("equalize", lambda: self.run(equalize, self.float_model))
+        if smoothing is None:
+            return model
+        name, before = f"{smoothing}{'-equalized' if equalized else ''}", model
+        batch_size = self.recipe.calibration.batch_size
+        return self._once(
+            f"smooth-{name}",
+            lambda: self.run(smooth, before, smoothing, self.calibration, batch_size, branch=name),
+        )
 
-    @cached_property
-    def _fused_qat(self) -> Ref:
-        return self.run(fuse, self.float_model, "qat", branch="qat")
-
-    @cached_property
-    def _fused_eval_equalized(self) -> Ref:
-        return self.run(fuse, self._equalized, "eval", branch="eval-equalized")
-
-    @cached_property
-    def _fused_qat_equalized(self) -> Ref:
-        return self.run(fuse, self._equalized, "qat", branch="qat-equalized")
+    def _once(self, label: str, make: Callable[[], Ref]) -> Ref:
+        if label not in self._made:
+            self._made[label] = make()
+        return self._made[label]
 
 
 def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> SharedStages:

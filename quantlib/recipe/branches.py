@@ -28,6 +28,9 @@ class BranchRecipe(Section):
     """8, or 7 where the CPU's int8 arithmetic would saturate; "auto": what this CPU can; absent: as `qconfig` says."""
     equalize: Flag | None = None
     """Apply cross-layer equalization first; absent: as `qconfig` says."""
+    smoothing: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
+    """SmoothQuant's alpha, 0.5 for most models: how much of the range that each channel of a norm has goes over to the
+    weights that read it, measured on the calibration images; absent: norms stay as they are."""
     bias_correction: Flag | None = None
     """Correct each layer's mean output, on the calibration images; absent: as `qconfig` says."""
     float_layers: Annotated[tuple[Line, ...], Field(max_length=MAX_ITEMS)] = ()

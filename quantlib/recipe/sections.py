@@ -198,7 +198,7 @@ class SearchRecipe(Section):
     max_top1_drop: Fraction = 0.002
     """The budget: how much top-1 may be lost against float, as a fraction. The gate has the same: given in [gate], it
     may be absent here. Trials are judged on the selection images, the winner by the gate."""
-    max_trials: Annotated[int, Field(gt=0, le=_MAX_BRANCHES, strict=True)] = 12
+    max_trials: Annotated[int, Field(gt=0, le=_MAX_BRANCHES, strict=True)] = 13
     """Most variants to try; each is a branch in the report."""
     max_minutes: Annotated[float, Field(gt=0.0, le=1_000_000.0, strict=True)] = 120.0
     """No trial starts once the search's stages have taken this many minutes; one that has started is completed. A

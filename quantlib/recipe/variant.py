@@ -17,4 +17,5 @@ class Variant:
     engine: str | None = None
     scheme: Scheme | None = None
     equalized: bool = False
+    smoothing: float | None = None
     bias_corrected: bool = False

@@ -37,6 +37,8 @@ class VariantRow:
     int8_share: float | None = None
     """Fraction of the multiply-adds that are int8; null for float."""
     equalized: bool | None = None
+    smoothing: float | None = None
+    """SmoothQuant's alpha; null where norms stayed as they were."""
     bias_corrected: bool | None = None
     top1: float
     """Fraction of the validation images, like the other accuracies unless noted."""

@@ -264,6 +264,7 @@ class _Entry:
             float_layers=list(scheme.float_layers) if scheme else None,
             int8_share=measured.int8_share,
             equalized=variant.equalized,
+            smoothing=variant.smoothing,
             bias_corrected=variant.bias_corrected,
             top1=file.validation.top1,
             top5=file.validation.top5_accuracy,

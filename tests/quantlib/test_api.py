@@ -201,6 +201,20 @@ def test_each_option_makes_another_model_that_is_near_float(net, batches, quanti
     assert decibels(got, in_float(net, images)) > 20
 
 
+def test_smoothing_rescues_a_model_whose_norm_has_channels_much_larger_than_others(batches, images):
+    torch.manual_seed(0)
+    norm, reader = nn.LayerNorm(16), nn.Linear(16, 5)
+    factors = torch.logspace(-2, 2, 16)
+    norm.weight.data *= factors
+    reader.weight.data /= factors
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 16, 4), nn.Flatten(), norm, reader).eval()
+    plain, smoothed = (
+        decibels(api.quantize(model, batches, smoothing=alpha)(images), in_float(model, images))
+        for alpha in (None, 0.5)
+    )
+    assert smoothed > plain + 10
+
+
 def test_activations_have_as_many_bits_as_asked_for(batches, images):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())  # Gives enough values to meet every step.

@@ -9,7 +9,7 @@ from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.sections import SearchRecipe
 from quantlib.search import Trial, best_trial, next_trial
 
-FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "percentile"]
+FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "smoothed", "percentile"]
 RECIPE = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits"}}
 
 
@@ -38,6 +38,7 @@ def test_the_first_trial_is_the_cheapest_setting_and_each_next_adds_one_thing():
     assert second == first.model_copy(update={"name": second.name, "equalize": True})
     assert trials[3].branch.scheme(8).weights == "per_channel"
     assert trials[4].branch.scheme(8).observer == "mse"
+    assert [trial.branch.smoothing for trial in trials] == [None, None, None, None, None, 0.5, 0.5]
 
 
 def test_all_free_settings_are_tried_unless_one_is_inside_for_sure():
@@ -56,8 +57,8 @@ def test_the_costliest_layers_of_the_best_free_setting_stay_float_more_and_more(
     _, trials, ranked = _search({"corrected": 0.01})
     assert _names(trials) == [*FREE, "float-1", "float-2", "float-4", "float-8", "qat"]
     assert set(ranked) == {"search-3-corrected"}
-    assert trials[8].branch.float_layers == ("layer0", "layer1", "layer2", "layer3")
-    assert trials[8].branch.equalizes
+    assert trials[9].branch.float_layers == ("layer0", "layer1", "layer2", "layer3")
+    assert trials[9].branch.equalizes
     assert isinstance(trials[-1].branch, QATRecipe)
     assert (trials[-1].branch.equalizes, trials[-1].branch.float_layers) == (True, ())
 
@@ -65,14 +66,14 @@ def test_the_costliest_layers_of_the_best_free_setting_stay_float_more_and_more(
 def test_training_is_tried_where_only_float_layers_are_inside_because_it_would_be_faster():
     search, trials, _ = _search({"float-2": 0.0})
     assert _names(trials) == [*FREE, "float-1", "float-2", "qat"]
-    assert best_trial(search, trials).branch.name == "search-8-float-2"
+    assert best_trial(search, trials).branch.name == "search-9-float-2"
     search, trials, _ = _search({"float-2": 0.0, "qat": 0.002})
-    assert best_trial(search, trials).branch.name == "search-9-qat"
+    assert best_trial(search, trials).branch.name == "search-10-qat"
 
 
 def test_where_none_is_inside_the_best_is_the_most_accurate():
     search, trials, _ = _search({"float-8": 0.02, "qat": 0.01})
-    assert best_trial(search, trials).branch.name == "search-11-qat"
+    assert best_trial(search, trials).branch.name == "search-12-qat"
 
 
 def test_the_limit_on_trials_ends_the_search():

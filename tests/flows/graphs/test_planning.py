@@ -50,3 +50,21 @@ def test_a_stage_that_was_interrupted_is_not_called_damaged(tmp_path):
     held.join()
     reasons = {s.label: s.reason for s in plan_run(parse_recipe(harness.RECIPE), tmp_path / "home")}
     assert reasons["load_float"] == "the last run did not finish it"
+
+
+def test_branches_of_one_smoothing_share_a_model_which_other_branches_do_not_wait_for(tmp_path):
+    branches = [
+        {"name": "plain", "equalize": False},
+        {"name": "smoothed", "smoothing": 0.5},
+        {"name": "both", "smoothing": 0.5, "bias_correction": False},
+        {"name": "alone", "smoothing": 0.2, "equalize": False},
+    ]
+    stages = plan_run(parse_recipe(harness.RECIPE | {"ptq": branches, "qat": []}), tmp_path)
+    follows = {stage.label: stage.reason for stage in stages}
+    shared = [stage.label for stage in stages if stage.label.startswith(("equalize", "smooth", "fuse"))]
+    assert len(set(shared)) == len(shared) == 6
+    assert follows["smooth-0.5-equalized"] == "follows equalize"
+    assert follows["smooth-0.2"] == "follows load_float"
+    assert follows["calibrate-smoothed"] == follows["calibrate-both"] == "follows fuse-eval-equalized-smoothed-0.5"
+    assert follows["calibrate-alone"] == "follows fuse-eval-smoothed-0.2"
+    assert follows["calibrate-plain"] == "follows fuse-eval"

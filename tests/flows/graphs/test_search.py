@@ -129,10 +129,10 @@ def loop(monkeypatch):
                 model=Ref("int8-model", branch.name, 1),
             )
 
-        def measure(shared, model, name, *, equalized):
-            assert model == Ref("int8-model", name, 1)
-            ranked.append(name)
-            return (Ref("layers", name, 1),)
+        def measure(shared, model, branch):
+            assert model == Ref("int8-model", branch.name, 1)
+            ranked.append(branch.name)
+            return (Ref("layers", branch.name, 1),)
 
         def judge(run, branch, baseline, variant):
             drop = drops.get(branch.name.split("-", 2)[2], 0.1)
@@ -172,7 +172,7 @@ def loop(monkeypatch):
 
 def test_the_file_that_is_saved_is_always_the_best_so_far(loop):
     _, _, saved, _ = loop({"equalized": 0.05, "corrected": 0.06, "float-1": 0.0, "qat": 0.2})
-    assert [name.split("-", 2)[2] for name in saved] == ["minmax", *["equalized"] * 5, "float-1", "float-1"]
+    assert [name.split("-", 2)[2] for name in saved] == ["minmax", *["equalized"] * 6, "float-1", "float-1"]
 
 
 def test_of_a_model_without_a_torchscript_file_the_onnx_file_is_saved(loop):
@@ -187,11 +187,11 @@ def test_the_layers_of_the_trial_that_is_refined_are_measured_once_and_reported(
 
 def test_a_budget_that_cannot_be_met_says_by_how_much_it_is_missed(loop):
     _, note, _, _ = loop({"mse": 0.005})
-    assert "11 trials 0.30 points outside its budget of 0.20; its best is search-5-mse, -0.50 points" in note
+    assert "12 trials 0.30 points outside its budget of 0.20; its best is search-5-mse, -0.50 points" in note
 
 
 def test_a_budget_that_is_met_says_by_which_trial(loop):
-    assert "6 trials inside its budget: search-5-mse, -0.10 points" in loop({"mse": 0.001})[1]
+    assert "7 trials inside its budget: search-5-mse, -0.10 points" in loop({"mse": 0.001})[1]
 
 
 def test_no_trial_begins_when_the_time_is_over(loop, monkeypatch):

@@ -32,7 +32,7 @@ def ranges(layer):
 
 
 def incoming_ranges(layer):
-    return layer.weight.detach().abs().amax((0, 2, 3))
+    return layer.weight.detach().abs().transpose(0, 1).flatten(1).amax(1)
 
 
 def logits_of(model):
@@ -199,3 +199,229 @@ def test_a_model_fused_for_training_after_equalization_computes_the_same(net):
 def test_a_copy_is_in_the_mode_of_the_model(net, training):
     assert equalization.equalize(net.train(training), (3, 32, 32)).training == training
     assert net.training == training
+
+
+class Attention(nn.Module):
+    """As timm writes it: one layer for queries, keys and values."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.qkv, self.proj, self.fused = nn.Linear(12, 36), nn.Linear(12, 12), fused
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            x = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, 12))
+
+
+class Torchs(nn.Module):
+    """torch's own attention."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 2, **settings)
+        self.attention.in_proj_bias.data.normal_()
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Tokens(nn.Module):
+    """A transformer of one layer: patches of 4 pixels, attention, a layer that reads the first token."""
+
+    def __init__(self, attention):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.norm, self.attention = nn.Conv2d(3, 12, 4, 4), nn.LayerNorm(12), attention
+        self.last_norm, self.head = nn.LayerNorm(12), nn.Linear(12, 4)
+        for norm in (self.norm, self.last_norm):
+            norm.weight.data = torch.exp(torch.randn(12))
+            norm.bias.data.normal_()
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(self.norm(x))
+        return self.head(self.last_norm(x)[:, 0])
+
+
+def images(seed=0):
+    return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def changed(model, equal):
+    before = dict(model.named_parameters())
+    return {name for name, value in equal.named_parameters() if not torch.equal(value, before[name])}
+
+
+def assert_same(model, equal):
+    with torch.inference_mode():
+        assert torch.allclose(model(images()), equal(images()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "qkv", "proj"),
+    [
+        pytest.param(lambda: Attention(fused=True), "attention.qkv", "attention.proj", id="timm"),
+        pytest.param(lambda: Attention(fused=False), "attention.qkv", "attention.proj", id="timm, by hand"),
+        pytest.param(
+            lambda: Torchs(batch_first=True), "attention.attention.in_proj", "attention.attention.out_proj", id="torch"
+        ),
+    ],
+)
+def test_the_values_of_attention_are_equalized_with_its_output_and_queries_and_keys_stay(attention, qkv, proj):
+    model = trace(Tokens(attention()), (3, 32, 32))
+    model.get_submodule(proj).weight.data *= torch.logspace(-2, 2, 12)
+    equal = equalization.equalize(model, (3, 32, 32))
+    assert changed(model, equal) == {f"{qkv}.weight", f"{qkv}.bias", f"{proj}.weight"}
+    before, after = model.get_submodule(qkv).weight, equal.get_submodule(qkv).weight
+    assert torch.equal(before[:24], after[:24])
+    assert torch.allclose(ranges(equal.get_submodule(qkv))[24:], incoming_ranges(equal.get_submodule(proj)))
+    assert_same(model, equal)
+
+
+class Transposed(Attention):
+    """Mixes the channels of its values, not its tokens."""
+
+    def forward(self, x):
+        q, _, v = self.qkv(x).chunk(3, -1)
+        return self.proj((q.transpose(1, 2) @ v).softmax(1) @ v.transpose(1, 2)).mean(1, keepdim=True)
+
+
+class Twice(Attention):
+    """Its values are also its keys."""
+
+    def forward(self, x):
+        q, _, v = self.qkv(x).chunk(3, -1)
+        return self.proj((q @ v.transpose(1, 2)).softmax(-1) @ v)
+
+
+class Keys(Attention):
+    """Its values are its keys, as one tensor."""
+
+    def forward(self, x):
+        q, _, v = self.qkv(x).chunk(3, -1)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, v, v))
+
+
+@pytest.mark.parametrize("attention", [Twice, Keys, Transposed])
+def test_values_that_are_read_in_another_way_too_stay_as_they_are(attention):
+    net = Tokens(attention(fused=False))
+    if attention is Transposed:
+        net.attention.proj = nn.Linear(64, 12)
+    model = trace(net, (3, 32, 32))
+    assert changed(model, equalization.equalize(model, (3, 32, 32))) == set()
+
+
+def peaks(model, path):
+    """The largest absolute value of each channel of a norm's output."""
+    found = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _m, _i, y: found.append(y.abs().amax((0, 1))))
+    with torch.inference_mode():
+        model(images())
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5])
+def test_smoothing_moves_a_norms_range_per_channel_into_the_layers_that_read_it(alpha):
+    model = trace(Tokens(Attention(fused=True)), (3, 32, 32))
+    # Xiao et al. 2022, eq. 4: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
+    factors = peaks(model, "last_norm") ** alpha / incoming_ranges(model.head) ** (1 - alpha)
+    equal = equalization.smooth(model, (3, 32, 32), alpha, [images()[:5], images()[5:]])
+    assert torch.allclose(equal.last_norm.weight, model.last_norm.weight / factors, rtol=1e-4)
+    assert torch.allclose(equal.last_norm.bias, model.last_norm.bias / factors, rtol=1e-4)
+    assert torch.allclose(equal.head.weight, model.head.weight * factors, rtol=1e-4)
+    for norm, reader in (("norm", "attention.qkv"), ("last_norm", "head")):
+        incoming = incoming_ranges(equal.get_submodule(reader))
+        assert torch.allclose(peaks(equal, norm) ** alpha, incoming ** (1 - alpha), rtol=1e-2)
+    assert_same(model, equal)
+
+
+@pytest.mark.parametrize(
+    ("norm", "reader"),
+    [
+        pytest.param(nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 3, padding=1), id="GroupNorm"),
+        pytest.param(nn.RMSNorm(8), nn.Linear(8, 2), id="RMSNorm"),
+        pytest.param(nn.LayerNorm(8, bias=False), nn.Linear(8, 2, bias=False), id="LayerNorm without bias"),
+    ],
+)
+def test_smoothing_goes_through_every_norm_with_a_weight_per_channel(norm, reader):
+    torch.manual_seed(0)
+    norm.weight.data = torch.exp(torch.randn(len(norm.weight)))
+    model = trace(nn.Sequential(nn.Conv2d(3, 4, 1), norm, reader), (3, 8, 8))
+    x = torch.randn(8, 3, 8, 8)
+    equal = equalization.smooth(model, (3, 8, 8), 0.5, [x])
+    assert {"1.weight", "2.weight"} <= changed(model, equal)
+    assert torch.allclose(model(x), equal(x), rtol=1e-4, atol=1e-5)
+
+
+class Read(nn.Module):
+    """A norm whose output a layer reads, and something else."""
+
+    def __init__(self, norm, and_also):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.layer, self.and_also = norm, nn.Linear(8, 8), and_also
+        self.first = nn.Conv2d(3, 4, 1)
+        if norm.bias is not None:
+            norm.bias.data.normal_()
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        return self.layer(y) + self.and_also(y)
+
+
+@pytest.mark.parametrize(
+    ("norm", "and_also"),
+    [
+        pytest.param(nn.LayerNorm(8), nn.GELU(), id="read by GELU"),
+        pytest.param(nn.LayerNorm(8), nn.Identity(), id="part of a sum"),
+        pytest.param(nn.LayerNorm(8), nn.MaxPool2d(1), id="pooled over its channels"),
+        pytest.param(nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 8), id="without a weight"),
+        pytest.param(nn.LayerNorm([8, 8]), nn.Linear(8, 8), id="with a weight per value"),
+        pytest.param(nn.GroupNorm(2, 4), nn.Linear(8, 8), id="layers that mix its pixels"),
+    ],
+)
+def test_smoothing_leaves_a_norm_that_not_only_layers_read_as_it_is(norm, and_also):
+    model = trace(Read(norm, and_also), (3, 8, 8))
+    equal = equalization.smooth(model, (3, 8, 8), 0.5, [torch.randn(8, 3, 8, 8)])
+    assert changed(model, equal) == set()
+
+
+class OwnNorm(nn.LayerNorm):
+    """A norm as timm writes it: traced into."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def test_a_norm_that_is_called_as_a_function_of_its_weight_is_smoothed_too():
+    model = trace(Read(OwnNorm(8, eps=0.1), nn.Linear(8, 8)), (3, 8, 8))
+    x = torch.randn(8, 3, 8, 8)
+    equal = equalization.smooth(model, (3, 8, 8), 0.5, [x])
+    assert changed(model, equal) == {"norm.weight", "norm.bias", "layer.weight", "and_also.weight"}
+    assert torch.allclose(model(x), equal(x), rtol=1e-4, atol=1e-5)
+
+
+def test_equalization_leaves_norms_to_smoothing():
+    model = trace(Read(nn.LayerNorm(8), nn.Linear(8, 8)), (3, 8, 8))
+    assert changed(model, equalization.equalize(model, (3, 8, 8))) == set()
+    smoothed = equalization.smooth(model, (3, 8, 8), 0.5, [torch.randn(8, 3, 8, 8)])
+    assert changed(model, smoothed) == {"norm.weight", "norm.bias", "layer.weight", "and_also.weight"}
+
+
+def test_a_module_whose_path_is_the_name_of_a_method_is_not_taken_for_the_method():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.contiguous, self.last = nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.last(self.contiguous(self.first(x)))
+
+    model = trace(Named(), (3, 8, 8))
+    assert changed(model, equalization.equalize(model, (3, 8, 8))) == set()

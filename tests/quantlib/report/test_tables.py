@@ -298,7 +298,7 @@ def test_damage_to_a_file_without_a_hash_raises_no_other_error(reports, found):
         except StoreError:
             refused += 1
     assert refused > 100  # Detected by the checksums of the pages.
-    assert changed < 10  # In headers, which those checksums do not cover; without checksums it is 19.
+    assert changed < 15  # In headers, which those checksums do not cover; without checksums it is 19.
 
 
 @pytest.mark.timeout(30)
