@@ -1,17 +1,23 @@
 """The task that writes the report. It is not a stage: every run writes its tables and files again, cached or not."""
 
+import hashlib
 import importlib.metadata
 from datetime import UTC, datetime
 from pathlib import Path
 
 from quantlib import machine
 from quantlib.data import loading
-from quantlib.export import checksums
+from quantlib.export import bundle, checksums
+from quantlib.export.bundle import Preprocessing
+from quantlib.files import write_atomically
+from quantlib.inputs import Inputs
 from quantlib.measure import examples, predictions
 from quantlib.measure.predictions import Predictions
 from quantlib.recipe.schema import Recipe
 from quantlib.report import caveats, diagnosis, tables, verdict
+from quantlib.report.documents import Documents
 from quantlib.report.rows import ClassRow, NoteRow, Report
+from quantlib.runtimes.available import Runtime, torch_runtime
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
 from tasks import tracking
@@ -21,17 +27,10 @@ from tasks.refs import BenchmarkTarget, FileRefs, Measurements, VariantRefs
 from tasks.run import Run
 
 
-def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measurements: Measurements) -> Report:
+def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Measurements) -> Report:
     """Collect the measurements, give the verdict, write the tables, and copy out the files of the variants."""
-    folder = run.models
-    digests: dict[str, str] = {}
-    for refs in measurements.variants:
-        for file in (*filter(None, [refs.torchscript_file]), *refs.onnx_files):
-            place = run.store.copy_out(file, _place(folder, refs, file))
-            digests[place.name] = file.sha256
-    checksums.write(folder, digests)
     samples = read_samples(run.store, measurements.targets, measurements.timings)
-    measured = [_measured(run.store, refs, samples, folder) for refs in measurements.variants]
+    measured = [_measured(run.store, refs, samples, run.models) for refs in measurements.variants]
     run_info = verdict.RunInfo(
         recipe=recipe.name,
         selected_on=recipe.evaluation.select_on,
@@ -41,6 +40,16 @@ def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measure
     )
     judged = verdict.judge(measured, recipe.gate)
     rows = judged.variant_rows(run_info)
+    classes, preprocessing = inputs.val.classes, Preprocessing.of(inputs.transform)
+    shared = Documents(
+        run_id=run.run_id,
+        recipe=recipe,
+        classes=classes,
+        preprocessing=preprocessing,
+        judged=judged,
+        rows=rows,
+    )
+    _write_files(run, measurements, shared)
     doubts = caveats.find_caveats(rows, recipe.gate, len(classes), measurements.search_best)
     found = Report(
         run_id=run.run_id,
@@ -50,6 +59,7 @@ def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measure
         latency=verdict.latency_rows(measured),
         stages=tuple(run.stages),
         classes=tuple(ClassRow(class_index=index, name=name) for index, name in enumerate(classes)),
+        preprocessing=(preprocessing,),
         examples=examples.load(run.store.read(measurements.pictures)) if measurements.pictures is not None else (),
         notes=(*(NoteRow(kind="warning", text=text) for text in doubts), *measurements.notes),
         layers=tuple(
@@ -62,6 +72,25 @@ def write_report(run: LiveRun, recipe: Recipe, classes: tuple[str, ...], measure
     tables.write(run.home / "reports", found, answers, loading.find_names(measurements.validation))
     tracking.publish(found, run.home / "reports")
     return found
+
+
+def _write_files(run: LiveRun, measurements: Measurements, shared: Documents) -> None:
+    """Copy out the files of every variant, each with its document, and write their checksums."""
+    digests: dict[str, str] = {}
+    for refs, row in zip(measurements.variants, shared.rows, strict=True):
+        for file in (*filter(None, [refs.torchscript_file]), *refs.onnx_files):
+            place = _place(run.models, refs, file)
+            info = shared.describe(row, place, file.sha256, _runtime_of(refs, file))
+            content = bundle.attach(run.store.read(file), file.kind, info)
+            write_atomically(place, content)
+            digests[place.name] = hashlib.sha256(content).hexdigest()
+    checksums.write(run.models, digests)
+
+
+def _runtime_of(refs: VariantRefs, file: Ref) -> Runtime:
+    """The runtime that a file was judged in, or is for."""
+    own = torch_runtime(refs.variant.engine) if file == refs.artifact else refs.onnx_files[file][0]
+    return next((each.runtime for each in _files(refs) if each.file == file), own)
 
 
 def find_reported(

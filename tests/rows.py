@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from quantlib.export.bundle import FileInfo, ModelInfo, Preprocessing
 from quantlib.report.rows import FileRow, LayerRow, VariantRow
 
 START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
@@ -88,3 +89,56 @@ def file_row(name: str, **changes: Any) -> FileRow:
         "reported": True,
     }
     return FileRow(**values | changes)
+
+
+def preprocessing(**changes: Any) -> Preprocessing:
+    """ImageNet's usual one."""
+    values: dict[str, Any] = {
+        "channel_order": "RGB",
+        "resize": [256],
+        "crop": [224, 224],
+        "interpolation": "bilinear",
+        "antialias": True,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    return Preprocessing(**values | changes)
+
+
+def model_info(*files: FileInfo, **changes: Any) -> ModelInfo:
+    """The document of a variant "small"; of its ONNX file, if none are given."""
+    values: dict[str, Any] = {
+        "schema_version": 1,
+        "run_id": "20260501-030000-tiny-0000000a",
+        "variant": "small",
+        "method": "ptq",
+        "recipe": {"name": "tiny", "data": {"format": "imagefolder", "root": "flowers"}},
+        "classes": ["blue", "green", "red"],
+        "input_size": [3, 224, 224],
+        "preprocessing": preprocessing(),
+        "float_accuracy": {"top1": 0.8, "top1_low": 0.75, "top1_high": 0.84, "num_images": 250},
+        "files": list(files) or [file_info()],
+        "cpu_model": "A CPU",
+        "torch_version": "2.15.0",
+        "quantflow_version": "0.1.0",
+    }
+    return ModelInfo(**values | changes)
+
+
+def file_info(**changes: Any) -> FileInfo:
+    """The winner."""
+    values: dict[str, Any] = {
+        "name": "small.onnx",
+        "runtime": "onnxruntime",
+        "runtime_version": "1.32.0",
+        "weights_sha256": "ab" * 32,
+        "verdict": "winner",
+        "measured": {
+            "accuracy": {"top1": 0.796, "top1_low": 0.742, "top1_high": 0.841, "num_images": 250},
+            "top1_drop": 0.004,
+            "top1_drop_low": -0.008,
+            "top1_drop_high": 0.016,
+            "latency_p50_ms": 1.25,
+        },
+    }
+    return FileInfo(**values | changes)

@@ -47,7 +47,7 @@ def run_flow(
     with start_run(name, recipe, flow_run.id, home, listener, run_id) as run:
         inputs = find_inputs(recipe, home / "splits", partial(run.progress, ""))
         measured = measure_branches(run, recipe, inputs)
-        write = partial(write_report, run, recipe, inputs.val.classes, measured)
+        write = partial(write_report, run, recipe, inputs, measured)
         report: Report = run.call_task("write_report", "write_report", write, {"measurements": measured})
     return report
 

@@ -13,6 +13,7 @@ import torch
 
 _MANGLED = re.compile(rb"___torch_mangle_(\d+)")
 _FINAL = re.compile(rb"(?:^  \w+ : Final\[.*\n)+", re.MULTILINE)
+_EXTRA = "extra/"  # Where torch.jit.save puts `_extra_files`.
 # The writer adds these itself.
 _WRITTEN_BY_TORCH = ("version", "byteorder", ".data/serialization_id")
 
@@ -29,18 +30,47 @@ def forget_classes() -> None:
 
 def canonical(content: bytes) -> bytes:
     """The same TorchScript file, with classes numbered by first use, constants sorted, and no debug records."""
-    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
-    names = [
-        name for name in reader.get_all_records() if name not in _WRITTEN_BY_TORCH and not name.endswith(".debug_pkl")
-    ]
-    records = {name: reader.get_record(name) for name in names}
+    records = {name: record for name, record in _read(content).items() if not name.endswith(".debug_pkl")}
     # data.pkl names every class in the order of the modules, which is the same each time.
-    numbers = _first_uses([records["data.pkl"], *(records[name] for name in sorted(names, key=_without_numbers))])
-    renamed = {_renumber(name.encode(), numbers).decode(): _rewrite(name, records[name], numbers) for name in names}
+    numbers = _first_uses([records["data.pkl"], *(records[name] for name in sorted(records, key=_without_numbers))])
+    return _write(
+        {
+            _renumber(name.encode(), numbers).decode(): _rewrite(name, record, numbers)
+            for name, record in records.items()
+        }
+    )
+
+
+def add_extra_file(content: bytes, name: str, extra: bytes) -> bytes:
+    """A TorchScript file with one of `torch.jit.save`'s `_extra_files` added.
+
+    Loading and saving it would pack the weights for this machine's engine; here they stay as they are.
+    """
+    return _write(_read(content) | {f"{_EXTRA}{name}": extra})
+
+
+def find_extra_file(content: bytes, name: str) -> bytes | None:
+    """One of the `_extra_files` of a TorchScript file, without loading its model; None if it has none of that name.
+
+    Raises:
+        RuntimeError: If it is no TorchScript file, or is damaged.
+    """
+    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
+    record = f"{_EXTRA}{name}"
+    return reader.get_record(record) if record in reader.get_all_records() else None
+
+
+def _read(content: bytes) -> dict[str, bytes]:
+    """The records of a file, without those that its writer adds itself."""
+    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
+    return {name: reader.get_record(name) for name in reader.get_all_records() if name not in _WRITTEN_BY_TORCH}
+
+
+def _write(records: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(buffer)
-    for name in sorted(renamed):
-        writer.write_record(name, renamed[name], len(renamed[name]))
+    for name in sorted(records):
+        writer.write_record(name, records[name], len(records[name]))
     writer.write_end_of_file()
     return buffer.getvalue()
 

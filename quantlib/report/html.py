@@ -14,6 +14,7 @@ import jinja2
 import plotly.offline
 
 from quantlib.errors import StoreError
+from quantlib.export.bundle import Preprocessing
 from quantlib.files import write_atomically
 from quantlib.measure.examples import Example
 from quantlib.report import charts, diagnosis
@@ -102,6 +103,7 @@ def _read_run(reports: Path, history: list[tuple[str, VariantRow]], run_id: str 
         latency=_rows(reports, "latency", LatencyRow, chosen),
         stages=_rows(reports, "stages", StageRow, chosen),
         classes=_rows(reports, "classes", ClassRow, chosen),
+        preprocessing=_rows(reports, "preprocessing", Preprocessing, chosen),
         examples=_rows(reports, "examples", Example, chosen),
         layers=_rows(reports, "layers", LayerRow, chosen),
         files=_rows(reports, "files", FileRow, chosen),

@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
+from quantlib.export.bundle import Preprocessing
 from quantlib.measure.examples import Example
 
 
@@ -68,6 +69,7 @@ class VariantRow:
     kept_start: bool | None = None
     """Whether no epoch of QAT was better than its start, on the selection images: then this is the start."""
     size_bytes: int
+    """Of the model: the file that is handed out also holds its document."""
     runtime: str | None = None
     """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime or openvino.
     Null in older runs: TorchScript on `engine`."""
@@ -92,6 +94,8 @@ class VariantRow:
     """Whether nothing inside the gate beats it beyond noise, by being faster and as accurate, or as fast and more
     accurate, on the selection images. Null if it is not inside."""
     artifact_sha256: str
+    """Of the model, which does not depend on the run: SHA256SUMS has the hash of the file at `artifact_path`, which
+    also holds its document, with this hash in it."""
     artifact_path: str
     torchscript_path: str | None = None
     """Path of the TorchScript file, if there is one."""
@@ -153,6 +157,7 @@ class FileRow:
     variant: str
     path: str
     sha256: str
+    """Of the model, like the variant's `artifact_sha256`."""
     size_bytes: int
     runtime: str
     """torchscript-ENGINE, onnxruntime or openvino."""
@@ -308,6 +313,8 @@ class Report:
     """Empty if the recipe does not ask for them."""
     files: tuple[FileRow, ...] = ()
     """Files of the quantized variants."""
+    preprocessing: tuple[Preprocessing, ...] = ()
+    """How an image becomes the models' input: one row; none in runs reported before it was added."""
     notes: tuple[NoteRow, ...] = ()
     """What to know about the run that no other table says."""
 

@@ -1,4 +1,4 @@
-"""The report: ten Parquet tables, partitioned by run.
+"""The report: eleven Parquet tables, partitioned by run.
 
 `variants` and `stages` are a contract with outside readers: columns are added, never renamed.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from quantlib.errors import StoreError
+from quantlib.export.bundle import Preprocessing
 from quantlib.measure import examples
 from quantlib.measure.predictions import Predictions
 from quantlib.report import parquet as tables_on_disk
@@ -37,6 +38,7 @@ _COLUMN_TYPES: dict[Any, pa.DataType] = {
     bool: pa.bool_(),
     datetime: pa.timestamp("us", tz="UTC"),
     list[int]: pa.list_(pa.int64()),
+    list[float]: pa.list_(pa.float64()),
     list[str]: pa.list_(pa.string()),
 }
 
@@ -58,6 +60,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "layers": _schema_of(LayerRow),
     "predictions": _schema_of(PredictionRow),
     "classes": _schema_of(ClassRow),
+    "preprocessing": _schema_of(Preprocessing),
     "examples": examples.SCHEMA,
     "stages": _schema_of(StageRow),
 }
@@ -82,6 +85,7 @@ def write(
         "layers": _table("layers", report.layers),
         "predictions": _predictions_table(predictions, images),
         "classes": _table("classes", report.classes),
+        "preprocessing": _table("preprocessing", report.preprocessing),
         "examples": _table("examples", report.examples),
         "stages": _table("stages", report.stages),
         "files": _table("files", report.files),

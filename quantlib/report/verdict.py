@@ -119,12 +119,18 @@ class Verdict:
 
     def file_rows(self) -> tuple[FileRow, ...]:
         """A row for each file that may be shipped."""
-        float_ms = self._chosen[0].p50_ms
         return tuple(
-            entry.file_row(float_ms=float_ms, reported=entry in self._chosen)
+            self._file_row(entry)
             for entry in self._files
             if entry.measured is not entry.baseline and entry.measured.available
         )
+
+    def row_of(self, path: str) -> FileRow | None:
+        """The row of any file, float's too; None if it was not judged."""
+        return next((self._file_row(entry) for entry in self._files if entry.file.path == path), None)
+
+    def _file_row(self, entry: "_Entry") -> FileRow:
+        return entry.file_row(float_ms=self._chosen[0].p50_ms, reported=entry in self._chosen)
 
 
 def judge(variants: Sequence[Measured], gate: GateRecipe) -> Verdict:
@@ -220,7 +226,7 @@ class _Entry:
 
     def file_row(self, *, float_ms: float, reported: bool) -> FileRow:
         """The file's row."""
-        paired, (outcome, num_to_decide) = self._drop(), self._judged
+        paired = self._drop()
         return FileRow(
             variant=self.measured.variant.name,
             path=self.file.path,
@@ -235,8 +241,8 @@ class _Entry:
             top1_selection=self.file.selection.top1,
             latency_p50_ms=self.p50_ms,
             speedup=float_ms / self.p50_ms,
-            gate=outcome,
-            num_images_to_decide=num_to_decide,
+            gate=self.outcome,
+            num_images_to_decide=self._judged[1],
             reported=reported,
         )
 

@@ -21,6 +21,7 @@ from torchvision import transforms
 
 from quantlib import api
 from quantlib.data import datasets
+from quantlib.export import bundle
 from quantlib.measure import evaluation
 from quantlib.report import tables
 from quantlib.runtimes.available import default_engine, torchscript_on
@@ -162,8 +163,40 @@ def test_every_file_gives_the_reported_top1_in_the_runtime_that_it_is_reported_f
         if file.reported:
             row = variants.loc[file.variant]
             assert (row.artifact_path, row.runtime, row.top1) == (file.path, file.runtime, file.top1)
-            assert (row.size_bytes, row.latency_p50_ms) == (Path(file.path).stat().st_size, file.latency_p50_ms)
+            assert (row.size_bytes, row.latency_p50_ms) == (file.size_bytes, file.latency_p50_ms)
     assert list(files[files.reported].variant) == ["per_channel", "qat"]
+
+
+def test_every_file_handed_out_says_what_it_is_as_the_report_does_and_nothing_of_the_machines_folders(undisturbed):
+    home, _ = undisturbed
+    run_id = harness.run_id_of(home)
+    variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
+    files = pd.read_parquet(home / "reports" / "files").set_index("path")
+    paths = [path for path in (home / "models" / run_id).iterdir() if path.suffix in {".pt", ".onnx"}]
+    assert {path.name.partition(".")[0] for path in paths} == {"float", "per_channel", "qat"}
+    for path in paths:
+        info = bundle.read(path)
+        (file,) = info.files
+        row = variants.loc[info.variant]
+        assert (info.run_id, info.classes, info.input_size) == (run_id, list("0123456789"), [3, 16, 16])
+        assert (info.preprocessing.resize, info.preprocessing.mean) == ([16], [0.485, 0.456, 0.406])
+        assert (file.name, info.method, info.recipe["name"]) == (path.name, row.method, "faults")
+        assert (info.float_accuracy.top1, info.float_accuracy.num_images) == (variants.top1["float"], 60)
+        if info.variant == "float":
+            assert file.verdict == "baseline"
+        else:
+            found = files.loc[str(path)]
+            assert (file.runtime, file.weights_sha256) == (found.runtime, found.sha256)
+            assert (file.measured.accuracy.top1, file.measured.top1_drop) == (found.top1, found.top1_drop)
+            assert file.measured.latency_p50_ms == found.latency_p50_ms
+            assert (file.verdict == "winner") == (row.winner and found.reported)
+        assert (home / "store" / "blobs" / file.weights_sha256[:2] / file.weights_sha256).is_file()
+        assert str(home).encode() not in bundle.document(info)
+
+
+def test_the_preprocessing_of_a_run_is_a_table(undisturbed):
+    (row,) = tables.read_table(undisturbed[0] / "reports", "preprocessing").to_pylist()
+    assert (row["channel_order"], row["resize"], row["crop"], row["antialias"]) == ("RGB", [16], [16, 16], True)
 
 
 def test_nothing_is_recommended_for_a_runtime_that_the_gate_leaves_out(home_copy):

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rows import START, layer_row, variant_row
+from rows import START, layer_row, preprocessing, variant_row
 
 from quantlib.errors import StoreError
 from quantlib.measure import examples
@@ -96,6 +96,7 @@ def write(
         latency=tuple(replace(latency(row.variant), p95_ms=p95_ms) for row in variants),
         stages=(StageRow("load_float", "k", True, 0.5, START), StageRow("benchmark", "l", False, 3.0, START)),
         classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(CLASSES)),
+        preprocessing=(preprocessing(),),
         examples=tuple(replace(PICTURE, variant=row.variant) for row in variants if row.method == "qat"),
         layers=layers,
     )
@@ -163,6 +164,16 @@ def test_text_from_a_recipe_a_dataset_or_a_machine_is_never_markup(tmp_path, mon
     assert chart(page, "sizes")["data"][0]["y"][1] == "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&lt;b&gt;"
 
 
+def test_the_page_says_what_the_model_takes_and_says(tmp_path):
+    write(tmp_path)
+    page = html.render(tmp_path)
+    assert (
+        "Its input: RGB, shorter side resized to 256 pixels (bilinear, antialiased), centre crop of 224 x 224" in page
+    )
+    assert "mean 0.485, 0.456, 0.406, standard deviation 0.229, 0.224, 0.225." in page
+    assert "Its classes: ant, fox, cat, bird." in page
+
+
 def test_confusions_name_their_classes(tmp_path):
     write(tmp_path)
     page = html.render(tmp_path)
@@ -182,7 +193,7 @@ def test_images_that_int8_answers_differently_are_shown_with_all_three_classes(t
 
 def test_a_run_reported_before_there_were_classes_and_examples_is_still_readable(tmp_path):
     write(tmp_path)
-    for table in ("classes", "examples"):
+    for table in ("classes", "examples", "preprocessing"):
         shutil.rmtree(tmp_path / table)
     page = html.render(tmp_path)
     assert re.search(r"<td>3</td><td[^>]*>1</td><td>0</td><td>1</td>", page)

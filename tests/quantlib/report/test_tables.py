@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from rows import START, file_row, layer_row, variant_row
+from rows import START, file_row, layer_row, preprocessing, variant_row
 
 from quantlib.errors import MachineError, StoreError
 from quantlib.measure.examples import Example
@@ -39,6 +39,7 @@ MORE_COLUMNS = {
     "files": "run_id, variant, path, sha256, size_bytes, runtime, top1, top1_drop, top1_drop_low, top1_drop_high, "
     "p_value, top1_selection, latency_p50_ms, speedup, gate, num_images_to_decide, reported",
     "notes": "run_id, kind, text",
+    "preprocessing": "run_id, channel_order, resize, crop, interpolation, antialias, mean, std",
 }
 # In the order they are written.
 NUM_ROWS = {
@@ -47,6 +48,7 @@ NUM_ROWS = {
     "layers": 1,
     "predictions": 12,
     "classes": 3,
+    "preprocessing": 1,
     "examples": 1,
     "stages": 2,
     "files": 1,
@@ -110,6 +112,7 @@ def found():
         classes=tuple(ClassRow(class_index=n, name=name) for n, name in enumerate(("red", "green", "blue"))),
         examples=(Example(variant="a", image_index=2, label=2, float_top1=2, int8_top1=0, png=b"\x89PNG\0"),),
         layers=(LAYER,),
+        preprocessing=(preprocessing(),),
         files=(file_row("b"),),
         notes=(NoteRow(kind="warning", text="Few images."),),
     )
