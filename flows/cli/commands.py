@@ -1,4 +1,4 @@
-"""The command line: `quantflow run`, `plan`, `inspect`, `resume`, `runs`, `report`, `dashboard`, `recipes`, `cache`.
+"""The command line, `quantflow`: its commands, apart from those that have a module of their own.
 
 Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
 Heavy imports wait until a command needs them.
@@ -14,6 +14,7 @@ import click
 from flows.cli.cache import cache
 from flows.cli.options import home_option, recipe_argument, set_option, verbose_option
 from flows.cli.outcome import FAILURE, NO_WINNER, complain, reports_errors, warn
+from flows.cli.shipping import export
 from flows.hosting import processes
 from quantlib.errors import StoreError
 
@@ -30,6 +31,7 @@ def main() -> None:
 
 
 main.add_command(cache)
+main.add_command(export)
 
 
 @main.command()

@@ -16,6 +16,15 @@ def write(folder: Path, digests: Mapping[str, str]) -> None:
     write_atomically(folder / _NAME, "".join(lines).encode())
 
 
+def listed(folder: Path) -> list[Path]:
+    """The files that a folder's checksums are of, by name; empty if it has none."""
+    try:
+        lines = read_file(folder / _NAME).decode().splitlines()
+    except (OSError, ValueError):
+        return []
+    return sorted(folder / name for _, _, name in (line.partition("  ") for line in lines) if name)
+
+
 def verify(path: Path) -> None:
     """Check a file against the checksum next to it, if there is one.
 
