@@ -14,7 +14,7 @@ import click
 from flows.cli.cache import cache
 from flows.cli.options import home_option, recipe_argument, set_option, verbose_option
 from flows.cli.outcome import FAILURE, NO_WINNER, complain, reports_errors, warn
-from flows.cli.shipping import export
+from flows.cli.shipping import export, predict
 from flows.hosting import processes
 from quantlib.errors import StoreError
 
@@ -32,6 +32,7 @@ def main() -> None:
 
 main.add_command(cache)
 main.add_command(export)
+main.add_command(predict)
 
 
 @main.command()

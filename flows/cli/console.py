@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from quantlib.export.prediction import Prediction
     from quantlib.graph.plan import LayerPlan
     from quantlib.report.diagnosis import Diagnosis
     from quantlib.report.rows import Report, VariantRow
@@ -271,6 +272,19 @@ def layers_table(layers: Sequence[LayerPlan]) -> Table:
     for layer in layers:
         work = f"{layer.num_multiplications / total:.1%}" if layer.num_multiplications else ""
         table.add_row(Text(layer.path), layer.kind, "int8" if layer.int8 else "float", work, layer.reason)
+    return table
+
+
+def predictions_table(predictions: Sequence[Prediction]) -> Table:
+    """The likeliest class of each image; of a single image, the five likeliest."""
+    table = _narrow_table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    for each in predictions:
+        shown = 1 if len(predictions) > 1 else None
+        for name, probability in list(zip(each.classes, each.probabilities, strict=True))[:shown]:
+            table.add_row(Text(each.image), Text(name), f"{probability:.2%}")
     return table
 
 

@@ -53,6 +53,20 @@ def open_image_folder(root: Path, split: SplitName) -> Split:
     return replace(split_of_files(samples, classes), num_skipped=num_skipped)
 
 
+def find_images(folder: Path) -> list[str]:
+    """The image files below a folder, in order; hidden files and folders are left out.
+
+    Raises:
+        DataError: If there are none.
+    """
+    paths = [path for path in _shown_files(folder) if path.lower().endswith(_IMAGE_SUFFIXES)]
+    if not paths:
+        raise DataError(
+            f"Folder {folder} has no images: they have names that end in one of {', '.join(_IMAGE_SUFFIXES)}."
+        )
+    return paths
+
+
 def _shown_files(folder: Path) -> list[str]:
     """All files below a folder, in order, except hidden ones and those in hidden folders."""
     found = []

@@ -1,0 +1,130 @@
+"""Using what was shipped: the likeliest classes of image files, from a bundle or a file of one."""
+
+import importlib.util
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from quantlib.data import image_folder, loading, shards
+from quantlib.errors import MachineError, ModelError
+from quantlib.export import bundle, checksums
+from quantlib.export.bundle import FileInfo, ModelInfo
+from quantlib.files import write_atomically
+from quantlib.progress import Progress, silent
+from quantlib.runtimes import classifiers
+
+_BATCH_SIZE = 32
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about an image."""
+
+    image: str
+    """Path of the file."""
+    classes: list[str]
+    """The five likeliest, or all if there are fewer, the likeliest first."""
+    probabilities: list[float]
+    """Theirs, in [0, 1]."""
+
+
+class Predictor:
+    """A shipped model, ready for image files.
+
+    Args:
+        place: A bundle's folder, of which the first file is taken whose runtime is installed; or a file of it.
+
+    Raises:
+        ModelError: If there is no bundle, it is damaged, or a newer quantflow wrote it.
+        MachineError: If its runtime is not installed, or this machine lacks its engine.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.info, file, path = _find_file(place)
+        checksums.verify(path)
+        self._model = classifiers.open_model(path, file.runtime)
+        self._path = path
+
+    def predict(self, images: Sequence[str], progress: Progress = silent) -> Iterator[Prediction]:
+        """What it says about each image, in order.
+
+        Args:
+            images: Paths of image files.
+            progress: Called with (images done, images in all).
+
+        Raises:
+            DataError: If an image cannot be read.
+            ModelError: If the file does not fit its document.
+        """
+        transform, classes = self.info.preprocessing.transform(), tuple(self.info.classes)
+        split = image_folder.split_of_files([(path, 0) for path in images], classes)
+        done = 0
+        for pixels, _ in loading.batches(split, np.arange(len(split)), transform, 0, _BATCH_SIZE):
+            logits = self._model(shards.to_input(torch.from_numpy(pixels), transform.normalization))
+            if logits.shape[1] != len(classes):
+                raise ModelError(
+                    f"{self._path} gives {logits.shape[1]} logits, and its document names {len(classes)} classes: they "
+                    "do not belong together. Export it again."
+                )
+            # As in evaluation: ties go to the lower class.
+            shares, ranked = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+            for share, rank in zip(shares[:, :_NUM_SHOWN].tolist(), ranked[:, :_NUM_SHOWN].tolist(), strict=True):
+                yield Prediction(images[done], [classes[index] for index in rank], share)
+                done += 1
+            progress(done, len(images))
+
+
+def _find_file(place: Path) -> tuple[ModelInfo, FileInfo, Path]:
+    folder = place.parent if place.name == bundle.DOCUMENT else place
+    if not folder.is_dir():
+        info = bundle.read(place)
+        return info, info.files[0], place
+    if not (folder / bundle.DOCUMENT).exists():
+        raise ModelError(
+            f"{folder} is no bundle: it has no {bundle.DOCUMENT}. Give a folder that `quantflow export` wrote, or a "
+            "file that a run wrote."
+        )
+    info = bundle.read(folder / bundle.DOCUMENT)
+    file = next((file for file in info.files if _is_installed(file)), None)
+    if file is None:
+        packages = " or ".join(dict.fromkeys(file.runtime for file in info.files))
+        raise MachineError(f"{folder} is for {packages}, which is not installed: pip install it.")
+    return info, file, folder / file.name
+
+
+def _is_installed(file: FileInfo) -> bool:
+    # torch itself is always here.
+    return file.runtime.startswith("torchscript") or importlib.util.find_spec(file.runtime) is not None
+
+
+def find_images(places: Iterable[Path]) -> list[str]:
+    """The image files that are meant: files as they are, and of folders all images in them, in order.
+
+    Raises:
+        DataError: If a folder has no images.
+    """
+    return [path for place in places for path in (image_folder.find_images(place) if place.is_dir() else [str(place)])]
+
+
+def write_parquet(predictions: Iterable[Prediction], path: Path) -> None:
+    """Write predictions as a Parquet file with the columns image, class, probability, top5 and top5_probabilities."""
+    rows = [
+        {
+            "image": each.image,
+            "class": each.classes[0],
+            "probability": each.probabilities[0],
+            "top5": each.classes,
+            "top5_probabilities": each.probabilities,
+        }
+        for each in predictions
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    write_atomically(path, buffer.getvalue())
