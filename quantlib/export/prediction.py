@@ -73,9 +73,10 @@ class Predictor:
                     f"{self._path} gives {logits.shape[1]} logits, and its document names {len(classes)} classes: they "
                     "do not belong together. Export it again."
                 )
-            # As in evaluation: ties go to the lower class.
-            shares, ranked = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
-            for share, rank in zip(shares[:, :_NUM_SHOWN].tolist(), ranked[:, :_NUM_SHOWN].tolist(), strict=True):
+            # As in evaluation: ties go to the lower class. Probabilities tie more often than logits.
+            ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :_NUM_SHOWN]
+            shares = logits.softmax(dim=1).gather(1, ranked)
+            for share, rank in zip(shares.tolist(), ranked.tolist(), strict=True):
                 yield Prediction(images[done], [classes[index] for index in rank], share)
                 done += 1
             progress(done, len(images))
