@@ -97,15 +97,15 @@ def examine(name: str) -> Row:
     row = Row(name, size)
     images = torch.randn(8, 3, size, size)
     _settle(model, images)
-    # One scale for all: a random network's channels differ too much for equalization to be of use.
-    quantized = api.quantize(model, [images], equalize=False, bias_correction=False)
+    # One scale for all: a random network's channels differ too much for rescaling them to be of use.
+    quantized = api.quantize(model, [images], smoothing=None, bias_correction=False)
     with torch.inference_mode():
         expected = model.eval()(images)
     answers = quantized(images)
     row.sqnr = _decibels(expected, answers)
     total = sum(layer.num_multiplications for layer in quantized.layers)
     row.share = sum(layer.num_multiplications for layer in quantized.layers if layer.int8) / total
-    again = api.quantize(build(name)[0].eval(), [images[:1]], equalize=False, bias_correction=False)
+    again = api.quantize(build(name)[0].eval(), [images[:1]], smoothing=None, bias_correction=False)
     row.repeated = _plan(again) == _plan(quantized)
     with tempfile.TemporaryDirectory() as folder:
         for runtime, suffix in (("torchscript", "pt"), ("onnxruntime", "onnx"), ("openvino", "onnx")):

@@ -28,7 +28,7 @@ from quantlib.graph.model import trace_model
 from quantlib.graph.plan import LayerPlan, draw_plan
 from quantlib.measure import sensitivity
 from quantlib.quantize import calibration, conversion, equalization, preparation, qat
-from quantlib.quantize.bias_correction import correct_bias_on, first_images
+from quantlib.quantize.bias_correction import correct_bias_on
 from quantlib.recipe.scheme import ActivationBits, ObserverName, Scheme, WeightGrid
 from quantlib.runtimes import available, classifiers
 from quantlib.runtimes.classifiers import Classifier
@@ -149,8 +149,8 @@ def quantize(
     observer: ObserverName = "mse",
     weights: WeightGrid = "per_channel",
     activation_bits: ActivationBits | None = None,
-    equalize: bool = True,
-    smoothing: float | None = None,
+    equalize: bool = False,
+    smoothing: float | None = 0.5,
     bias_correction: bool = True,
     float_layers: Sequence[str] = (),
 ) -> QuantizedModel:
@@ -163,8 +163,9 @@ def quantize(
         observer: How activation ranges are found: minmax, moving_average, histogram, percentile or mse.
         weights: per_channel or per_tensor.
         activation_bits: 7 or 8; None: as many as the int8 arithmetic of this CPU takes.
-        equalize: Rescale channels from layer to layer, so that one scale suits all of them.
-        smoothing: SmoothQuant's alpha, such as 0.5: rescale norms, too, by as much of their ranges; None: they stay.
+        equalize: Rescale channels from layer to layer, so that their weights have the same range; serves per_tensor.
+        smoothing: Rescale channels from layer to layer and from norms to layers, so that one scale suits the values of
+            all channels: SmoothQuant's alpha, how much of their ranges goes over to the weights; None: they stay.
         bias_correction: Correct each layer's mean output, on the first batches.
         float_layers: Layers that stay float, by path or class.
 
@@ -187,12 +188,12 @@ def quantize(
     if equalize:
         traced = equalization.equalize(traced, input_shape)
     if smoothing is not None:
-        traced = equalization.smooth(traced, input_shape, smoothing, batches)
+        traced = equalization.smooth(traced, input_shape, smoothing, calibration.first_images(batches))
     observed = preparation.observe(fuse_model(traced, "eval"), scheme.float_layers, inplace=True)
     calibration.show(observed, batches, sum(map(len, batches)))
     calibration.choose_ranges(observed, scheme)
     if bias_correction:
-        observed = correct_bias_on(observed, scheme, first_images(batches))
+        observed = correct_bias_on(observed, scheme, calibration.first_images(batches))
     return QuantizedModel(traced, observed, conversion.convert(observed, scheme), scheme, input_shape)
 
 

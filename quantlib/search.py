@@ -20,7 +20,7 @@ _FREE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("corrected", {"bias_correction": True}),
     ("per_channel", {"weights": "per_channel"}),
     ("mse", {"observer": "mse"}),
-    ("smoothed", {"smoothing": 0.5}),  # A model without norms stays as it is, and its stages are reused.
+    ("smoothed", {"smoothing": 0.5}),
     ("percentile", {"observer": "percentile"}),
 )
 # How many of the costliest layers stay float.

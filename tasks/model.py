@@ -58,18 +58,15 @@ def equalize(job: Job, model: Ref) -> Ref:
 
 
 @stage("smooth-{branch}")
-def smooth(job: Job, model: Ref, alpha: float, images: tuple[Ref, ...], batch_size: int, *, branch: str) -> Ref:
-    """Move the range that channels of norms have into the layers that read them; the outputs stay the same."""
-    from quantlib.data import shards
+def smooth(job: Job, model: Ref, alpha: float, images: tuple[Ref, ...], *, branch: str) -> Ref:
+    """Move a part of the ranges that channels have into the layers that read them; the outputs stay the same."""
     from quantlib.models import checkpoint
-    from quantlib.quantize import equalization, stored
+    from quantlib.quantize import calibration, equalization, stored
 
     store = job.store
     module, header = stored.open_model(store.read(model))
-    batches = (x for shard in images for x, _ in shards.batches(store.path(shard), batch_size))
-    return store.put(
-        header.kind, checkpoint.save(equalization.smooth(module, header.input_shape, alpha, batches), header)
-    )
+    x = calibration.first_images_of([store.path(ref) for ref in images])
+    return store.put(header.kind, checkpoint.save(equalization.smooth(module, header.input_shape, alpha, x), header))
 
 
 @stage("plan_layers-{branch}")

@@ -58,7 +58,7 @@ def float_branch(shared: SharedStages) -> VariantRefs:
 
 
 def _fused(shared: SharedStages, branch: BranchRecipe, mode: Literal["eval", "qat"]) -> Ref:
-    return shared.fused(mode, equalized=branch.equalizes, smoothing=branch.smoothing)
+    return shared.fused(mode, equalized=branch.equalizes, smoothing=branch.smooths)
 
 
 def _calibrate(shared: SharedStages, branch: BranchRecipe) -> Ref:
@@ -185,7 +185,7 @@ def _variant(
         engine=shared.engine,
         scheme=_scheme(shared, branch),
         equalized=branch.equalizes,
-        smoothing=branch.smoothing,
+        smoothing=branch.smooths,
         bias_corrected=bias_corrected,
     )
 

@@ -74,11 +74,7 @@ class SharedStages:
         if smoothing is None:
             return model
         name, before = f"{smoothing}{'-equalized' if equalized else ''}", model
-        batch_size = self.recipe.calibration.batch_size
-        return self._once(
-            f"smooth-{name}",
-            lambda: self.run(smooth, before, smoothing, self.calibration, batch_size, branch=name),
-        )
+        return self._once(f"smooth-{name}", lambda: self.run(smooth, before, smoothing, self.calibration, branch=name))
 
     def _once(self, label: str, make: Callable[[], Ref]) -> Ref:
         if label not in self._made:

@@ -5,19 +5,15 @@ layers before it already quantized and corrected.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
 
-from quantlib.data import shards
-from quantlib.quantize import conversion, simulation
+from quantlib.quantize import calibration, conversion, simulation
 from quantlib.recipe.scheme import Scheme
 
-# Every layer's output for all images is in memory at once: 1,024 images of 64 x 64, 83 of 224 x 224. Float and
-# int8 see the same images, so a few are enough to measure their difference.
-_MAX_PIXELS = 2**22
 # The mean after ReLU is a convex function of the shift, so Newton's method converges fast.
 _NEWTON_STEPS = 3
 # Channels active on a smaller fraction of values than this are left alone: a few values say little about the mean.
@@ -41,7 +37,7 @@ def correct_bias(calibrated: fx.GraphModule, scheme: Scheme, paths: Sequence[Pat
     Returns:
         A model that differs only in its biases.
     """
-    return correct_bias_on(calibrated, scheme, first_images(_images_of(paths)))
+    return correct_bias_on(calibrated, scheme, calibration.first_images_of(paths))
 
 
 def correct_bias_on(calibrated: fx.GraphModule, scheme: Scheme, x: Tensor) -> fx.GraphModule:
@@ -99,24 +95,6 @@ def _before_relu(model: fx.GraphModule) -> set[str]:
 
 def _module_of(model: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _images_of(paths: Sequence[Path]) -> Iterator[Tensor]:
-    for path in paths:
-        shard = shards.open_shard(path)
-        _, height, width, _ = shard.pixels.shape
-        yield shard.inputs(stop=max(1, _MAX_PIXELS // (height * width)))
-
-
-def first_images(batches: Iterable[Tensor]) -> Tensor:
-    """The first images of batches [N, C, H, W], as many as biases are corrected with."""
-    chosen: list[Tensor] = []
-    for batch in batches:
-        most = max(1, _MAX_PIXELS // batch[0, 0].numel()) - sum(map(len, chosen))
-        chosen.append(batch[:most])
-        if most <= len(batch):
-            break
-    return torch.cat(chosen)
 
 
 def _means(model: fx.GraphModule, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]:

@@ -4,25 +4,29 @@ Nagel et al. 2019 (arXiv:1906.04721), section 4.1. ReLU, pooling and addition pa
 through unchanged, and so does attention from its values to its output: if a layer's output is divided by the factors
 and the next layer's weights are multiplied by them, the model computes the same function.
 
-A norm's output can be divided as well: SmoothQuant, Xiao et al. 2022 (arXiv:2211.10438), section 4.
+Where weights have a scale per output channel, the ranges to make equal are those of the values in between, of a norm's
+output too: SmoothQuant, Xiao et al. 2022 (arXiv:2211.10438), section 4, here for every tensor that can be rescaled.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from quantlib.errors import ModelError
-from quantlib.quantize.scale_groups import Producer, ScaleGroup, find_scale_groups
+from quantlib.quantize.scale_groups import ScaleGroup, find_scale_groups
 
 # Rounds continue until no factor in a round is further from 1 than this: MobileNetV2 takes 5.
 _CONVERGED = 1e-3
 _MAX_ROUNDS = 100
 # Float32 rounding of MobileNetV2's logits, rescaled by factors of up to 1000, stays ten times below this.
 _MAX_CHANGE = 1e-4
+# Images at a time when ranges are measured.
+_BATCH_SIZE = 32
 
 
 def equalize(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> fx.GraphModule:
@@ -41,76 +45,93 @@ def equalize(model: fx.GraphModule, input_shape: tuple[int, int, int]) -> fx.Gra
     groups = [group for group in find_scale_groups(equal) if group.can_rescale() and not group.norms]
     with torch.no_grad():
         for _ in range(_MAX_ROUNDS):
-            if not groups or max(_equalize(group, 0.5) for group in groups) < _CONVERGED:
+            if (
+                not groups
+                or max(_rescale(group, _largest(e.range() for e in group.producers), 0.5) for group in groups)
+                < _CONVERGED
+            ):
                 break
     _check_same(model, equal, input_shape, "Set equalize = false")
     return equal.train(model.training)
 
 
-def smooth(
-    model: fx.GraphModule, input_shape: tuple[int, int, int], alpha: float, images: Iterable[Tensor]
-) -> fx.GraphModule:
-    """Copy a float model with its norms' outputs divided per channel, so that one scale suits all of their channels.
+def smooth(model: fx.GraphModule, input_shape: tuple[int, int, int], alpha: float, x: Tensor) -> fx.GraphModule:
+    """Copy a float model with its tensors divided per channel, so that one scale suits the values of all channels.
 
-    The layers that read them are multiplied: the copy computes the same function. Norms that anything else reads stay.
+    The layers that read them are multiplied: the copy computes the same function. It makes `equalize` needless where
+    weights have a scale per output channel, as what is divided by then is free.
 
     Args:
         model: Float, fused or not.
         input_shape: Channels, height and width of the model's input.
         alpha: In (0, 1]: how much of a channel's range goes over to the weights that read it.
-        images: Batches [N, C, H, W] of calibration images, to measure these ranges on.
+        x: Calibration images [N, C, H, W], to measure these ranges on.
 
     Raises:
         ModelError: As for `equalize`.
     """
     smoothed = copy.deepcopy(model).eval()
     groups = [group for group in find_scale_groups(smoothed) if group.can_rescale()]
-    groups = [group for group in groups if len(group.norms) == len(group.producers)]
+    peaks = _Peaks(smoothed, groups)
     if groups:
-        _find_peaks(smoothed, [norm for group in groups for norm in group.norms], images)
+        with torch.inference_mode():
+            for batch in x.split(_BATCH_SIZE):
+                peaks.run(batch)
     with torch.no_grad():
         for group in groups:
-            _equalize(group, alpha)
+            _rescale(group, peaks.of[group], alpha, per_channel=True)
     _check_same(model, smoothed, input_shape, "Remove smoothing")
     return smoothed.train(model.training)
 
 
-def _find_peaks(model: fx.GraphModule, norms: Sequence[Producer], images: Iterable[Tensor]) -> None:
-    """Note the largest absolute value of each channel of the norms' outputs."""
+class _Peaks(fx.Interpreter):
+    """Runs a model and notes the largest absolute value of each channel of each group."""
 
-    def note(norm: Producer, output: Tensor) -> None:
-        dim = 1 if isinstance(norm.layer, nn.GroupNorm) else -1
-        peak = output.detach().movedim(dim, -1).flatten(0, -2).abs().amax(0).double()  # (channels,)
-        norm.peak = peak if norm.peak is None else torch.maximum(norm.peak, peak)
+    def __init__(self, model: fx.GraphModule, groups: Iterable[ScaleGroup]) -> None:
+        super().__init__(model)
+        self.of = {group: torch.zeros(len(group.fixed), dtype=torch.float64) for group in groups}
+        self._seen = {
+            node: (group, channels[0].flatten())
+            for group in self.of
+            for node, channels in group.tensors.items()
+            if not all(_is_clipping(model, user) for user in node.users)
+        }
 
-    handles = [
-        norm.layer.register_forward_hook(lambda _module, _inputs, output, norm=norm: note(norm, output))
-        for norm in norms
-    ]
-    with torch.inference_mode():
-        for x in images:
-            model(x)
-    for handle in handles:
-        handle.remove()
+    def run_node(self, node: fx.Node) -> Any:
+        """What the node gives."""
+        result = super().run_node(node)
+        if node in self._seen:
+            group, channels = self._seen[node]
+            self.of[group].scatter_reduce_(0, channels, result.abs().amax(0).flatten().double(), "amax")
+        return result
 
 
-def _equalize(group: ScaleGroup, share: float) -> float:
-    """Rescale a group's channels; returns how far from 1 the furthest factor was, as a natural logarithm.
+def _is_clipping(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a ReLU, which is rounded as one with what it reads."""
+    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.ReLU)
 
-    Nagel et al. 2019, eq. 11, s_i = sqrt(r1_i r2_i) / r2_i, with the largest range if there are several layers. For
-    norms Xiao et al. 2022, eq. 4, which is the same with another share than a half.
+
+def _rescale(group: ScaleGroup, ranges: Tensor, share: float, *, per_channel: bool = False) -> float:
+    """Rescale a group's channels, whose values or producers have these ranges [channels].
+
+    Returns how far from 1 the furthest factor was, as a natural logarithm. Nagel et al. 2019, eq. 11,
+    s_i = sqrt(r1_i r2_i) / r2_i, with the largest range if there are several layers; Xiao et al. 2022, eq. 4, is the
+    same with another share than a half.
     """
-    out_range = torch.stack([each.range() for each in group.producers]).amax(0)  # (channels,)
-    in_range = torch.stack([each.range(len(out_range)) for each in group.consumers]).amax(0)  # (channels,)
-    # A channel with only zero weights on one side has nothing to equalize.
-    kept = (out_range == 0) | (in_range == 0) | group.fixed
-    factors = out_range.clamp_min(1e-300) ** share / in_range.clamp_min(1e-300) ** (1 - share)
+    in_ranges = _largest(each.range(len(ranges), per_channel=per_channel) for each in group.consumers)
+    # A channel with only zeros on one side has nothing to equalize.
+    kept = (ranges == 0) | (in_ranges == 0) | group.fixed
+    factors = ranges.clamp_min(1e-300) ** share / in_ranges.clamp_min(1e-300) ** (1 - share)
     factors = torch.where(kept, 1.0, factors)
     for producer in group.producers:
         producer.divide(factors)
     for consumer in group.consumers:
         consumer.multiply(factors)
     return float(factors.clamp_min(1e-300).log().abs().max())
+
+
+def _largest(ranges: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(ranges)).amax(0)
 
 
 def _check_same(model: nn.Module, equal: nn.Module, input_shape: tuple[int, int, int], advice: str) -> None:

@@ -46,13 +46,9 @@ class Producer:
 
     layer: Layer | Norm
     batch_norm: nn.BatchNorm2d | None = None
-    peak: Tensor | None = None
-    """Of a norm's output: the largest absolute value of each channel, [channels], float64."""
 
     def range(self) -> Tensor:
-        """What is to be equalized: the largest weight of each channel, a norm's peaks; [channels], float64."""
-        if self.peak is not None:
-            return self.peak
+        """The largest weight of each channel; [channels], float64."""
         largest = self.layer.weight.detach().flatten(1).abs().amax(1).double()
         norm = self.batch_norm
         if norm is None:
@@ -83,9 +79,15 @@ class Consumer:
     channels: Tensor
     """The group's channel that each of its inputs is, [in_channels]."""
 
-    def range(self, num_channels: int) -> Tensor:
-        """The largest weight of each of the group's channels, 0 for those that it does not read; float64."""
-        by_input = self._by_input().abs().amax(1).amax(-1).flatten().double()
+    def range(self, num_channels: int, *, per_channel: bool = False) -> Tensor:
+        """The largest weight of each of the group's channels, 0 for those that it does not read; float64.
+
+        With `per_channel`, as a share of the largest for the same output, which such weights have a scale for.
+        """
+        weight = self._by_input().abs()
+        if per_channel:
+            weight = weight / weight.amax((2, 3), keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        by_input = weight.amax(1).amax(-1).flatten().double()
         return by_input.new_zeros(num_channels).scatter_reduce(0, self.channels, by_input, "amax")
 
     def multiply(self, factors: Tensor) -> None:
@@ -108,6 +110,8 @@ class ScaleGroup:
     """[channels], bool: something else reads or produces the channel, such as the model's output."""
     producers: list[Producer] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+    tensors: dict[fx.Node, Tensor] = field(default_factory=dict)
+    """The channel that each value of a tensor belongs to, in its own shape, by the operation that gives the tensor."""
 
     def can_rescale(self) -> bool:
         """Whether any factor can be chosen freely."""
@@ -175,6 +179,9 @@ class _ScaleGroups:
             tied = self._visit(node)
             if tied is not None:
                 self.tied[node] = tied
+        for node, tied in self.tied.items():
+            if isinstance(tied.channels, Tensor):
+                tied.group.tensors[node] = tied.channels
         return list(dict.fromkeys(tied.group for tied in self.tied.values()))
 
     def _visit(self, node: fx.Node) -> _Tied | None:

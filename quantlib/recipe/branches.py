@@ -28,9 +28,9 @@ class BranchRecipe(Section):
     """8, or 7 where the CPU's int8 arithmetic would saturate; "auto": what this CPU can; absent: as `qconfig` says."""
     equalize: Flag | None = None
     """Apply cross-layer equalization first; absent: as `qconfig` says."""
-    smoothing: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
-    """SmoothQuant's alpha, 0.5 for most models: how much of the range that each channel of a norm has goes over to the
-    weights that read it, measured on the calibration images; absent: norms stay as they are."""
+    smoothing: Literal[False] | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
+    """SmoothQuant's alpha, for every tensor that can be rescaled: how much of a channel's range, measured on the
+    calibration images, goes over to the weights that read it; false: none; absent: as `qconfig` says."""
     bias_correction: Flag | None = None
     """Correct each layer's mean output, on the calibration images; absent: as `qconfig` says."""
     float_layers: Annotated[tuple[Line, ...], Field(max_length=MAX_ITEMS)] = ()
@@ -40,6 +40,12 @@ class BranchRecipe(Section):
     def equalizes(self) -> bool:
         """Whether the float model is equalized first."""
         return PRESETS[self.qconfig].equalize if self.equalize is None else self.equalize
+
+    @property
+    def smooths(self) -> float | None:
+        """The strength that channels are smoothed with; None: they are not."""
+        given = PRESETS[self.qconfig].smoothing if self.smoothing is None else self.smoothing
+        return None if given is False else given
 
     @property
     def corrects_bias(self) -> bool:

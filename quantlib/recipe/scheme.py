@@ -32,13 +32,14 @@ class Preset:
     weights: WeightGrid
     activation_bits: ActivationBits | Literal["auto"]
     equalize: bool = False
+    smoothing: float | None = None
     bias_correction: bool = False
 
 
 # torch's own qconfigs, and one that uses everything quantlib offers.
 PRESETS: dict[QConfigName, Preset] = {
     "accurate": Preset(
-        observer="mse", weights="per_channel", activation_bits="auto", equalize=True, bias_correction=True
+        observer="mse", weights="per_channel", activation_bits="auto", smoothing=0.5, bias_correction=True
     ),
     "default": Preset(observer="minmax", weights="per_tensor", activation_bits=7),
     "fbgemm": Preset(observer="histogram", weights="per_channel", activation_bits=7),

@@ -39,7 +39,7 @@ class VariantRow:
     """Fraction of the multiply-adds that are int8; null for float."""
     equalized: bool | None = None
     smoothing: float | None = None
-    """SmoothQuant's alpha; null where norms stayed as they were."""
+    """SmoothQuant's alpha; null: channels were not smoothed."""
     bias_corrected: bool | None = None
     top1: float
     """Fraction of the validation images, like the other accuracies unless noted."""

@@ -26,7 +26,9 @@ def test_fewer_calibration_batches_recompute_calibration_and_what_follows_and_sa
     changed = harness.RECIPE | {"calibration": {"batch_size": 16, "num_batches": 1}}
     reasons = {s.label: s.reason for s in plan_run(parse_recipe(changed), home_copy) if not s.reused}
     assert reasons["decode-calibration-0"].startswith("images.stop: ")
-    assert reasons["calibrate-per_channel"] == "follows decode-calibration-0"
+    # Channels are smoothed by what calibration images give.
+    assert reasons["smooth-0.5"] == "follows decode-calibration-0"
+    assert reasons["calibrate-per_channel"] == "follows fuse-eval-smoothed-0.5"
     assert not {"load_float", "fuse-eval", "evaluate_baseline-float", "decode-validation-0"} & set(reasons)
 
 
@@ -54,10 +56,10 @@ def test_a_stage_that_was_interrupted_is_not_called_damaged(tmp_path):
 
 def test_branches_of_one_smoothing_share_a_model_which_other_branches_do_not_wait_for(tmp_path):
     branches = [
-        {"name": "plain", "equalize": False},
-        {"name": "smoothed", "smoothing": 0.5},
-        {"name": "both", "smoothing": 0.5, "bias_correction": False},
-        {"name": "alone", "smoothing": 0.2, "equalize": False},
+        {"name": "plain", "smoothing": False},
+        {"name": "smoothed", "equalize": True},
+        {"name": "both", "equalize": True, "smoothing": 0.5, "bias_correction": False},
+        {"name": "alone", "smoothing": 0.2},
     ]
     stages = plan_run(parse_recipe(harness.RECIPE | {"ptq": branches, "qat": []}), tmp_path)
     follows = {stage.label: stage.reason for stage in stages}

@@ -217,7 +217,7 @@ def test_the_first_images_are_used_as_many_as_fit(calibrated, shard, tmp_path, m
     second = save_shard(tmp_path / "second", 1, high=100)
 
     def biases(paths, num_images):
-        monkeypatch.setattr(bias_correction, "_MAX_PIXELS", num_images * 16 * 16)
+        monkeypatch.setattr(calibration, "_MAX_PIXELS", num_images * 16 * 16)
         return bias_correction.correct_bias(calibrated, SCHEME, paths).get_submodule("classifier.1").bias
 
     assert torch.equal(biases([shard, second], 24), biases([shard], 1000))
