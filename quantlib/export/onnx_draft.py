@@ -39,6 +39,21 @@ class _Mark(nn.Module):
         return torch.onnx.ops.symbolic(self.kind, (x,), {NAME: self.name}, dtype=x.dtype, shape=x.shape, version=1)
 
 
+class _Marked(nn.Module):
+    """A module that reads its parameters through marks."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__()
+        self._module = [module]  # In a list, it keeps the path that it has.
+        self._marks = {name: _Mark(PARAMETER, f"{path}.{name}") for name, _ in module.named_parameters()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives."""
+        (module,) = self._module
+        values = {name: self._marks[name](value) for name, value in module.named_parameters()}
+        return torch.func.functional_call(module, values, args, kwargs)
+
+
 def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
     """Write the ONNX graph of a fused float model, for any number of images, with marks and without its weights.
 
@@ -100,10 +115,18 @@ def _put_marks(model: fx.GraphModule, plan: Plan) -> None:
             _mark(model, node, ACTIVATION, plan.readers(node))
         elif node.op == "get_attr" and node.target not in constants:
             _mark(model, node, PARAMETER, list(node.users))
+        if node.op == "call_module" and _stays_float(model.get_submodule(str(node.target))):
+            model.add_submodule(f"marked.{node.name}", _Marked(model.get_submodule(str(node.target)), str(node.target)))
+            node.target = f"marked.{node.name}"
     for path, module in list(model.named_modules()):
         if is_layer(module):
             model.set_submodule(path, quantized(module, _Mark(WEIGHT, path)))
     model.recompile()
+
+
+def _stays_float(module: nn.Module) -> bool:
+    """Whether a module has parameters that are never rounded, such as a norm's."""
+    return not is_layer(module) and any(True for _ in module.parameters())
 
 
 def _constants(model: fx.GraphModule) -> set[str]:

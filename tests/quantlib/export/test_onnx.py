@@ -144,6 +144,20 @@ def test_a_constant_that_is_no_weight_stays_as_it_is(tmp_path):
     assert noise(quantized(model)(x), answers(content, RUNTIMES[0], x, tmp_path)) < 1e-3
 
 
+@needs_runtime
+def test_a_norm_whose_weights_the_exporter_would_compute_with_keeps_them(tmp_path):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(2, 4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    net = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), norm, nn.Flatten(), nn.Linear(64, 2))
+    model = fusion.fuse_model(trace_model(net.eval(), SHAPE), "eval", inplace=True)
+    content = write_onnx(draft(model, SHAPE), quantized(model), RUNTIMES[0])
+
+    x = torch.randn(4, *SHAPE)
+    assert noise(quantized(model)(x), answers(content, RUNTIMES[0], x, tmp_path)) < 1e-3
+
+
 class Branching(nn.Module):
     """Its forward depends on the values that it sees."""
 
