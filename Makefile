@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: run test test-all screenshots check format setup clean
+.PHONY: run test test-all docs screenshots check format setup clean
 
 run: setup
 	$(BIN)/quantflow run
@@ -15,6 +15,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest
+
+# docs/recipe.md and docs/report.md, from the descriptions in the code.
+docs: setup
+	$(BIN)/python docs/reference.py
 
 # The browser tests take them again (Debian: apt-get install chromium chromium-driver).
 screenshots: setup

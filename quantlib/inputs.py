@@ -11,11 +11,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from quantlib.data.folders import split_folder
 from quantlib.data.normalization import Normalization
 from quantlib.data.split import SplitInput, SplitName, Subset
 from quantlib.data.transforms import EvalTransform, Size
@@ -75,16 +76,10 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
         ModelError: If the weights file is missing, `num_classes` is not the data's, or the model lacks a layer that
             should stay float.
     """
-    model = _find_model(recipe)
+    model = find_model(recipe)
     transform = _find_transform(recipe)
     train, val = (_find_split(recipe.data, name, cache, progress) for name in ("train", "val"))
-    if train.classes != val.classes:
-        different = sorted(set(train.classes) ^ set(val.classes))[:5]
-        raise DataError(
-            f"train has {train.num_classes} classes and val has {val.num_classes}; "
-            f"they differ in {', '.join(different)}. "
-            "Both must have the same class folders: a class's number is its place in the list."
-        )
+    check_classes(train.classes, val.classes)
     wanted = recipe.model.arguments.get("num_classes")
     if wanted is not None and wanted != val.num_classes:
         raise ModelError(
@@ -94,8 +89,7 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
     float_layers = dict.fromkeys(name for branch in (*recipe.ptq, *recipe.qat) for name in branch.float_layers)
     if float_layers:
         _check_float_layers(model, val.num_classes, transform.input_shape, tuple(float_layers))
-    num_held_out = _num_held_out(recipe, train.num_images)
-    _check_train_size(recipe, train.num_images, num_held_out)
+    num_held_out = check_train_size(recipe, train.num_images)
     return Inputs(
         model=model,
         transform=transform,
@@ -136,7 +130,27 @@ def _num_held_out(recipe: Recipe, num_train: int) -> int:
     return recipe.evaluation.num_held_out or max(1, min(1000, num_train // 10))
 
 
-def _check_train_size(recipe: Recipe, num_train: int, num_held_out: int) -> None:
+def check_classes(train: Sequence[str], val: Sequence[str]) -> None:
+    """Raise an error if the splits' classes differ.
+
+    Raises:
+        DataError: With some classes that only one of them has.
+    """
+    if tuple(train) != tuple(val):
+        different = sorted(set(train) ^ set(val))[:5]
+        raise DataError(
+            f"train has {len(train)} classes and val has {len(val)}; they differ in {', '.join(different)}. "
+            "Both must have the same class folders: a class's number is its place in the list."
+        )
+
+
+def check_train_size(recipe: Recipe, num_train: int) -> int:
+    """The number of training images to hold out.
+
+    Raises:
+        RecipeError: If the recipe asks for more training images than there are.
+    """
+    num_held_out = _num_held_out(recipe, num_train)
     if num_train < 2 and num_held_out > 0:
         raise RecipeError(
             f"The training split has {num_train} image, and at least two are needed, one of them held out. Add some, "
@@ -166,9 +180,16 @@ def _check_train_size(recipe: Recipe, num_train: int, num_held_out: int) -> None
                 f"qat.{number} asks for {needed} images per epoch, and the training split has {available} that are "
                 f"not held out. Lower qat.{number}.batches_per_epoch or batch_size, or evaluation.num_held_out."
             )
+    return num_held_out
 
 
-def _find_model(recipe: Recipe) -> ModelInput:
+def find_model(recipe: Recipe) -> ModelInput:
+    """The model that a recipe names, identified by content; paths in the recipe are absolute.
+
+    Raises:
+        RecipeError: If its architecture is unknown.
+        ModelError: If a file is missing.
+    """
     section = recipe.model
     if section.architecture not in ARCHITECTURES and not is_model_name(section.architecture):
         raise RecipeError(
@@ -272,7 +293,9 @@ def _files(recipe: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_r
     if recipe.root is None or recipe.format == "digits":
         return
     folder = Path(recipe.root)
-    if recipe.format in {"imagefolder", "imagenet"}:
+    if recipe.format == "imagefolder":
+        folder = split_folder(folder, name)
+    elif recipe.format == "imagenet":
         folder = folder / name
     elif recipe.format == "cifar10":
         folder = folder / "cifar-10-batches-py"

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from quantlib.data.image_folder import open_image_folder, split_of_files
+from quantlib.data.image_folder import open_class_folders, open_image_folder, split_of_files
 from quantlib.data.images import Split
 from quantlib.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from quantlib.data.split import SplitName
 
-FORMATS = ("digits", "imagefolder", "imagenet", "cifar10")
+FORMATS = ("digits", "imagefolder", "classfolders", "imagenet", "cifar10")
 
 
 def open_split(data_format: str, root: str | None, split: SplitName) -> Split:
@@ -34,9 +34,13 @@ def open_split(data_format: str, root: str | None, split: SplitName) -> Split:
     elif data_format in FORMATS:
         if root is None:
             raise RecipeError(f"data.format = {data_format!r} needs data.root: the folder that holds the dataset.")
-        opened = {"imagefolder": open_image_folder, "imagenet": _imagenet, "cifar10": _cifar10}[data_format](
-            Path(root), split
-        )
+        openers = {
+            "imagefolder": open_image_folder,
+            "classfolders": open_class_folders,
+            "imagenet": _imagenet,
+            "cifar10": _cifar10,
+        }
+        opened = openers[data_format](Path(root), split)
     else:
         opened = _user_dataset(data_format, root, split)
     if len(opened) == 0:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from quantlib.data.folders import split_folder
 from quantlib.data.images import Split
 from quantlib.errors import DataError
 
@@ -31,25 +33,63 @@ _ORIENTATION = 0x0112  # EXIF's tag.
 _MAX_16_BITS = 2**16 - 1
 
 
+_NUM_SHARES = 5
+"""Without a split of its own, one of so many images of a class is for validation."""
+
+
 def open_image_folder(root: Path, split: SplitName) -> Split:
-    """The split that torchvision's ImageFolder would find; importing torchvision takes more than a second."""
-    folder = root / split
+    """The split that torchvision's ImageFolder would find; importing torchvision takes more than a second.
+
+    Raises:
+        DataError: If there is no such folder, or it has no classes, or one of them has no images.
+    """
+    folder = split_folder(root, split)
     if not folder.is_dir():
         raise DataError(f"No folder {folder}: data.root must hold train/CLASS/IMAGE and val/CLASS/IMAGE.")
+    return _open_classes(folder, lambda paths: paths)
+
+
+def open_class_folders(root: Path, split: SplitName) -> Split:
+    """A split of root/CLASS/IMAGE: a fifth of each class's images is for validation, the rest for training.
+
+    Which ones depends on the hashes of their paths below `root`, so that hardly any image changes sides when others
+    are added.
+
+    Raises:
+        DataError: If there is no such folder, or it has no classes, or one of them has fewer than two images.
+    """
+    if not root.is_dir():
+        raise DataError(f"No folder {root}: data.root must hold CLASS/IMAGE.")
+
+    def choose(paths: list[str]) -> list[str]:
+        if len(paths) < 2:
+            raise DataError(f"{Path(paths[0]).parent} has one image: a class needs at least two, one for validation.")
+        drawn = sorted(paths, key=lambda path: hashlib.sha256(str(Path(path).relative_to(root)).encode()).digest())
+        validation = set(drawn[: max(1, len(paths) // _NUM_SHARES)])
+        return [path for path in paths if (path in validation) == (split == "val")]
+
+    return _open_classes(root, choose)
+
+
+def _open_classes(folder: Path, choose: Callable[[list[str]], list[str]]) -> Split:
+    """The images of folder/CLASS that `choose` takes from each class's."""
     classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_shown(entry.name)))
     if not classes:
-        raise DataError(f"Folder {folder} has no classes: it must hold one folder per class, with its images inside.")
+        num_images = len(_image_files(folder)[0])
+        without = f" The class of the {num_images:,} images in it is not known." if num_images else ""
+        raise DataError(
+            f"Folder {folder} has no classes: it must hold one folder per class, with its images inside.{without}"
+        )
     samples, num_skipped = [], 0
     for label, name in enumerate(classes):
-        found = _shown_files(folder / name)
-        paths = [path for path in found if path.lower().endswith(_IMAGE_SUFFIXES)]
-        num_skipped += len(found) - len(paths)
+        paths, num_others = _image_files(folder / name)
+        num_skipped += num_others
         if not paths:
             raise DataError(
                 f"Folder {folder} has a class without images: {name} needs files whose names end in one of "
-                f"{', '.join(_IMAGE_SUFFIXES)}. Add some, or remove the class from train and val."
+                f"{', '.join(_IMAGE_SUFFIXES)}. Add some, or remove the class from every split."
             )
-        samples += [(path, label) for path in paths]
+        samples += [(path, label) for path in choose(paths)]
     return replace(split_of_files(samples, classes), num_skipped=num_skipped)
 
 
@@ -59,12 +99,19 @@ def find_images(folder: Path) -> list[str]:
     Raises:
         DataError: If there are none.
     """
-    paths = [path for path in _shown_files(folder) if path.lower().endswith(_IMAGE_SUFFIXES)]
+    paths, _ = _image_files(folder)
     if not paths:
         raise DataError(
             f"Folder {folder} has no images: they have names that end in one of {', '.join(_IMAGE_SUFFIXES)}."
         )
     return paths
+
+
+def _image_files(folder: Path) -> tuple[list[str], int]:
+    """The image files below a folder, in order, and the number of other files; neither counts hidden ones."""
+    found = _shown_files(folder)
+    paths = [path for path in found if path.lower().endswith(_IMAGE_SUFFIXES)]
+    return paths, len(found) - len(paths)
 
 
 def _shown_files(folder: Path) -> list[str]:

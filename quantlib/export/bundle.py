@@ -57,6 +57,7 @@ class Preprocessing:
     mean: list[float]
     """Of each channel, for pixels in [0, 1]."""
     std: list[_Positive]
+    """Standard deviation of each channel, for pixels in [0, 1]."""
 
     @property
     def input_size(self) -> list[int]:

@@ -108,6 +108,6 @@ def _points(change: float) -> str:
 def _dataset(info: ModelInfo) -> str:
     data = info.recipe.get("data", {})
     form = data.get("format", "")
-    if form == "imagefolder":
+    if form in {"imagefolder", "classfolders"}:
         return f"the image folder `{data.get('root', '')}`"
     return _DATASETS.get(form, f"the dataset `{form}`")

@@ -21,9 +21,11 @@ class Example:
     """An image that float and a variant answer differently."""
 
     variant: str
+    """The quantized model."""
     image_index: int
     """Its index in the table `predictions`."""
     label: int
+    """The image's class, as an index into the table `classes`."""
     float_top1: int
     """Float's likeliest class."""
     int8_top1: int

@@ -60,6 +60,18 @@ def build(program: str) -> fx.GraphModule:
         raise ModelError(f"The exported model cannot be understood ({reason}). Export it again.") from None
 
 
+def image_size(program: str) -> tuple[int | None, int | None]:
+    """Height and width of the images that an exported graph takes; None for one that may vary.
+
+    Args:
+        program: What `exported_file.read_program` returned.
+
+    Raises:
+        ModelError: If it does not take images alone.
+    """
+    return _Builder(json.loads(program)).image_size
+
+
 def check_batch(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
     """Check that a model gives the same answer about an image, whatever it is together with.
 
@@ -96,6 +108,12 @@ class _Builder:
         self._image = self._find_image()
         self._batch: int | None = self._sizes[self._image][0]  # None: it was exported for any number of images.
         self._any_batch = None if self._batch is None else AnyBatch(self._batch, self._root, self._sizes[self._image])
+
+    @property
+    def image_size(self) -> tuple[int | None, int | None]:
+        """Height and width of its images."""
+        _, _, height, width = self._sizes[self._image]
+        return height, width
 
     def build(self) -> fx.GraphModule:
         """The model."""

@@ -22,14 +22,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: If the file is missing or not TOML, or a key or value is not allowed.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return parse_text(text, path.resolve().parent, overrides)
     except FileNotFoundError:
         raise RecipeError(
             f"No recipe {str(path)!r}: give the path of a TOML file, or a name that `quantflow recipes` lists."
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"Recipe {str(path)!r} cannot be read as TOML: {error}.") from None
-    _resolve_paths(tables, path.resolve().parent)
+
+
+def parse_text(text: str, folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file's text, as `load_recipe` would read it from a file in `folder`, an absolute path.
+
+    Raises:
+        TOMLDecodeError: If it is not TOML.
+        RecipeError: If a key or value is not allowed.
+    """
+    tables = tomllib.loads(text)
+    _resolve_paths(tables, folder)
     for override in overrides:
         _override(tables, override)
     _resolve_paths(tables, Path.cwd())

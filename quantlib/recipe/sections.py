@@ -103,7 +103,9 @@ class DataRecipe(Section):
     """The images, and how they become the model's input."""
 
     format: Line
-    """digits, imagefolder, imagenet, cifar10, or "package.module:function" called as f(root, split)."""
+    """imagefolder: train/CLASS/IMAGE and val/CLASS/IMAGE (val may be called valid, validation or test); classfolders:
+    CLASS/IMAGE, a fifth of each class for validation, chosen by the hashes of the names; imagenet; cifar10; digits; or
+    "package.module:function" called as f(root, split)."""
     root: PathName | None = None
     """The dataset's folder, relative to the recipe file."""
     resize: Pixels | Size | None = None

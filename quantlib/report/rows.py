@@ -17,16 +17,19 @@ class VariantRow:
     Accuracy, size, latency and verdict all refer to that file (`artifact_path`) in that runtime (`runtime`); the table
     `files` has the others. Float's accuracy is TorchScript's, which every drop is measured from; its latency is that of
     its fastest file.
-
-    A column with a default was added to the table later: it is null in runs reported before that.
     """
 
+    # A column with a default was added to the table later: it is null in runs reported before that.
     recipe: str
+    """The recipe's name."""
     variant: str
+    """The branch's name; float for the baseline."""
     method: str
     """float, ptq or qat."""
     qconfig: str | None
+    """The recipe's `qconfig`; null for float."""
     engine: str | None
+    """torch's int8 engine of the TorchScript file; null for float."""
     observer: str | None = None
     """How activation ranges were found; null for float, like the next three."""
     weights: str | None = None
@@ -38,20 +41,25 @@ class VariantRow:
     int8_share: float | None = None
     """Fraction of the multiply-adds that are int8; null for float."""
     equalized: bool | None = None
+    """Whether cross-layer equalization was applied; null for float."""
     smoothing: float | None = None
     """SmoothQuant's alpha; null: channels were not smoothed."""
     bias_corrected: bool | None = None
+    """Whether biases were corrected; null for float."""
     top1: float
     """Fraction of the validation images, like the other accuracies unless noted."""
     top5: float
+    """Fraction of the validation images whose label is among the five likeliest classes."""
     loss: float
     """Mean cross-entropy in nats."""
     num_images: int
+    """Validation images that were evaluated."""
     top1_drop: float
     """Float's top1 minus this one's."""
     top1_drop_low: float | None = None
     """Ends of the 95% interval of the drop, image by image on the same images."""
     top1_drop_high: float | None = None
+    """See `top1_drop_low`."""
     p_value: float | None = None
     """Exact McNemar test: how likely it is that a model as accurate as float differs by this much or more."""
     top1_selection: float
@@ -61,7 +69,9 @@ class VariantRow:
     top1_simulated: float | None
     """With fake quantization in float, of weights and activations."""
     top1_weights_only: float | None
+    """Like `top1_simulated`, of weights alone."""
     top1_activations_only: float | None
+    """Like `top1_simulated`, of activations alone."""
     best_epoch: int | None
     """The QAT epoch that this is, 0-based; null where QAT kept its start."""
     top1_start: float | None = None
@@ -80,6 +90,7 @@ class VariantRow:
     fastest_runtime: str | None = None
     """The fastest of this machine's runtimes for one image on one thread, whatever the accuracy there."""
     fastest_p50_ms: float | None = None
+    """Milliseconds for one image on one thread there."""
     accepted: bool
     """Inside the gate."""
     gate: str | None = None
@@ -88,6 +99,7 @@ class VariantRow:
     num_images_to_decide: int | None = None
     """About how many images would decide an undecided variant."""
     winner: bool
+    """Whether this is the model to ship; at most one per run."""
     reason: str | None = None
     """Why the winner was chosen; null for the others."""
     pareto: bool | None = None
@@ -97,6 +109,7 @@ class VariantRow:
     """Of the model, which does not depend on the run: SHA256SUMS has the hash of the file at `artifact_path`, which
     also holds its document, with this hash in it."""
     artifact_path: str
+    """Path of the file that this row is about."""
     torchscript_path: str | None = None
     """Path of the TorchScript file, if there is one."""
     torchscript_refusal: str | None = None
@@ -108,8 +121,11 @@ class VariantRow:
     onnx_refusal: str | None = None
     """Why there is no ONNX file, where there could be one."""
     torch_version: str
+    """Version of torch that the run used."""
     cpu_model: str
+    """The CPU that everything was measured on."""
     created_at: datetime
+    """When the report was written."""
 
     @property
     def verdict(self) -> str:
@@ -155,18 +171,23 @@ class FileRow:
     """A file of a variant in the runtime that it is fastest in: what may be shipped, and what the gate judges."""
 
     variant: str
+    """The branch's name."""
     path: str
+    """Where it is."""
     sha256: str
     """Of the model, like the variant's `artifact_sha256`."""
     size_bytes: int
+    """Of the model, like the variant's."""
     runtime: str
     """torchscript-ENGINE, onnxruntime or openvino."""
     top1: float
+    """Fraction of the validation images."""
     top1_drop: float
     """Float's top1 minus this one's."""
     top1_drop_low: float
     """Ends of the 95% interval of the drop, image by image on the same images."""
     top1_drop_high: float
+    """See `top1_drop_low`."""
     p_value: float
     """Exact McNemar test against float."""
     top1_selection: float
@@ -190,6 +211,7 @@ class NoteRow:
     kind: str
     """warning: the figures may mislead; note: the rest."""
     text: str
+    """The sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,18 +219,24 @@ class EpochRow:
     """An epoch of quantization-aware training."""
 
     variant: str
+    """The [[qat]] branch's name."""
     epoch: int
+    """Counted from 0."""
     loss: float
     """Mean over the epoch's training images, in nats: cross-entropy with the labels, or with `distill` the
     Kullback-Leibler divergence from the float model."""
     train_top1: float
+    """Top-1 on the epoch's training images, cropped at random as they were trained on."""
     top1: float
     """Top-1 of the converted int8 model on the validation images."""
     top1_selection: float
     """Top-1 on the selection images, which decide the best epoch."""
     best: bool
+    """Whether this epoch's model is the branch's variant."""
     observers_frozen: bool
+    """Whether activation ranges were fixed from the end of this epoch on, if not before."""
     batch_norm_frozen: bool
+    """Whether BatchNorm's statistics were fixed from the end of this epoch on, if not before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +244,7 @@ class LayerRow:
     """A layer of a quantized model, measured in float with fake quantization on some of the images."""
 
     variant: str
+    """The branch's name."""
     layer: str
     """Its dotted path in the fused model."""
     type: str
@@ -223,9 +252,11 @@ class LayerRow:
     weight_min: float | None
     """Smallest value of the float weight, BatchNorm folded in; null if it has none."""
     weight_max: float | None
+    """Largest value of the float weight; null if it has none."""
     activation_min: float | None
     """Ends of its output's int8 grid; null if its output is not quantized."""
     activation_max: float | None
+    """See `activation_min`."""
     sqnr_db: float | None
     """Signal-to-quantization-noise ratio of its output where every layer is int8, against float."""
     saturation: float | None
@@ -241,6 +272,7 @@ class LayerRow:
     divergence_only: float
     """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
     num_images: int
+    """Images that these figures were measured on."""
     measured_on: str
     """Where these images come from: held_out (training images) or validation, like the selection images."""
 
@@ -250,15 +282,21 @@ class LatencyRow:
     """One model's timing for one batch size and number of threads."""
 
     variant: str
+    """The branch's name; float for the baseline."""
     runtime: str
     """torchscript (float), torchscript-ENGINE, onnxruntime or openvino."""
     batch_size: int
+    """Images per call."""
     num_threads: int
+    """Threads that the runtime computed with."""
     p50_ms: float
     """Median time of a call, that is, of a whole batch."""
     p95_ms: float
+    """95th percentile of a call's time."""
     images_per_second: float
+    """`batch_size` over the median time."""
     num_samples: int
+    """Timed calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,13 +304,16 @@ class PredictionRow:
     """One model's answer for one validation image."""
 
     variant: str
+    """The branch's name; float for the baseline."""
     image_index: int
     """Its place among the images that were evaluated: in the dataset's order, or as `evaluation.max_images` drew it."""
     image: str | None
     """Its file, relative to the dataset's folder, or its number in a dataset that has no files; absent if the dataset
     was changed before the run was over."""
     label: int
+    """The image's class, as an index into the table `classes`."""
     top5: list[int]
+    """The five likeliest classes, the likeliest first; fewer if there are fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +323,7 @@ class ClassRow:
     class_index: int
     """The number that stands for the class in labels and answers."""
     name: str
+    """As the dataset calls it."""
 
 
 @dataclass(frozen=True)
@@ -291,10 +333,13 @@ class StageRow:
     stage: str
     """The task run's name, such as calibrate-per_channel."""
     key: str
+    """The key that its outputs are stored under."""
     cached: bool
+    """Whether an earlier run's outputs were reused."""
     seconds: float
     """Wall-clock time that this run spent on it."""
     started_at: datetime
+    """When this run came to it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ _COLUMN_TYPES: dict[Any, pa.DataType] = {
     int: pa.int64(),
     float: pa.float64(),
     bool: pa.bool_(),
+    bytes: pa.binary(),
     datetime: pa.timestamp("us", tz="UTC"),
     list[int]: pa.list_(pa.int64()),
     list[float]: pa.list_(pa.float64()),
@@ -51,19 +52,22 @@ def _schema_of(row: type) -> pa.Schema:
     )
 
 
-SCHEMAS: dict[str, pa.Schema] = {
-    "variants": _schema_of(VariantRow),
-    "files": _schema_of(FileRow),
-    "notes": _schema_of(NoteRow),
-    "epochs": _schema_of(EpochRow),
-    "latency": _schema_of(LatencyRow),
-    "layers": _schema_of(LayerRow),
-    "predictions": _schema_of(PredictionRow),
-    "classes": _schema_of(ClassRow),
-    "preprocessing": _schema_of(Preprocessing),
-    "examples": examples.SCHEMA,
-    "stages": _schema_of(StageRow),
+ROWS: dict[str, type] = {
+    "variants": VariantRow,
+    "files": FileRow,
+    "notes": NoteRow,
+    "epochs": EpochRow,
+    "latency": LatencyRow,
+    "layers": LayerRow,
+    "predictions": PredictionRow,
+    "classes": ClassRow,
+    "preprocessing": Preprocessing,
+    "examples": examples.Example,
+    "stages": StageRow,
 }
+"""What a row of each table is."""
+
+SCHEMAS: dict[str, pa.Schema] = {name: _schema_of(row) for name, row in ROWS.items()}
 
 
 def write(

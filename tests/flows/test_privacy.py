@@ -22,10 +22,11 @@ COMMANDS = {
     "recipes": ["recipes"],
     "export": ["export", "none", "--to", "bundle"],
     "predict": ["predict", "none.onnx", "tiny.toml"],
+    "init": ["init", "tmp"],
     "dashboard": ["dashboard", "--port", "0"],
 }
 # What they are asked for is not there.
-FAILING = {"resume", "export", "predict"}
+FAILING = {"resume", "export", "predict", "init"}
 # They find nothing, or need nothing, in an empty home.
 FAST = [name for name in COMMANDS if name not in {"run", "dashboard"}]
 
@@ -52,7 +53,7 @@ def given(name, place, users_home):
     """A command and how to run it: as a person who has set nothing, and whose home is empty."""
     places = {"HOME": str(users_home), "TMPDIR": str(place / "tmp")}
     own = own_environment(without=("XDG_", "ORT_", "DO_NOT_TRACK"), OMP_NUM_THREADS="1", **places)
-    home = [] if name in {"recipes", "predict"} else ["--home", "home"]
+    home = [] if name in {"recipes", "predict", "init"} else ["--home", "home"]
     return [sys.executable, "-m", "flows.cli.commands", *COMMANDS[name], *home], {"cwd": place, "env": own}
 
 

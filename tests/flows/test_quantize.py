@@ -287,11 +287,13 @@ def test_the_readmes_python_runs_as_written(undisturbed, tmp_path, monkeypatch):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-    variables = {"images": torch.zeros(2, 3, 16, 16), "float_model": net, "batches": [torch.rand(4, 3, 16, 16)]}
+    variables = {"model": net, "images": torch.zeros(2, 3, 16, 16)}
+    variables |= {"float_model": net, "batches": [torch.rand(4, 3, 16, 16)]}
     for block in blocks:
         run = read_runs(home / "runs")[0].file.run_id
         exec(block.replace(".quantflow", str(home)).replace("RUN/VARIANT", f"{run}/per_channel"), variables)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    assert (tmp_path / "model.pt2").is_file()
     assert variables["answers"].shape == (2, 10)
     assert (tmp_path / "model.onnx").is_file()
     assert variables["logits"].shape == (2, 10)

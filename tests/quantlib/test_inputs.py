@@ -469,7 +469,7 @@ def test_an_altered_note_is_made_again(find, tmp_path):
 
 def test_a_single_training_image_is_refused(own_folder):
     with pytest.raises(RecipeError, match="has 1 image, and at least two are needed"):
-        inputs._check_train_size(_recipe(own_folder), 1, 1)
+        inputs.check_train_size(_recipe(own_folder), 1)
 
 
 def test_a_misspelt_layer_is_found_before_any_stage(find):

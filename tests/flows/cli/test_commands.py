@@ -77,7 +77,7 @@ WRONG_SETTINGS = [
     ("data.root=nowhere", "data.root must hold train/CLASS/IMAGE"),
     (
         "data.format=imagfolder",
-        "data.format = 'imagfolder' is unknown. Allowed: digits, imagefolder, imagenet, cifar10",
+        "data.format = 'imagfolder' is unknown. Allowed: digits, imagefolder, classfolders, imagenet, cifar10",
     ),
     ("model.weights=none.pth", "No weights file"),
     ("model.architecture=mobilnet", "model.architecture = 'mobilnet' is unknown"),
@@ -297,3 +297,26 @@ def test_inspect_refuses_what_run_would_refuse(architecture, message, recipe, qu
     )
     assert status == outcome.WRONG_INPUT
     assert message in said
+
+
+def test_init_writes_a_recipe_that_can_be_inspected_and_prints_its_path_alone(folder, quantflow, tmp_path):
+    status, said = quantflow("init", "data", "--to", "pets.toml")
+    assert (status, said) == (0, "pets.toml\n")
+    status, said = quantflow("inspect", "pets.toml")
+    assert status == 0, said
+    assert "100.0% of the multiply-adds are int8" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".quantflow", "data", "pets.toml"]
+
+
+def test_init_reports_what_is_missing_and_never_overwrites(folder, quantflow, tmp_path):
+    for arguments, message in [
+        (["nowhere"], "No folder nowhere"),
+        (["data", "--weights", "none.pth"], "No weights file 'none.pth'"),
+    ]:
+        status, said = quantflow("init", *arguments)
+        assert status == outcome.WRONG_INPUT
+        assert message in said
+    (tmp_path / "recipe.toml").write_text("mine")
+    status, said = quantflow("init", "data")
+    assert status == outcome.WRONG_INPUT
+    assert "recipe.toml exists" in said

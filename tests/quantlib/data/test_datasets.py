@@ -119,8 +119,58 @@ def test_a_folder_of_images_without_classes_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "image.png")
 
-    with pytest.raises(DataError, match=r"train has no classes: it must hold one folder per class"):
+    with pytest.raises(DataError, match=r"train has no classes: .* The class of the 1 images in it is not known"):
         datasets.open_split("imagefolder", str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_the_validation_split_may_have_another_usual_name_and_val_comes_first(own_folder, name):
+    before = datasets.open_split("imagefolder", str(own_folder), "val")
+    (own_folder / "val").rename(own_folder / name)
+    found = datasets.open_split("imagefolder", str(own_folder), "val")
+    assert found.labels.tolist() == before.labels.tolist()
+    assert Path(found.name_of(0)).parents[1].name == name
+    shutil.copytree(own_folder / name, own_folder / "val")
+    assert Path(datasets.open_split("imagefolder", str(own_folder), "val").name_of(0)).parents[1].name == "val"
+
+
+def _names(root, split):
+    found = datasets.open_split("classfolders", str(root), split)
+    return {found.name_of(index) for index in range(len(found))}, np.bincount(found.labels).tolist()
+
+
+def test_of_class_folders_without_splits_a_fifth_of_each_class_is_for_validation(own_folder):
+    (train, num_train), (val, num_val) = (_names(own_folder / "train", split) for split in ("train", "val"))
+    assert (num_train, num_val) == ([10] * 3, [2] * 3)
+    assert not train & val
+    assert len(train | val) == 36
+
+
+def test_added_images_move_hardly_any_other_to_the_other_split(own_folder):
+    before, _ = _names(own_folder / "train", "val")
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(own_folder / "train" / "red" / f"new{number}.png")
+    after, sizes = _names(own_folder / "train", "val")
+    assert sizes == [2, 2, 3]
+    assert len({name for name in before if "new" not in name} & after) >= 4
+
+
+def test_class_folders_move_as_a_whole_without_another_split(own_folder):
+    before, _ = _names(own_folder / "train", "val")
+    moved = own_folder / "elsewhere"
+    (own_folder / "train").rename(moved)
+    assert {Path(name).relative_to(moved) for name in _names(moved, "val")[0]} == {
+        Path(name).relative_to(own_folder / "train") for name in before
+    }
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "image.png")
+    with pytest.raises(DataError, match=r"one has one image: a class needs at least two"):
+        datasets.open_split("classfolders", str(tmp_path), "train")
+    with pytest.raises(DataError, match=r"No folder .*none: data\.root must hold CLASS/IMAGE"):
+        datasets.open_split("classfolders", str(tmp_path / "none"), "train")
 
 
 def test_a_class_without_images_is_named(own_folder):
