@@ -16,6 +16,7 @@ from quantlib.measure.predictions import Predictions
 from quantlib.recipe.schema import Recipe
 from quantlib.report import caveats, diagnosis, tables, verdict
 from quantlib.report.documents import Documents
+from quantlib.report.measured import Epoch, File, Measured, epoch_rows, latency_rows
 from quantlib.report.rows import ClassRow, NoteRow, Report
 from quantlib.runtimes.available import Runtime, torch_runtime
 from quantlib.store.artifacts import Ref
@@ -55,8 +56,8 @@ def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Mea
         run_id=run.run_id,
         variants=rows,
         files=judged.file_rows(),
-        epochs=verdict.epoch_rows(measured),
-        latency=verdict.latency_rows(measured),
+        epochs=epoch_rows(measured),
+        latency=latency_rows(measured),
         stages=tuple(run.stages),
         classes=tuple(ClassRow(class_index=index, name=name) for index, name in enumerate(classes)),
         preprocessing=(preprocessing,),
@@ -130,9 +131,9 @@ def _place(folder: Path, refs: VariantRefs, file: Ref) -> Path:
 
 def _measured(
     store: Store, refs: VariantRefs, samples: dict[Ref, dict[tuple[str, int, int], list[float]]], folder: Path
-) -> verdict.Measured:
+) -> Measured:
     epochs = tuple(
-        verdict.Epoch(
+        Epoch(
             metrics=store.read_json(epoch.metrics),
             validation=read_predictions(store, epoch.reference.validation),
             selection=read_predictions(store, epoch.reference.selection),
@@ -141,7 +142,7 @@ def _measured(
         for place, epoch in enumerate(refs.epochs)
     )
     files = tuple(
-        verdict.File(
+        File(
             path=str(_place(folder, refs, file.file)),
             sha256=file.file.sha256,
             size_bytes=file.file.size,
@@ -153,7 +154,7 @@ def _measured(
     )
     script, onnx = refs.torchscript_file, refs.onnx_files
     refusals = [store.read_json(file)["reason"] for _, file in refs.onnx if is_refusal(file)]
-    return verdict.Measured(
+    return Measured(
         variant=refs.variant,
         int8_share=store.read_json(refs.plan)["int8_share"] if refs.plan else None,
         files=files,

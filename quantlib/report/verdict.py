@@ -1,79 +1,21 @@
-"""The verdict: each variant's measurements, the rows that report them, and which file to ship for which runtime.
+"""The verdict on each variant's files, the rows that report it, and which file to ship for which runtime.
 
 A verdict is about a file in a runtime: runtimes round in different places, so the same file has a different
 accuracy, and a different speed, in each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from quantlib.measure import significance
-from quantlib.measure.predictions import Predictions
 from quantlib.recipe.sections import GateRecipe
-from quantlib.recipe.variant import Variant
 from quantlib.report.choice import Contender, choose
-from quantlib.report.rows import EpochRow, FileRow, LatencyRow, VariantRow
-
-# The setting that latencies are compared at: batch size, and threads.
-_SETTING = (1, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """Measurements of an epoch of quantization-aware training."""
-
-    metrics: Mapping[str, Any]
-    """`quantlib.quantize.qat.EpochMetrics` as JSON."""
-    validation: Predictions
-    selection: Predictions
-    chosen: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """A file of a variant, in the fastest of the runtimes that the recipe allows."""
-
-    path: str
-    sha256: str
-    size_bytes: int
-    runtime: str
-    validation: Predictions
-    """Its answers in that runtime; for float, those in the first."""
-    selection: Predictions
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Measurements of a variant."""
-
-    variant: Variant
-    int8_share: float | None = None
-    """Fraction of the multiply-adds that are int8; None: float."""
-    files: Sequence[File]
-    """Those that the recipe allows to ship; the one it was judged by if it allows none."""
-    available: bool = True
-    """Whether it allows any."""
-    layers: Sequence[Sequence[Mapping[str, Any]]] = ()
-    """`quantlib.measure.sensitivity.LayerSums` of every layer as JSON, per part of the images; empty: not requested."""
-    simulated: Mapping[str, Predictions]
-    """By what was fake-quantized: both, weights, activations; empty if that was not requested."""
-    epochs: tuple[Epoch, ...]
-    start_validation: Predictions | None = None
-    """Answers of the int8 model that QAT started from, if it did."""
-    kept_start: bool | None = None
-    """Whether this is that model, because no epoch was better."""
-    samples_ms: Mapping[tuple[str, int, int], Sequence[float]]
-    """By (runtime, batch size, threads); those of one setting were taken in the same rounds, over all variants."""
-    torchscript_path: str | None
-    torchscript_refusal: str | None = None
-    onnx_paths: Sequence[str] = ()
-    """One for every runtime, or one for each."""
-    onnx_refusal: str | None = None
+from quantlib.report.measured import SETTING, File, Measured
+from quantlib.report.rows import FileRow, VariantRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +120,7 @@ class _Entry:
         """The file in its runtime, to be compared with others."""
         return Contender(
             self.measured.variant.name,
-            self.measured.samples_ms[self.file.runtime, *_SETTING],
+            self.measured.samples_ms[self.file.runtime, *SETTING],
             self.file.selection.top1_correct,
             self.file.size_bytes,
         )
@@ -197,7 +139,7 @@ class _Entry:
         least = self.gate.min_speedup
         if least == 0:
             return False
-        of_float = [self.baseline.samples_ms[file.runtime, *_SETTING] for file in self.baseline.files]
+        of_float = [self.baseline.samples_ms[file.runtime, *SETTING] for file in self.baseline.files]
         fastest = min(of_float, key=np.median)
         return significance.is_slower(self.contender.samples_ms, [sample / least for sample in fastest])
 
@@ -250,7 +192,7 @@ class _Entry:
         """The variant's row; the winner's if there is a reason."""
         measured, file, variant = self.measured, self.file, self.measured.variant
         scheme = variant.scheme
-        paired, by_runtime = self._drop(), _latencies(measured)
+        paired, by_runtime = self._drop(), measured.latencies_ms
         fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
         simulated = {parts: predictions.top1 for parts, predictions in measured.simulated.items()}
         onnx = min(
@@ -311,49 +253,3 @@ class _Entry:
             cpu_model=run_info.cpu_model,
             created_at=run_info.created_at,
         )
-
-
-def _latencies(measured: Measured) -> dict[str, float]:
-    """Median milliseconds of each runtime for one image on one thread."""
-    return {
-        runtime: float(np.median(samples))
-        for (runtime, *setting), samples in measured.samples_ms.items()
-        if tuple(setting) == _SETTING
-    }
-
-
-def epoch_rows(variants: Sequence[Measured]) -> tuple[EpochRow, ...]:
-    """A row for each epoch of each variant."""
-    return tuple(
-        EpochRow(
-            variant=measured.variant.name,
-            epoch=epoch.metrics["epoch"],
-            loss=epoch.metrics["loss"],
-            train_top1=epoch.metrics["train_top1"],
-            top1=epoch.validation.top1,
-            top1_selection=epoch.selection.top1,
-            best=epoch.chosen,
-            observers_frozen=epoch.metrics["observers_frozen"],
-            batch_norm_frozen=epoch.metrics["batch_norm_frozen"],
-        )
-        for measured in variants
-        for epoch in measured.epochs
-    )
-
-
-def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
-    """A row for each variant, batch size and number of threads."""
-    return tuple(
-        LatencyRow(
-            variant=measured.variant.name,
-            runtime=runtime,
-            batch_size=batch_size,
-            num_threads=num_threads,
-            p50_ms=float(np.percentile(samples, 50)),
-            p95_ms=float(np.percentile(samples, 95)),
-            images_per_second=batch_size / float(np.percentile(samples, 50)) * 1000,
-            num_samples=len(samples),
-        )
-        for measured in variants
-        for (runtime, batch_size, num_threads), samples in measured.samples_ms.items()
-    )

@@ -11,8 +11,9 @@ from quantlib.measure.predictions import Predictions
 from quantlib.recipe.sections import GateRecipe
 from quantlib.recipe.variant import Variant
 from quantlib.report import choice, verdict
+from quantlib.report.measured import Epoch, File, Measured, epoch_rows, latency_rows
 from quantlib.report.rows import FileRow, Report, VariantRow
-from quantlib.report.verdict import Epoch, File, Measured, RunInfo
+from quantlib.report.verdict import RunInfo
 from quantlib.runtimes.available import Runtime
 
 CIRCUMSTANCES = RunInfo(
@@ -267,7 +268,7 @@ def test_epochs_have_their_rows_and_the_best_is_marked():
     epochs = (_epoch(0, 80, chosen=False), _epoch(1, 85, chosen=True), _epoch(4, 82, chosen=False))
     variants = [_measured("float", 90), _measured("qat", 85, method="qat", epochs=epochs)]
 
-    rows = verdict.epoch_rows(variants)
+    rows = epoch_rows(variants)
 
     assert [(row.variant, row.epoch, row.top1, row.top1_selection, row.best) for row in rows] == [
         ("qat", 0, 0.80, 0.81, False),
@@ -282,7 +283,7 @@ def test_epochs_have_their_rows_and_the_best_is_marked():
 def test_latency_rows_give_percentiles_of_a_call_and_images_per_second():
     samples = {("torchscript", 1, 1): list(range(1, 102)), ("torchscript", 50, 2): [20.0] * 10}
 
-    single, batch = verdict.latency_rows([_measured("float", 90, samples_ms=samples)])
+    single, batch = latency_rows([_measured("float", 90, samples_ms=samples)])
 
     assert (single.batch_size, single.num_threads, single.num_samples) == (1, 1, 101)
     assert (single.p50_ms, single.p95_ms) == (51.0, 96.0)
