@@ -5,7 +5,7 @@ from prefect import flow
 from flows.graphs.run import run_flow
 from flows.parameters import Changes, RecipeParameter
 from quantlib.recipe.file import override_recipe
-from quantlib.report.rows import Report
+from quantlib.report.results import Report
 from tasks.execution import home_folder
 
 

@@ -17,7 +17,8 @@ from quantlib.recipe.schema import Recipe
 from quantlib.report import caveats, diagnosis, tables, verdict
 from quantlib.report.documents import Documents
 from quantlib.report.measured import Epoch, File, Measured, epoch_rows, latency_rows
-from quantlib.report.rows import ClassRow, NoteRow, Report
+from quantlib.report.results import Report
+from quantlib.report.rows import ClassRow, NoteRow
 from quantlib.runtimes.available import Runtime, torch_runtime
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store

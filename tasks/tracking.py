@@ -13,7 +13,7 @@ from uuid import UUID
 
 from quantlib.errors import QuantflowError
 from quantlib.report import summary
-from quantlib.report.rows import Report
+from quantlib.report.results import Report
 
 if TYPE_CHECKING:
     from pathlib import Path

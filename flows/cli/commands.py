@@ -162,7 +162,7 @@ def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -
 
     from flows.cli.console import interval_table, result_table, why
     from quantlib.report.diagnosis import diagnose
-    from quantlib.report.rows import Report
+    from quantlib.report.results import Report
     from quantlib.report.tables import read_layers, read_variants
 
     console = Console()

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from quantlib.export.prediction import Prediction
     from quantlib.graph.plan import LayerPlan
     from quantlib.report.diagnosis import Diagnosis
-    from quantlib.report.rows import Report, VariantRow
+    from quantlib.report.results import Report
+    from quantlib.report.rows import VariantRow
     from quantlib.store.journal import RunStatus
     from quantlib.store.retention import Entry
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from quantlib.recipe.schema import Recipe
-    from quantlib.report.rows import Report
+    from quantlib.report.results import Report
     from tasks.listener import Listener
 
 _REACH_SECONDS = 20.0

@@ -15,7 +15,8 @@ from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
 from quantlib.recipe.schema import Recipe
-from quantlib.report.rows import NoteRow, Report
+from quantlib.report.results import Report
+from quantlib.report.rows import NoteRow
 from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
 from tasks.execution import start_run

@@ -8,7 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from quantlib.report.rows import EpochRow, LatencyRow, Report, StageRow, VariantRow
+from quantlib.report.results import Report
+from quantlib.report.rows import EpochRow, LatencyRow, StageRow, VariantRow
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart; its blue is
 # lighter here, to stand out on dark as well.

@@ -19,6 +19,7 @@ from quantlib.files import write_atomically
 from quantlib.measure.examples import Example
 from quantlib.report import charts, diagnosis
 from quantlib.report.disagreement import Disagreement, compare
+from quantlib.report.results import Report
 from quantlib.report.rows import (
     ClassRow,
     EpochRow,
@@ -26,7 +27,6 @@ from quantlib.report.rows import (
     LatencyRow,
     LayerRow,
     NoteRow,
-    Report,
     StageRow,
     VariantRow,
     points,

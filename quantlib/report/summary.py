@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from quantlib.errors import StoreError
-from quantlib.report.rows import Report, VariantRow, points
+from quantlib.report.results import Report
+from quantlib.report.rows import VariantRow, points
 from quantlib.report.svg import Axis, as_markdown, plot
 from quantlib.report.tables import read_table
 

@@ -18,6 +18,7 @@ from quantlib.export.bundle import Preprocessing
 from quantlib.measure import examples
 from quantlib.measure.predictions import Predictions
 from quantlib.report import parquet as tables_on_disk
+from quantlib.report.results import Report
 from quantlib.report.rows import (
     ClassRow,
     EpochRow,
@@ -26,7 +27,6 @@ from quantlib.report.rows import (
     LayerRow,
     NoteRow,
     PredictionRow,
-    Report,
     StageRow,
     VariantRow,
 )

@@ -15,7 +15,8 @@ from flows.cli.commands import main
 from flows.cli.console import conclusion
 from quantlib.measure.predictions import Predictions
 from quantlib.report import html, summary, tables
-from quantlib.report.rows import NoteRow, Report
+from quantlib.report.results import Report
+from quantlib.report.rows import NoteRow
 
 WINNER = variant_row(
     "small",

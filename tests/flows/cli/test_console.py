@@ -9,7 +9,8 @@ from rows import layer_row, variant_row
 
 from flows.cli.console import conclusion, interval_table, result_table, runs_table, why
 from quantlib.report.diagnosis import diagnose
-from quantlib.report.rows import NoteRow, Report
+from quantlib.report.results import Report
+from quantlib.report.rows import NoteRow
 from quantlib.store.journal import RunFile, RunStatus
 
 

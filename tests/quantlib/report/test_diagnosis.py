@@ -7,7 +7,7 @@ from rows import layer_row, variant_row
 
 from quantlib.measure.sensitivity import LayerSums
 from quantlib.report import diagnosis
-from quantlib.report.rows import Report
+from quantlib.report.results import Report
 
 
 def _sums(layer, **changes):

@@ -16,7 +16,8 @@ from quantlib.measure import examples
 from quantlib.measure.examples import Example
 from quantlib.measure.predictions import Predictions
 from quantlib.report import html, tables
-from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, Report, StageRow
+from quantlib.report.results import Report
+from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, StageRow
 
 FLOAT = variant_row("float", method="float")
 QAT = replace(

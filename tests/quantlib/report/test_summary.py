@@ -6,7 +6,8 @@ from rows import START, variant_row
 
 from quantlib.measure.predictions import Predictions
 from quantlib.report import summary, tables
-from quantlib.report.rows import NoteRow, Report, StageRow
+from quantlib.report.results import Report
+from quantlib.report.rows import NoteRow, StageRow
 
 FIRST, SECOND = "20260501-030000-tiny-0000000a", "20260502-030000-tiny-0000000b"
 

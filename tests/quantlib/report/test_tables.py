@@ -19,7 +19,8 @@ from quantlib.errors import MachineError, StoreError
 from quantlib.measure.examples import Example
 from quantlib.measure.predictions import Predictions
 from quantlib.report import tables
-from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, NoteRow, Report, StageRow
+from quantlib.report.results import Report
+from quantlib.report.rows import ClassRow, EpochRow, LatencyRow, NoteRow, StageRow
 
 # The contract: columns may be added, but not renamed.
 COLUMNS = {

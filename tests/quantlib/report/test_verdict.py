@@ -12,7 +12,8 @@ from quantlib.recipe.sections import GateRecipe
 from quantlib.recipe.variant import Variant
 from quantlib.report import choice, verdict
 from quantlib.report.measured import Epoch, File, Measured, epoch_rows, latency_rows
-from quantlib.report.rows import FileRow, Report, VariantRow
+from quantlib.report.results import Report
+from quantlib.report.rows import FileRow, VariantRow
 from quantlib.report.verdict import RunInfo
 from quantlib.runtimes.available import Runtime
 
