@@ -8,7 +8,8 @@ from typing import Any
 from prefect import Flow
 from prefect.runtime import flow_run
 
-from flows.graphs.branches import evaluate_files, float_branch, ptq_branch, qat_branch, targets_of
+from flows.graphs.branches import float_branch, ptq_branch, qat_branch
+from flows.graphs.evaluation import evaluate_files, targets_of
 from flows.graphs.search import search_branches
 from flows.graphs.shared_stages import SharedStages, share_stages
 from quantlib import machine

@@ -1,0 +1,167 @@
+"""How a variant's model becomes files, and how these are evaluated."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+from flows.graphs.shared_stages import SharedStages
+from quantlib.errors import ModelError
+from quantlib.report.choice import fastest_runtime
+from quantlib.runtimes import available
+from quantlib.runtimes.available import Runtime
+from quantlib.store.artifacts import Ref
+from tasks.export import is_refusal, save_onnx, script_and_save
+from tasks.measure import evaluate, simulate
+from tasks.planning import Pending
+from tasks.quantize import convert
+from tasks.refs import BenchmarkTarget, CandidateRefs, FileRefs, VariantRefs
+from tasks.report import read_samples
+from tasks.run import NotYetKnownError
+
+
+def evaluate_candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
+    """The file that a calibrated model or a QAT state would ship, evaluated."""
+    model = shared.run(convert, prepared, branch=name)
+    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], branch=name)
+    onnx = save_onnx_files(shared, model, name, shared.onnx_runtimes[:1]) if is_refusal(artifact) else ()
+    file, runtime = find_reference(shared, artifact, onnx, shared.engine)
+    validation, selection = _evaluate(shared, file, runtime, name)
+    reference = FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
+    return CandidateRefs(model=model, artifact=artifact, reference=reference)
+
+
+def find_reference(
+    shared: SharedStages, artifact: Ref, onnx: tuple[tuple[Runtime, Ref], ...], engine: str | None
+) -> tuple[Ref, Runtime]:
+    """The file that a model is judged by, and the runtime: TorchScript, or else the first ONNX file.
+
+    Raises:
+        ModelError: If there is neither.
+    """
+    if not is_refusal(artifact):
+        return artifact, available.torch_runtime(engine)
+    for runtime, file in onnx:
+        if not is_refusal(file):
+            return file, runtime
+    store = shared.run.known((artifact, onnx))
+    reasons = [store.read_json(refusal)["reason"] for refusal in (artifact, *(file for _, file in onnx))]
+    raise ModelError(f"No runtime can run the model. {' '.join(dict.fromkeys(reasons))}")
+
+
+def save_onnx_files(
+    shared: SharedStages, model: Ref, name: str, runtimes: tuple[Runtime, ...] | None = None
+) -> tuple[tuple[Runtime, Ref], ...]:
+    """The ONNX file of a variant for each installed runtime, or for some, or why there is none."""
+    return tuple(
+        (
+            runtime,
+            shared.run(
+                save_onnx, shared.onnx_draft, model, shared.validation[0], runtime, branch=f"{name}-{runtime.name}"
+            ),
+        )
+        for runtime in (shared.onnx_runtimes if runtimes is None else runtimes)
+    )
+
+
+def _evaluate(
+    shared: SharedStages, artifact: Ref, runtime: Runtime, name: str
+) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+    batch_size = shared.recipe.evaluation.batch_size
+    return measure_shards(
+        shared, name, lambda shard, label: shared.run(evaluate, artifact, shard, batch_size, runtime, branch=label)
+    )
+
+
+def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
+    """A variant's files in every runtime that this machine has for them; its own engine first."""
+    engines = (None,) if refs.variant.engine is None else dict.fromkeys((refs.variant.engine, *available.engines()))
+    script = refs.torchscript_file
+    found = [] if script is None else [BenchmarkTarget(script, available.torch_runtime(engine)) for engine in engines]
+    return found + [
+        BenchmarkTarget(file, runtime) for file, runtimes in refs.onnx_files.items() for runtime in runtimes
+    ]
+
+
+def evaluate_files(
+    shared: SharedStages, variants: tuple[VariantRefs, ...], targets: tuple[BenchmarkTarget, ...], timings: Ref
+) -> tuple[VariantRefs, ...]:
+    """The variants, each with the files that may be shipped, evaluated in the runtime where each is fastest."""
+    gate = shared.recipe.gate.runtimes
+    allowed: dict[Ref, list[Runtime]] = {}
+    for target in targets:
+        if gate is None or target.runtime.kind in gate:
+            allowed.setdefault(target.artifact, []).append(target.runtime)
+    try:
+        samples = read_samples(shared.run.known(timings), targets, timings)
+    except NotYetKnownError:
+        samples = None
+
+    def runtime_for(file: Ref) -> Runtime:
+        if samples is None:
+            return cast("Runtime", Pending("benchmark"))
+        return fastest_runtime({runtime: samples[file][runtime.name, 1, 1] for runtime in allowed[file]})
+
+    def evaluate_variant(refs: VariantRefs) -> VariantRefs:
+        files = tuple(
+            _evaluate_in(shared, refs, file, runtime_for(file), refs.variant.name)
+            for file in (refs.artifact, *refs.onnx_files)
+            if file in allowed
+        )
+        return replace(refs, files=files)
+
+    return tuple(map(evaluate_variant, variants))
+
+
+def _evaluate_in(shared: SharedStages, refs: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
+    known = refs.reference
+    # Float's accuracy is the same in every runtime, up to rounding: it is measured once.
+    if refs.variant.engine is None or (file, runtime) == (known.file, known.runtime):
+        return replace(known, file=file, runtime=runtime)
+    label = runtime.name if isinstance(runtime, Runtime) else "benchmark"
+    validation, selection = _evaluate(shared, file, runtime, f"{name}-{label}")
+    return FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
+
+
+def evaluate_simulated(
+    shared: SharedStages, model: Ref, name: str, *, uncorrected: Ref | None = None
+) -> dict[str, tuple[Ref, ...]]:
+    """Answers with weights, activations or both rounded.
+
+    Activations alone are rounded in the model without bias correction, if there is one: a corrected bias makes up for
+    rounded weights, and here the weights are not rounded.
+    """
+    evaluation = shared.recipe.evaluation
+    if not evaluation.simulate:
+        return {}
+    plain = model if uncorrected is None else shared.run(convert, uncorrected, branch=f"{name}-uncorrected")
+    return {
+        parts: tuple(
+            shared.run(
+                simulate,
+                plain if parts == "activations" else model,
+                shard,
+                evaluation.batch_size,
+                parts,
+                branch=label,
+            )
+            for shard, label in label_shards(shared.validation, name)
+        )
+        for parts in ("both", "weights", "activations")
+    }
+
+
+def measure_shards(
+    shared: SharedStages, name: str, measure: Callable[[Ref, str], Ref]
+) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+    """Measure on the validation shards and on the selection shards."""
+    validation = tuple(measure(shard, label) for shard, label in label_shards(shared.validation, name))
+    if not shared.held_out:
+        return validation, validation
+    return validation, tuple(
+        measure(shard, label) for shard, label in label_shards(shared.held_out, f"{name}-held_out")
+    )
+
+
+def label_shards(shards: tuple[Ref, ...], name: str) -> list[tuple[Ref, str]]:
+    """Each shard with a name for its task run, numbered if there is more than one."""
+    return [(shard, f"{name}-{n}" if len(shards) > 1 else name) for n, shard in enumerate(shards)]
