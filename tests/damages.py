@@ -170,7 +170,7 @@ class _Reader:
             "runs RUN": ["runs", newest],
             "report": ["report"],
             "report --intervals": ["report", "--intervals"],
-            "report --html page.html": ["report", "--html", str(folder / "page.html"), "--run", completed],
+            "report --html page.html": ["report", "--html", str(folder / "page.html"), completed],
             "cache list": ["cache", "list"],
             "cache verify": ["cache", "verify"],
             "plan": ["plan", str(folder / "tiny.toml")],

@@ -14,10 +14,10 @@ import click
 from flows.cli.cache import cache
 from flows.cli.init import init
 from flows.cli.options import home_option, recipe_argument, set_option, verbose_option
-from flows.cli.outcome import FAILURE, NO_WINNER, complain, reports_errors, warn
+from flows.cli.outcome import NO_WINNER, reports_errors, warn
+from flows.cli.reporting import report
 from flows.cli.shipping import export, predict
 from flows.hosting import processes
-from quantlib.errors import StoreError
 
 if TYPE_CHECKING:
     from quantlib.recipe.schema import Recipe
@@ -35,6 +35,7 @@ main.add_command(cache)
 main.add_command(export)
 main.add_command(init)
 main.add_command(predict)
+main.add_command(report)
 
 
 @main.command()
@@ -136,61 +137,6 @@ def runs(run_id: str | None, home: Path) -> int:
 
 
 @main.command()
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write one run's page to this file instead: tables and plots, for any browser, even offline.",
-)
-@click.option("--run", "run_id", help="The run for --html; the newest by default.")
-@click.option(
-    "--intervals", is_flag=True, help="Also show how sure each drop is: its 95% interval and McNemar's p-value."
-)
-@home_option
-@reports_errors
-def report(html: Path | None, run_id: str | None, intervals: bool, home: Path) -> int:
-    """Show the results of all runs, newest first; or write one run's page with --html."""
-    if html is not None:
-        from quantlib.report.html import write_html
-
-        write_html(home / "reports", html, run_id)
-        click.echo(f"Report written to {html}")
-        return 0
-
-    from itertools import groupby
-
-    from rich.console import Console
-
-    from flows.cli.console import interval_table, result_table, why
-    from quantlib.report.diagnosis import diagnose
-    from quantlib.report.results import Report
-    from quantlib.report.tables import read_layers, read_variants
-
-    console = Console()
-    damage: list[StoreError] = []
-    rows = read_variants(home / "reports", damage.append)
-    if not rows and not damage:
-        console.print(f"No run has finished below {home}. Start one with `quantflow run`.", soft_wrap=True)
-    for name, group in groupby(rows, key=lambda row: row[0]):
-        variants = [variant for _, variant in group]
-        title = f"\n{name}  recipe {variants[0].recipe}, {variants[0].cpu_model}, torch {variants[0].torch_version}"
-        console.print(title, highlight=False, markup=False, style="bold")
-        console.print(result_table(variants, console.width))
-        if intervals:
-            console.print(interval_table(variants))
-        try:
-            layers = read_layers(home / "reports", name)
-        except StoreError as error:
-            damage.append(error)
-            layers = ()
-        found = Report(run_id=name, variants=tuple(variants), epochs=(), latency=(), stages=(), layers=layers)
-        for part in why(diagnose(found)):
-            console.print(part, highlight=False, markup=False)
-    for found_damaged in damage:
-        complain(str(found_damaged), FAILURE)
-    return FAILURE if damage else 0
-
-
-@main.command()
 @home_option
 @click.option("--port", default=4200, show_default=True, help="Port of the web interface; 0: any free one.")
 @click.option(
@@ -228,11 +174,11 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
 
     console = Console()
     with StageDisplay(console) as display:
-        report = run_here(name, recipe, home, display, warn, run_id=run_id, verbose=verbose)
-    console.print(result_table(report.variants, console.width))
-    console.print(conclusion(report, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
-    console.print(f"  report  {home.resolve() / 'reports'}  (run {report.run_id})", highlight=False, soft_wrap=True)
-    return 0 if report.winner else NO_WINNER
+        found = run_here(name, recipe, home, display, warn, run_id=run_id, verbose=verbose)
+    console.print(result_table(found.variants, console.width))
+    console.print(conclusion(found, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
+    console.print(f"  report  {home.resolve() / 'reports'}  (run {found.run_id})", highlight=False, soft_wrap=True)
+    return 0 if found.winner else NO_WINNER
 
 
 def command() -> NoReturn:

@@ -194,7 +194,7 @@ def _worst_table(diagnosis: Diagnosis) -> Table:
 # What to do next with a run: a short form and a command.
 _NEXT = {
     "running": ("wait", "wait until it is done"),
-    "completed": ("report", "quantflow report --html report.html --run {run}"),
+    "completed": ("report", "quantflow report {run} --html report.html"),
     "crashed": ("resume", "quantflow resume {run}"),
     "failed": ("resume", "fix what the message says, then quantflow resume {run}"),
     "damaged": ("run again", "run its recipe again: what it computed is reused"),

@@ -4,36 +4,18 @@ The page loads nothing from the network: plotly's JavaScript is part of it, and 
 """
 
 import base64
-from collections.abc import Callable
-from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
 
 import jinja2
 import plotly.offline
 
-from quantlib.errors import StoreError
-from quantlib.export.bundle import Preprocessing
 from quantlib.files import write_atomically
-from quantlib.measure.examples import Example
 from quantlib.report import charts, diagnosis
 from quantlib.report.disagreement import Disagreement, compare
 from quantlib.report.results import Report
-from quantlib.report.rows import (
-    ClassRow,
-    EpochRow,
-    FileRow,
-    LatencyRow,
-    LayerRow,
-    NoteRow,
-    StageRow,
-    VariantRow,
-    points,
-)
-from quantlib.report.tables import read_table, read_variants
-
-Row = TypeVar("Row")
+from quantlib.report.rows import VariantRow, points
+from quantlib.report.tables import choose_run, read_report, read_table
 
 
 def write_html(reports: Path, file: Path, run_id: str | None = None) -> None:
@@ -45,7 +27,7 @@ def write_html(reports: Path, file: Path, run_id: str | None = None) -> None:
         run_id: The run; None: the newest.
 
     Raises:
-        StoreError: If no run has finished, or there is none with that name.
+        StoreError: If no run has finished, there is none with that name, or its report is damaged.
     """
     write_atomically(file, render(reports, run_id).encode())
 
@@ -54,16 +36,10 @@ def render(reports: Path, run_id: str | None = None) -> str:
     """The page of one run; see `write_html`.
 
     Raises:
-        StoreError: If no run has finished, or there is none with that name.
+        StoreError: If no run has finished, there is none with that name, or its report is damaged.
     """
-    damage: list[StoreError] = []
-    history = read_variants(reports, damage.append)
-    if run_id is not None:
-        # Damage to the run itself is an error; other damaged runs are only left out.
-        read_table(reports, "variants", run_id)
-    elif damage and not history:
-        raise damage[0]
-    run = _read_run(reports, history, run_id)
+    name, history = choose_run(reports, run_id)
+    run = read_report(reports, name)
     recipe = run.variants[0].recipe
     history = [(name, row) for name, row in history if row.recipe == recipe]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -87,34 +63,6 @@ def render(reports: Path, run_id: str | None = None) -> str:
         seconds=sum(stage.seconds for stage in run.stages),
         plotly_js=plotly.offline.get_plotlyjs(),
     )
-
-
-def _read_run(reports: Path, history: list[tuple[str, VariantRow]], run_id: str | None) -> Report:
-    names = list(dict.fromkeys(name for name, _ in history))
-    if not names:
-        raise StoreError(f"No run has finished below {reports}. Start one with `quantflow run`.")
-    chosen = names[0] if run_id is None else run_id
-    if chosen not in names:
-        raise StoreError(f"No run {chosen!r} below {reports}. The newest are: {', '.join(names[:5])}.")
-    return Report(
-        run_id=chosen,
-        variants=tuple(row for name, row in history if name == chosen),
-        epochs=_rows(reports, "epochs", EpochRow, chosen),
-        latency=_rows(reports, "latency", LatencyRow, chosen),
-        stages=_rows(reports, "stages", StageRow, chosen),
-        classes=_rows(reports, "classes", ClassRow, chosen),
-        preprocessing=_rows(reports, "preprocessing", Preprocessing, chosen),
-        examples=_rows(reports, "examples", Example, chosen),
-        layers=_rows(reports, "layers", LayerRow, chosen),
-        files=_rows(reports, "files", FileRow, chosen),
-        notes=_rows(reports, "notes", NoteRow, chosen),
-    )
-
-
-def _rows(reports: Path, table: str, row: Callable[..., Row], run_id: str) -> tuple[Row, ...]:
-    names = {field.name for field in fields(row)}  # type: ignore[arg-type]
-    found = read_table(reports, table, run_id).to_pylist()
-    return tuple(row(**{name: value[name] for name in names}) for value in found)
 
 
 def _disagreements(reports: Path, run: Report) -> list[Disagreement]:

@@ -1,6 +1,5 @@
 """A run's result as Markdown, for the dashboard: the verdict, the variants, what changed since the previous run."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from quantlib.errors import StoreError
 from quantlib.report.results import Report
 from quantlib.report.rows import VariantRow, points
 from quantlib.report.svg import Axis, as_markdown, plot
-from quantlib.report.tables import read_table
+from quantlib.report.tables import find_earlier, read_table
 
 _MAX_COMPUTED = 12
 
@@ -22,7 +21,7 @@ def summarize(report: Report, reports: Path) -> str:
         reports: Folder of all runs' tables; this run's may be among them.
     """
     recipe = report.variants[0].recipe
-    previous = find_previous(reports, recipe, report.run_id)
+    previous = next(iter(find_earlier(reports, recipe, report.run_id)), None)
     damage: list[StoreError] = []
     before = read_table(reports, "variants", previous, damage.append).to_pylist() if previous else []
     parts = [
@@ -42,14 +41,6 @@ def summarize(report: Report, reports: Path) -> str:
         _files(report, reports),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def find_previous(reports: Path, recipe: str, run_id: str) -> str | None:
-    """The newest finished run of a recipe before the given one; found by name, so no table is read."""
-    # How `tasks.execution` names runs: the time, the recipe, eight hexadecimal digits.
-    ours = re.compile(rf"run_id=(\d{{8}}-\d{{6}}-{re.escape(recipe)}-[0-9a-f]{{8}})")
-    found = [ours.fullmatch(place.name) for place in (reports / "variants").glob("run_id=*")]
-    return max((match[1] for match in found if match and match[1] < run_id), default=None)
 
 
 def headline(report: Report) -> str:
@@ -163,7 +154,7 @@ def _files(report: Report, reports: Path) -> str:
         [
             f"- the model: `{best.artifact_path}`",
             f"- to load it: `{best.load}`",
-            f"- the tables: `{reports}`, run `{report.run_id}`",
-            f"- plots: `quantflow report --html report.html --run {report.run_id}`",
+            f"- the tables: `{reports}`, run `{report.run_id} --html report.html`",
+            f"- plots: `quantflow report {report.run_id} --html report.html`",
         ]
     )

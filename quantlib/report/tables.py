@@ -4,11 +4,12 @@
 """
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,8 @@ from quantlib.report.rows import (
     StageRow,
     VariantRow,
 )
+
+Row = TypeVar("Row")
 
 _COLUMN_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
@@ -87,7 +90,7 @@ def write(
         "epochs": _table("epochs", report.epochs),
         "latency": _table("latency", report.latency),
         "layers": _table("layers", report.layers),
-        "predictions": _predictions_table(predictions, images),
+        "predictions": predictions_table(predictions, images),
         "classes": _table("classes", report.classes),
         "preprocessing": _table("preprocessing", report.preprocessing),
         "examples": _table("examples", report.examples),
@@ -100,8 +103,8 @@ def write(
         tables_on_disk.write(folder / name / f"run_id={report.run_id}", table)
 
 
-def _predictions_table(predictions: Mapping[str, Predictions], images: Sequence[str] | None) -> pa.Table:
-    """The table `predictions`: every variant's answer for every image."""
+def predictions_table(predictions: Mapping[str, Predictions], images: Sequence[str] | None) -> pa.Table:
+    """The table `predictions`: every variant's answer for every image; see `write`."""
     names = None if images is None else pa.array(images)
     parts = [
         pa.table(
@@ -152,10 +155,15 @@ def read_table(
     return pa.concat_tables(parts)
 
 
-def read_layers(folder: Path, run_id: str) -> tuple[LayerRow, ...]:
-    """The layers that one run measured."""
-    names = {field.name for field in fields(LayerRow)}
-    return tuple(LayerRow(**{n: row[n] for n in names}) for row in read_table(folder, "layers", run_id).to_pylist())
+def read_rows(folder: Path, table: str, row: Callable[..., Row], run_id: str) -> tuple[Row, ...]:
+    """One table of one run, as the dataclass `row`.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    names = {field.name for field in fields(row)}  # type: ignore[arg-type]
+    found = read_table(folder, table, run_id).to_pylist()
+    return tuple(row(**{name: value[name] for name in names}) for value in found)
 
 
 def read_variants(folder: Path, damaged: Callable[[StoreError], None] | None = None) -> list[tuple[str, VariantRow]]:
@@ -167,3 +175,46 @@ def read_variants(folder: Path, damaged: Callable[[StoreError], None] | None = N
     ]
     started = {run_id: row.created_at for run_id, row in rows}
     return sorted(rows, key=lambda pair: (started[pair[0]], pair[0]), reverse=True)
+
+
+def choose_run(folder: Path, run_id: str | None = None) -> tuple[str, list[tuple[str, VariantRow]]]:
+    """The run to show, and the variants of all runs as in `read_variants`; damaged runs are left out.
+
+    Args:
+        folder: Folder of all runs' reports.
+        run_id: The run; None: the newest.
+
+    Raises:
+        StoreError: If no run has finished, there is none with that name, or its report is damaged.
+    """
+    damage: list[StoreError] = []
+    history = read_variants(folder, damage.append)
+    if run_id is not None:
+        # Damage to the run itself is an error; other damaged runs are only left out.
+        read_table(folder, "variants", run_id)
+    elif damage and not history:
+        raise damage[0]
+    names = list(dict.fromkeys(name for name, _ in history))
+    if not names:
+        raise StoreError(f"No run has finished below {folder}. Start one with `quantflow run`.")
+    if run_id is not None and run_id not in names:
+        raise StoreError(f"No run {run_id!r} below {folder}. The newest are: {', '.join(names[:5])}.")
+    return run_id or names[0], history
+
+
+def read_report(folder: Path, run_id: str) -> Report:
+    """The results of one run; see `choose_run` for its name.
+
+    Raises:
+        StoreError: If a table is damaged.
+    """
+    found = {name: read_rows(folder, name, row, run_id) for name, row in ROWS.items() if name != "predictions"}
+    return Report(run_id=run_id, **found)
+
+
+def find_earlier(folder: Path, recipe: str, run_id: str) -> list[str]:
+    """The finished runs of a recipe before the given one, the newest first; found by name, so no table is read."""
+    # How `tasks.execution` names runs: the time, the recipe, eight hexadecimal digits.
+    ours = re.compile(rf"run_id=(\d{{8}}-\d{{6}}-{re.escape(recipe)}-[0-9a-f]{{8}})")
+    found = [ours.fullmatch(place.name) for place in (folder / "variants").glob("run_id=*")]
+    return sorted((match[1] for match in found if match and match[1] < run_id), reverse=True)

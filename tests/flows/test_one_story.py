@@ -111,7 +111,7 @@ def test_a_damaged_report_is_named_the_others_are_shown_and_the_page_of_one_is_r
     assert other.run_id in shown.stdout
     assert FOUND.run_id not in shown.stdout
     assert f"`quantflow resume {FOUND.run_id}` rebuilds it" in shown.stderr
-    page = CliRunner().invoke(main, ["report", "--home", str(home), "--html", str(home / "x"), "--run", FOUND.run_id])
+    page = CliRunner().invoke(main, ["report", "--home", str(home), "--html", str(home / "x"), FOUND.run_id])
     assert page.exit_code == 1
     assert "is damaged" in page.stderr
     assert "is damaged" in summary.summarize(other, home / "reports")

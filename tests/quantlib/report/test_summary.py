@@ -85,12 +85,12 @@ def test_changes_since_the_last_run_are_listed_by_variant(tmp_path):
     assert "`float` is" not in text
 
 
-def test_the_run_before_is_the_newest_of_the_same_recipe(tmp_path):
+def test_the_runs_before_are_those_of_the_same_recipe_the_newest_first(tmp_path):
     names = [FIRST, "20260430-030000-tiny-0000000c", "20260501-040000-tiny-b-0000000d", SECOND]
     for name in names:
         (tmp_path / "variants" / f"run_id={name}").mkdir(parents=True)
-    assert summary.find_previous(tmp_path, "tiny", SECOND) == FIRST
-    assert summary.find_previous(tmp_path, "tiny", "20260430-030000-tiny-0000000c") is None
+    assert tables.find_earlier(tmp_path, "tiny", SECOND) == [FIRST, names[1]]
+    assert tables.find_earlier(tmp_path, "tiny", names[1]) == []
 
 
 @pytest.mark.parametrize(
