@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from flows.cli.cache import cache
+from flows.cli.comparing import compare
 from flows.cli.init import init
 from flows.cli.options import home_option, recipe_argument, set_option, verbose_option
 from flows.cli.outcome import NO_WINNER, reports_errors, warn
@@ -32,6 +33,7 @@ def main() -> None:
 
 
 main.add_command(cache)
+main.add_command(compare)
 main.add_command(export)
 main.add_command(init)
 main.add_command(predict)

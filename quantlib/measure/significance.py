@@ -8,6 +8,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+LEVEL = 0.05
+"""How often models of equal accuracy or speed are taken to differ."""
+
 
 @dataclass(frozen=True)
 class PairedDrop:
@@ -50,7 +53,7 @@ def paired_drop(correct: np.ndarray, other_correct: np.ndarray, confidence: floa
     return PairedDrop((lost - won) / total, center - half, center + half, _sign_test(lost, won))
 
 
-def is_slower(samples: Sequence[float], others: Sequence[float], level: float = 0.05) -> bool:
+def is_slower(samples: Sequence[float], others: Sequence[float], level: float = LEVEL) -> bool:
     """Whether a model is slower than another by more than the noise of timing.
 
     Decided round by round, as both were timed in the same rounds: a machine that slows down affects both alike. The
@@ -66,7 +69,7 @@ def is_slower(samples: Sequence[float], others: Sequence[float], level: float = 
     return slower > faster and _sign_test(slower, faster) < level
 
 
-def is_less_accurate(correct: np.ndarray, other_correct: np.ndarray, level: float = 0.05) -> bool:
+def is_less_accurate(correct: np.ndarray, other_correct: np.ndarray, level: float = LEVEL) -> bool:
     """Whether a model is less accurate than another by more than chance, by McNemar's test.
 
     Args:
@@ -91,6 +94,28 @@ def proportion_interval(num_right: int, total: int, confidence: float = 0.95) ->
     center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
     return center - half, center + half
+
+
+def unpaired_interval(
+    top1: float, num_images: int, other_top1: float, other_num_images: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """The ends of the interval of the drop from one model to another, on images that are not the same.
+
+    Newcombe's hybrid of Wilson's intervals (Newcombe 1998, Statistics in Medicine 17:873-890, method 10).
+
+    Args:
+        top1: The first one's, a fraction of its images.
+        num_images: How many these are, at least one.
+        other_top1: The second one's.
+        other_num_images: How many images that one was measured on.
+        confidence: Two-sided, in (0, 1).
+    """
+    low, high = proportion_interval(round(top1 * num_images), num_images, confidence)
+    other_low, other_high = proportion_interval(round(other_top1 * other_num_images), other_num_images, confidence)
+    drop = top1 - other_top1
+    return drop - math.hypot(top1 - low, other_high - other_top1), drop + math.hypot(
+        high - top1, other_top1 - other_low
+    )
 
 
 def images_to_tell(found: PairedDrop, num_images: int, limit: float) -> int | None:

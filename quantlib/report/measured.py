@@ -107,6 +107,7 @@ def latency_rows(variants: Sequence[Measured]) -> tuple[LatencyRow, ...]:
             p95_ms=float(np.percentile(samples, 95)),
             images_per_second=batch_size / float(np.percentile(samples, 50)) * 1000,
             num_samples=len(samples),
+            samples_ms=list(samples),
         )
         for measured in variants
         for (runtime, batch_size, num_threads), samples in measured.samples_ms.items()

@@ -206,7 +206,7 @@ class NoteRow:
     """Something to know about the run, in one sentence."""
 
     kind: str
-    """warning: the figures may mislead; note: the rest."""
+    """warning: the figures may mislead; regression: the gate against regressions has found one; note: the rest."""
     text: str
     """The sentence."""
 
@@ -294,6 +294,9 @@ class LatencyRow:
     """`batch_size` over the median time."""
     num_samples: int
     """Timed calls."""
+    samples_ms: list[float] | None = None
+    """Every call's time, by round: all that was timed in this setting took part in the same rounds. Null in runs
+    reported before it was added."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,3 +79,8 @@ def test_wilsons_interval():
     # Newcombe 1998, Statistics in Medicine 17:857-872, table I, method 3: 81 of 263, and 0 of 20.
     assert significance.proportion_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert significance.proportion_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_the_unpaired_interval_is_newcombes():
+    # Newcombe 1998, table II, (a): 56 of 70 and 48 of 80.
+    assert significance.unpaired_interval(56 / 70, 70, 48 / 80, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
