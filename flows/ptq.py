@@ -1,8 +1,11 @@
 """Post-training quantization as a flow of its own."""
 
-from prefect import flow
+from typing import Any
 
-from flows.graphs.run import run_flow
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows.graphs.run import end_state, run_flow
 from flows.parameters import Changes, RecipeParameter
 from quantlib.recipe.file import override_recipe
 from quantlib.report.results import Report
@@ -10,7 +13,7 @@ from tasks.execution import home_folder
 
 
 @flow(name="ptq", flow_run_name="{recipe.name}", persist_result=False)
-def ptq(recipe: RecipeParameter, changes: Changes = ()) -> Report:
+def ptq(recipe: RecipeParameter, changes: Changes = ()) -> Report | State[Any]:
     """Post-training quantization of a float model, in every way that the recipe lists, compared with float.
 
     Args:
@@ -21,4 +24,4 @@ def ptq(recipe: RecipeParameter, changes: Changes = ()) -> Report:
     Raises:
         RecipeError: If the recipe has no [[ptq]] branch.
     """
-    return run_flow("ptq", override_recipe(recipe, changes), home_folder())
+    return end_state(run_flow("ptq", override_recipe(recipe, changes), home_folder()))

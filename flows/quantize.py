@@ -1,8 +1,11 @@
 """The main flow: the float baseline, every PTQ and QAT branch, the report."""
 
-from prefect import flow
+from typing import Any
 
-from flows.graphs.run import run_flow
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows.graphs.run import end_state, run_flow
 from flows.parameters import Changes, RecipeParameter
 from quantlib.recipe.file import override_recipe
 from quantlib.report.results import Report
@@ -10,7 +13,7 @@ from tasks.execution import home_folder
 
 
 @flow(name="quantize", flow_run_name="{recipe.name}", persist_result=False)
-def quantize(recipe: RecipeParameter, changes: Changes = ()) -> Report:
+def quantize(recipe: RecipeParameter, changes: Changes = ()) -> Report | State[Any]:
     """Quantize a float model in every way that the recipe lists, and report which int8 model to ship.
 
     Args:
@@ -18,4 +21,4 @@ def quantize(recipe: RecipeParameter, changes: Changes = ()) -> Report:
             branches to try.
         changes: Values of the recipe to change, each in the form qat.0.epochs=2.
     """
-    return run_flow("quantize", override_recipe(recipe, changes), home_folder())
+    return end_state(run_flow("quantize", override_recipe(recipe, changes), home_folder()))

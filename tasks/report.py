@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from quantlib.recipe.schema import Recipe
 from quantlib.report import caveats, diagnosis, tables, verdict
 from quantlib.report.documents import Documents
 from quantlib.report.measured import Epoch, File, Measured, epoch_rows, latency_rows
+from quantlib.report.model_change import Results
+from quantlib.report.regression import check_regression
 from quantlib.report.results import Report
 from quantlib.report.rows import ClassRow, NoteRow
 from quantlib.runtimes.available import Runtime, torch_runtime
@@ -71,7 +74,11 @@ def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Mea
         ),
     )
     answers = {row.variant: file.validation for row, file in zip(rows, judged.reported, strict=True)}
-    tables.write(run.home / "reports", found, answers, loading.find_names(measurements.validation))
+    names = loading.find_names(measurements.validation)
+    if recipe.gate.fail_on_regression:
+        results = Results(found, tables.predictions_table(answers, names), inputs.validation.split.fingerprint)
+        found = replace(found, notes=(*found.notes, check_regression(run.home / "reports", run.store, results)))
+    tables.write(run.home / "reports", found, answers, names)
     tracking.publish(found, run.home / "reports")
     return found
 

@@ -1,6 +1,7 @@
 """The command line, `quantflow`: its commands, apart from those that have a module of their own.
 
-Exit status: 0 with a winner inside the gate, 3 without one, 2 for a wrong recipe or missing input, 1 for a failure.
+Exit status: 0 with a winner inside the gate, 3 without one, 4 if it is worse than the last run's and the recipe forbids
+that, 2 for a wrong recipe or missing input, 1 for a failure.
 Heavy imports wait until a command needs them.
 """
 
@@ -15,7 +16,7 @@ from flows.cli.cache import cache
 from flows.cli.comparing import compare
 from flows.cli.init import init
 from flows.cli.options import home_option, recipe_argument, set_option, verbose_option
-from flows.cli.outcome import NO_WINNER, reports_errors, warn
+from flows.cli.outcome import NO_WINNER, REGRESSION, reports_errors, warn
 from flows.cli.reporting import report
 from flows.cli.shipping import export, predict
 from flows.hosting import processes
@@ -180,7 +181,9 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
     console.print(result_table(found.variants, console.width))
     console.print(conclusion(found, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
     console.print(f"  report  {home.resolve() / 'reports'}  (run {found.run_id})", highlight=False, soft_wrap=True)
-    return 0 if found.winner else NO_WINNER
+    if found.winner is None:
+        return NO_WINNER
+    return REGRESSION if found.regression else 0
 
 
 def command() -> NoReturn:

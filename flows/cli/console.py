@@ -310,6 +310,7 @@ def conclusion(report: Report, max_top1_drop: float) -> str:
         lines.append(f"No variant is inside the gate of {100 * max_top1_drop:.2f} points. The best so far: {figures}")
     if best.selected_on == "validation":
         lines.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
+    lines += [f"Regression: {report.regression}"] if report.regression else []
     lines += [f"Warning: {warning}" for warning in report.warnings]
     lines += report.remarks
     lines += [

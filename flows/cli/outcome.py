@@ -14,7 +14,7 @@ from quantlib.errors import QuantflowError, StoreError, explain_refusal
 _INTERRUPTED = "Interrupted. Run the same command again: finished stages are kept."
 
 
-NO_WINNER, WRONG_INPUT, FAILURE, INTERRUPTED = 3, 2, 1, 130
+REGRESSION, NO_WINNER, WRONG_INPUT, FAILURE, INTERRUPTED = 4, 3, 2, 1, 130
 
 
 def reports_errors(command: Callable[..., int]) -> Callable[..., None]:

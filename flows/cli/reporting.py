@@ -48,6 +48,7 @@ def report(run_id: str | None, html: Path | None, as_json: bool, intervals: bool
 
 def _show_tables(home: Path, run_id: str | None, *, intervals: bool) -> list[StoreError]:
     """Print the table of one run or of all, and what costs accuracy in each; return what is damaged."""
+    from dataclasses import replace
     from itertools import groupby
 
     from rich.console import Console
@@ -55,7 +56,7 @@ def _show_tables(home: Path, run_id: str | None, *, intervals: bool) -> list[Sto
     from flows.cli.console import interval_table, result_table, why
     from quantlib.report.diagnosis import diagnose
     from quantlib.report.results import Report
-    from quantlib.report.rows import LayerRow
+    from quantlib.report.rows import LayerRow, NoteRow
     from quantlib.report.tables import choose_run, read_rows, read_variants
 
     console = Console()
@@ -73,12 +74,15 @@ def _show_tables(home: Path, run_id: str | None, *, intervals: bool) -> list[Sto
         console.print(result_table(variants, console.width))
         if intervals:
             console.print(interval_table(variants))
-        layers: tuple[LayerRow, ...] = ()
+        found = Report(run_id=name, variants=tuple(variants), epochs=(), latency=(), stages=())
         try:
             layers = read_rows(home / "reports", "layers", LayerRow, name)
+            notes = read_rows(home / "reports", "notes", NoteRow, name)
+            found = replace(found, layers=layers, notes=notes)
         except StoreError as error:
             damage.append(error)
-        found = Report(run_id=name, variants=tuple(variants), epochs=(), latency=(), stages=(), layers=layers)
+        if found.regression:
+            console.print(f"Regression: {found.regression}", highlight=False, markup=False, soft_wrap=True)
         for part in why(diagnose(found)):
             console.print(part, highlight=False, markup=False)
     return damage

@@ -78,14 +78,15 @@ def run_here(
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 _reach_server()
                 mark_crashed_runs(home)
-                return flow(recipe)
+                flow(recipe)
         except Exception as error:
-            # The journal says that the run is completed, and everything is written: only Prefect does not know.
-            if finished:
-                return finished[0]
-            if isinstance(error, httpx.HTTPError):
-                raise _find_cause(error, home) from error
-            raise
+            # With a report, the journal says that the run is completed, and everything is written. Only Prefect does
+            # not know it, or shows the run as failed because of a regression.
+            if not finished:
+                if isinstance(error, httpx.HTTPError):
+                    raise _find_cause(error, home) from error
+                raise
+        return finished[0]
 
 
 def _reach_server() -> None:

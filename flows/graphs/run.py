@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prefect import Flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.states import Failed
 
 from flows.graphs.branches import float_branch, ptq_branch, qat_branch
 from flows.graphs.evaluation import evaluate_files, targets_of
@@ -54,9 +56,14 @@ def run_flow(
     return report
 
 
+def end_state(report: Report) -> Report | State[Any]:
+    """What a flow returns: the report or, after a regression, a Failed state that says what got worse."""
+    return Failed(message=f"Regression: {report.regression}") if report.regression else report
+
+
 def make_flow(
     name: str, home: Path, listener: Listener, run_id: str | None, finished: Callable[[Report], None]
-) -> Flow[..., Report]:
+) -> Flow[..., Any]:
     """A flow for this process alone; it does the same as `run_flow`.
 
     Args:
@@ -67,10 +74,10 @@ def make_flow(
         finished: Called with the report of a completed run, whatever happens to Prefect's flow run afterwards.
     """
 
-    def run(recipe: Recipe) -> Report:
+    def run(recipe: Recipe) -> Report | State[Any]:
         report = run_flow(name, recipe, home, listener, run_id)
         finished(report)
-        return report
+        return end_state(report)
 
     return Flow(run, name=name, flow_run_name="{recipe.name}", persist_result=False)
 

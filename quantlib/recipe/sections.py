@@ -223,6 +223,10 @@ class GateRecipe(Section):
     """Runtimes that the model may be shipped for: a file is judged and recommended in one of them; absent: in any that
     `benchmark.runtimes` times."""
 
+    fail_on_regression: Flag = False
+    """Whether a run fails if its winner is less accurate beyond chance, or slower beyond the noise of timing, than that
+    of the last run of the same recipe in this home, or if it has none. The winner is the same either way."""
+
     @field_validator("runtimes")
     @classmethod
     def _one_at_least(cls, runtimes: tuple[RuntimeName, ...] | None) -> tuple[RuntimeName, ...] | None:

@@ -39,6 +39,11 @@ class Report:
         return [note.text for note in self.notes if note.kind == "warning"]
 
     @property
+    def regression(self) -> str | None:
+        """What got worse since the run before, in one sentence, if the recipe asks for it and something did."""
+        return next((note.text for note in self.notes if note.kind == "regression"), None)
+
+    @property
     def remarks(self) -> list[str]:
         """What else to know about the run and single variants, one sentence each."""
         kept = [

@@ -26,6 +26,7 @@ def summarize(report: Report, reports: Path) -> str:
     before = read_table(reports, "variants", previous, damage.append).to_pylist() if previous else []
     parts = [
         _verdict(report),
+        *([f"**Regression:** {report.regression}"] if report.regression else []),
         *(f"**Warning:** {warning}" for warning in report.warnings),
         _table(report.variants),
         *report.remarks,

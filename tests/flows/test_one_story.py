@@ -45,6 +45,7 @@ FOUND = Report(
     stages=(),
     files=(file_row("small"), file_row("large")),
     notes=(
+        NoteRow(kind="regression", text="small is slower than the winner of the last run."),
         NoteRow(kind="warning", text="40 validation images are few."),
         NoteRow(kind="note", text="The search ended."),
     ),
@@ -54,6 +55,7 @@ SAID = (
     "3.14",
     "as fast as large (within noise), as accurate, smallest",
     'quantlib.api.load("/models/small.onnx", "openvino")',
+    "small is slower than the winner of the last run.",
     "40 validation images are few.",
     "The search ended.",
 )
@@ -76,7 +78,7 @@ def test_the_tables_hold_all_of_it(reports):
     row = pd.read_parquet(reports / "variants").set_index("variant").loc["small"]
     shown = (row.top1_drop, row.top1_drop_low, row.top1_drop_high, row.p_value, row.speedup, row.reason, row.runtime)
     assert shown == (0.0042, -0.0021, 0.0105, 0.25, 3.14, WINNER.reason, "openvino")
-    assert list(pd.read_parquet(reports / "notes").text) == ["40 validation images are few.", "The search ended."]
+    assert list(pd.read_parquet(reports / "notes").text) == [note.text for note in FOUND.notes]
 
 
 def test_the_star_lies_on_the_line_of_what_was_compared(reports):

@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import exported
+import finished_runs
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -15,6 +17,7 @@ from torch import nn
 
 from flows import parameters
 from flows.cli import commands, outcome
+from quantlib.report.rows import NoteRow
 
 
 @pytest.fixture
@@ -320,3 +323,20 @@ def test_init_reports_what_is_missing_and_never_overwrites(folder, quantflow, tm
     status, said = quantflow("init", "data")
     assert status == outcome.WRONG_INPUT
     assert "recipe.toml exists" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "notes", "status"),
+    [
+        ({}, (), 0),
+        ({}, (NoteRow(kind="regression", text="small is slower."),), outcome.REGRESSION),
+        ({"winner": False}, (), outcome.NO_WINNER),
+        ({"winner": False}, (NoteRow(kind="regression", text="none."),), outcome.NO_WINNER),
+    ],
+)
+def test_the_exit_status_says_how_the_run_went(row, notes, status, recipe, quantflow, monkeypatch):
+    found = replace(finished_runs.report(finished_runs.FIRST, **row), notes=notes)
+    monkeypatch.setattr("flows.cli.running.run_here", lambda *_, **__: found)
+    ended, said = quantflow("run", str(recipe))
+    assert ended == status
+    assert ("Regression: " in said) == bool(notes)
