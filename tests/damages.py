@@ -24,7 +24,7 @@ from quantlib import api
 
 _HANG_SECONDS = 60
 # Commands that show figures must show the right ones, or say that they cannot.
-_SHOWS_FIGURES = ("report", "report --intervals", "report --html page.html")
+_SHOWS_FIGURES = ("report", "report --intervals", "report --html page.html", "report --json")
 # One in this many damaged files is also read by a run, which takes seconds.
 _RUN_EVERY = 40
 
@@ -171,6 +171,8 @@ class _Reader:
             "report": ["report"],
             "report --intervals": ["report", "--intervals"],
             "report --html page.html": ["report", "--html", str(folder / "page.html"), completed],
+            "report --json": ["report", completed, "--json"],
+            "compare": ["compare", completed, completed],
             "cache list": ["cache", "list"],
             "cache verify": ["cache", "verify"],
             "plan": ["plan", str(folder / "tiny.toml")],
