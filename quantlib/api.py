@@ -205,7 +205,7 @@ def _images_of(batch: Any) -> Tensor:
 
 
 def load(path: str | Path, runtime: str | None = None, num_threads: int | None = None) -> Classifier:
-    """Load an exported model, ready to be called with normalized images, with the fastest settings for this machine.
+    """Load an exported model, with the fastest settings for this machine; call it with images as it takes them.
 
     The process's memory allocator is set to keep freed memory, which makes float models several times faster.
 

@@ -41,13 +41,15 @@ def float_branch(shared: SharedStages) -> VariantRefs:
     """The baseline: fused, exported, evaluated."""
     model = shared.fused_eval
     onnx = _save_onnx(shared, model, "float")
-    artifact = shared.run(script_and_save, model, None, shared.validation[0], branch="float")
+    artifact = shared.run(script_and_save, model, None, shared.validation[0], shared.interface, branch="float")
     file, runtime = _reference(shared, artifact, onnx, None)
     batch_size = shared.recipe.evaluation.batch_size
     validation, selection = _on_shards(
         shared,
         "float",
-        lambda shard, name: shared.run(evaluate_baseline, file, shard, batch_size, runtime, branch=name),
+        lambda shard, name: shared.run(
+            evaluate_baseline, file, shard, batch_size, runtime, shared.interface, branch=name
+        ),
     )
     return VariantRefs(
         variant=Variant(name="float", method="float"),
@@ -193,7 +195,7 @@ def _variant(
 def _candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
     """The file that a calibrated model or a QAT state would ship, evaluated."""
     model = shared.run(convert, prepared, branch=name)
-    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], branch=name)
+    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], shared.interface, branch=name)
     onnx = _save_onnx(shared, model, name, shared.onnx_runtimes[:1]) if is_refusal(artifact) else ()
     file, runtime = _reference(shared, artifact, onnx, shared.engine)
     validation, selection = _evaluate(shared, file, runtime, name)
@@ -234,7 +236,9 @@ def _evaluate(
 ) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
     batch_size = shared.recipe.evaluation.batch_size
     return _on_shards(
-        shared, name, lambda shard, label: shared.run(evaluate, artifact, shard, batch_size, runtime, branch=label)
+        shared,
+        name,
+        lambda shard, label: shared.run(evaluate, artifact, shard, batch_size, runtime, shared.interface, branch=label),
     )
 
 
@@ -246,7 +250,13 @@ def _save_onnx(
         (
             runtime,
             shared.run(
-                save_onnx, shared.onnx_draft, model, shared.validation[0], runtime, branch=f"{name}-{runtime.name}"
+                save_onnx,
+                shared.onnx_draft,
+                model,
+                shared.validation[0],
+                runtime,
+                shared.interface,
+                branch=f"{name}-{runtime.name}",
             ),
         )
         for runtime in (shared.onnx_runtimes if runtimes is None else runtimes)

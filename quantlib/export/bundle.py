@@ -20,10 +20,14 @@ from quantlib.errors import MachineError, ModelError
 from quantlib.export import checksums
 from quantlib.files import read_file
 from quantlib.recipe.fields import Count, Fraction, Pixels
+from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.recipe.sections import Interpolation
 
-SCHEMA_VERSION = 1
-"""Raised when a reader of the previous version would misunderstand a document; new fields alone do not raise it."""
+SCHEMA_VERSION = 2
+"""Raised when a reader of the previous version would misunderstand a document; new fields alone do not raise it.
+
+1: the file takes normalized float32 images and gives logits. 2: `interface` says what it takes and gives.
+"""
 
 DOCUMENT = "model.json"
 """The document of a bundle."""
@@ -163,7 +167,9 @@ class ModelInfo(_Part):
     classes: Annotated[list[str], Field(min_length=1)]
     """Names, in the order of the logits."""
     input_size: Annotated[list[Pixels], Field(min_length=3, max_length=3)]
-    """Channels, height and width of the model's input, which takes any number of images: [N, C, H, W]."""
+    """Channels, height and width of the model's input."""
+    interface: Interface = FLOAT
+    """What the files take, for any number of images, and what they give."""
     preprocessing: Preprocessing
     float_accuracy: Accuracy
     """The float model's."""

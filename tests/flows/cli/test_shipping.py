@@ -186,7 +186,7 @@ SPOILT = [
     (damage_a_file, "is damaged: its SHA-256 is"),
     (remove_the_files, "does not load in"),
     (make_newer, "was written by a newer quantflow"),
-    (name_too_few_classes, "gives 10 logits, and its document names 2 classes"),
+    (name_too_few_classes, "gives 10 numbers per image, and its document names 2 classes"),
     (make_for_another_runtime, "is for openvino, which is not installed"),
 ]
 
