@@ -1,6 +1,7 @@
 """What a shipped file says about itself: one JSON document, inside the file and in a bundle's model.json.
 
-An ONNX file holds it as metadata "quantflow", a TorchScript file as extra file "quantflow.json". It is added when a
+An ONNX file holds it as metadata "quantflow", a TorchScript file as extra file "quantflow.json", OpenVINO IR as runtime
+information "framework", "quantflow". It is added when a
 file leaves the store: an artifact is named by its content, and is written before anything of it is measured.
 """
 
@@ -33,11 +34,14 @@ DOCUMENT = "model.json"
 """The document of a bundle."""
 
 _KEY, _EXTRA_FILE = "quantflow", "quantflow.json"
+IR_KEYS = ["framework", _KEY]
+"""Where OpenVINO keeps the metadata "quantflow" of an ONNX file that it converts."""
+
 _AGAIN = "Copy it again, or write it again with `quantflow resume RUN` or `quantflow export RUN`."
 
 _Positive = Annotated[float, Field(gt=0.0)]
 # A longer path could lead out of the bundle.
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|onnx)$", max_length=255)]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|onnx|xml)$", max_length=255)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,19 +221,20 @@ def read(path: Path) -> ModelInfo:
     """The document of a file, or of a bundle.
 
     Args:
-        path: NAME.pt, NAME.onnx or model.json.
+        path: NAME.pt, NAME.onnx, NAME.xml or model.json.
 
     Raises:
         ModelError: If there is none, it is damaged, or a newer quantflow wrote it.
-        MachineError: If reading an ONNX file needs the package onnx, which is not installed.
+        MachineError: If reading it needs the package onnx or openvino, which is not installed.
     """
     find: Callable[[bytes, Path], bytes | None] | None = {
         ".json": lambda content, _: content,
         ".pt": _find_in_torchscript,
         ".onnx": _find_in_onnx,
+        ".xml": _find_in_ir,
     }.get(path.suffix)
     if find is None:
-        raise ModelError(f"{path} is no model: give a bundle's folder, or a .pt or .onnx file that a run wrote.")
+        raise ModelError(f"{path} is no model: give a bundle's folder, or a .pt, .onnx or .xml file of it or of a run.")
     checksums.verify(path)
     try:
         content = find(read_file(path), path)
@@ -284,3 +289,19 @@ def _find_in_onnx(content: bytes, path: Path) -> bytes | None:
     except DecodeError:
         raise ModelError(f"{path} is damaged, or no ONNX file. {_AGAIN}") from None
     return next((entry.value.encode() for entry in model.metadata_props if entry.key == _KEY), None)
+
+
+def _find_in_ir(_: bytes, path: Path) -> bytes | None:
+    from quantlib.runtimes import classifiers  # It imports torch.
+
+    try:
+        openvino = classifiers.import_openvino()
+    except ImportError:
+        raise MachineError(
+            f"Reading {path} needs the package openvino, which is not installed: pip install openvino."
+        ) from None
+    try:
+        model = openvino.Core().read_model(str(path))
+    except RuntimeError:
+        raise ModelError(f"{path} is damaged, or no OpenVINO IR with its .bin file beside it. {_AGAIN}") from None
+    return str(model.get_rt_info(IR_KEYS).value).encode() if model.has_rt_info(IR_KEYS) else None

@@ -90,8 +90,21 @@ class ONNXRuntimeClassifier:
         return torch.from_numpy(self.session.run(None, {self.input: self.arrange(images).numpy()})[0])
 
 
+def import_openvino() -> Any:
+    """The package openvino.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    # Importing OpenVINO reports to Google; without this module it does not, and works the same.
+    cast("dict[str, Any]", sys.modules).setdefault("openvino_telemetry", None)
+    import openvino
+
+    return openvino
+
+
 class OpenVINOClassifier:
-    """An ONNX file in OpenVINO.
+    """An ONNX file, or OpenVINO IR, in OpenVINO.
 
     Args:
         path: The file.
@@ -99,10 +112,7 @@ class OpenVINOClassifier:
     """
 
     def __init__(self, path: Path, num_threads: int) -> None:
-        # Importing OpenVINO reports to Google; without this module it does not, and works the same.
-        cast("dict[str, Any]", sys.modules).setdefault("openvino_telemetry", None)
-        import openvino
-
+        openvino = import_openvino()
         # Float stays float32: OpenVINO would use bfloat16 if the CPU has it.
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if num_threads:
@@ -124,7 +134,7 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
     """Open an exported model in a runtime.
 
     Args:
-        path: A TorchScript or an ONNX file.
+        path: A TorchScript or an ONNX file, or OpenVINO IR.
         runtime: torchscript, torchscript-ENGINE, onnxruntime or openvino.
         num_threads: Threads of an ONNX runtime; 0: as many as it likes. TorchScript runs on torch's.
 
@@ -151,5 +161,6 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"{path} does not load in {runtime}: {reason} A .pt file is TorchScript, an .onnx file ONNX."
+            f"{path} does not load in {runtime}: {reason} A .pt file is TorchScript, an .onnx file ONNX, and an .xml "
+            "file OpenVINO IR."
         ) from None
