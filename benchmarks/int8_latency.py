@@ -51,11 +51,13 @@ class Images(CalibrationDataReader):
 class AsInTheTutorial:
     """Just torch.jit.load, on the fbgemm engine."""
 
-    layout = torch.contiguous_format
-
     def __init__(self, path: Path) -> None:
         with use_engine("fbgemm"):
             self.model = torch.jit.load(str(path)).eval()
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """As they are."""
+        return images.contiguous()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits."""

@@ -206,12 +206,12 @@ def _images_of(batch: Any) -> Tensor:
 
 
 def load(path: str | Path, runtime: str | None = None, num_threads: int | None = None) -> Classifier:
-    """Load an exported model, ready to be called with normalized images, with the fastest settings for this machine.
+    """Load an exported model, with the fastest settings for this machine; call it with images as it takes them.
 
     The process's memory allocator is set to keep freed memory, which makes float models several times faster.
 
     Args:
-        path: NAME.pt or NAME.onnx of a run.
+        path: NAME.pt or NAME.onnx of a run, or NAME.xml of a bundle.
         runtime: As the report names it: torchscript, torchscript-ENGINE, onnxruntime or openvino; None: torchscript
             for a .pt file, and an installed one for an .onnx file.
         num_threads: None: as many as the runtime likes. With torchscript this is torch's own setting, for the process.
@@ -228,7 +228,7 @@ def load(path: str | Path, runtime: str | None = None, num_threads: int | None =
     machine.keep_freed_memory()
     if runtime is None:
         installed = [found.name for found in available.find_onnx_runtimes()]
-        runtime = "torchscript" if path.suffix == ".pt" else (installed or ["openvino"])[0]
+        runtime = {".pt": "torchscript", ".xml": "openvino"}.get(path.suffix, (installed or ["openvino"])[0])
     if num_threads is not None and runtime.startswith("torchscript"):
         torch.set_num_threads(num_threads)
     return classifiers.open_model(path, runtime, num_threads or 0)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor
 
 from quantlib.data import shards
+from quantlib.data.feeding import feed
 from quantlib.errors import MachineError, ModelError, QuantflowError, reason_of
 from quantlib.process import prepare_process
+from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.runtimes import classifiers
 
 # Opening a large model and running it on some images takes a minute.
@@ -47,14 +50,15 @@ def start() -> None:
     _HELPER.start()
 
 
-def run_file(path: Path, runtime: str, shard: Path, num_images: int) -> Tensor:
-    """Logits of an exported file, [n, num_classes] float32, computed in the helper.
+def run_file(path: Path, runtime: str, shard: Path, num_images: int, interface: Interface = FLOAT) -> Tensor:
+    """Answers of an exported file, [n, num_classes] float32, computed in the helper.
 
     Args:
         path: The file.
         runtime: As for `classifiers.open_model`.
         shard: A file of decoded images.
         num_images: How many of them to use: the first.
+        interface: What the file takes and gives.
 
     Raises:
         ModelError: If the file cannot be read, does not run, crashes or hangs.
@@ -65,6 +69,7 @@ def run_file(path: Path, runtime: str, shard: Path, num_images: int) -> Tensor:
         "runtime": runtime,
         "shard": str(shard.absolute()),
         "num_images": num_images,
+        "interface": asdict(interface),
         "max_seconds": _MAX_SECONDS,
     }
     answer = _HELPER.ask(request)
@@ -194,9 +199,10 @@ def _exit_with_parent() -> None:
     os._exit(0)
 
 
-def _answer(path: str, runtime: str, shard: str, num_images: int) -> dict[str, Any]:
+def _answer(path: str, runtime: str, shard: str, num_images: int, interface: dict[str, Any]) -> dict[str, Any]:
     try:
-        images = shards.open_shard(Path(shard)).inputs(stop=num_images)
+        found = shards.open_shard(Path(shard))
+        images = feed(found.pixels[:num_images], found.normalization, Interface(**interface))
         return {"logits": classifiers.open_model(Path(path), runtime)(images).tolist()}
     except (MachineError, ModelError) as error:
         return {"error": type(error).__name__, "message": str(error)}

@@ -1,5 +1,6 @@
 """Stages that export: script_and_save, draft_onnx, save_onnx."""
 
+from quantlib.recipe.interface import Interface
 from quantlib.runtimes.available import Runtime, torchscript_on
 from quantlib.store.artifacts import Ref
 from tasks.stage import Job, stage
@@ -8,19 +9,23 @@ _REFUSAL = "refusal"
 
 
 @stage("script_and_save-{branch}")
-def script_and_save(job: Job, model: Ref, engine: str | None, images: Ref, *, branch: str) -> Ref:
+def script_and_save(job: Job, model: Ref, engine: str | None, images: Ref, interface: Interface, *, branch: str) -> Ref:
     """The TorchScript file of a quantized model for an engine, or of a fused float model, once it answers as the model.
 
     Or why there is none.
     """
+    from quantlib.data import shards
     from quantlib.errors import ModelError
     from quantlib.export import check, scripting
+    from quantlib.export.ends import Ends
     from quantlib.quantize import stored
 
+    shard = job.store.path(images)
+    ends = Ends(interface, shards.open_shard(shard).normalization)
     module, header = stored.open_model(job.store.read(model))
     try:
-        content = scripting.script(module, engine, header.input_shape)
-        check.check_file(content, module, torchscript_on(engine), job.store.path(images))
+        content = scripting.script(module, engine, header.input_shape, ends)
+        check.check_file(content, module, torchscript_on(engine), shard, interface)
     except ModelError as error:
         return job.store.put_json(_REFUSAL, {"reason": str(error)})
     return job.store.put("torchscript", content)
@@ -44,23 +49,28 @@ def draft_onnx(job: Job, fused: Ref, exporter: str) -> Ref:  # The exporter's ve
 
 
 @stage("save_onnx-{branch}")
-def save_onnx(job: Job, draft: Ref, model: Ref, images: Ref, runtime: Runtime, *, branch: str) -> Ref:
+def save_onnx(
+    job: Job, draft: Ref, model: Ref, images: Ref, runtime: Runtime, interface: Interface, *, branch: str
+) -> Ref:
     """The ONNX file of a fused float model, or of a quantized model, once it answers in a runtime as the model does.
 
     Or why there is none: a model that ONNX cannot express, or that answers differently in a runtime, still has its
     other files.
     """
+    from quantlib.data import shards
     from quantlib.errors import ModelError
     from quantlib.export import check, onnx
+    from quantlib.export.ends import Ends
     from quantlib.quantize import stored
 
-    store = job.store
+    store, shard = job.store, job.store.path(images)
     if is_refusal(draft):
         return store.put_json(_REFUSAL, store.read_json(draft))
     module, _ = stored.open_model(store.read(model))
     try:
-        content = onnx.write_onnx(store.read(draft), module, runtime.name)
-        check.check_file(content, module, runtime.name, store.path(images))
+        plain = onnx.write_onnx(store.read(draft), module, runtime.name)
+        content = Ends(interface, shards.open_shard(shard).normalization).add_to_onnx(plain)
+        check.check_file(content, module, runtime.name, shard, interface)
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)

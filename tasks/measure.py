@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from quantlib.recipe.interface import Interface
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.refs import BenchmarkTarget
@@ -9,22 +10,26 @@ from tasks.stage import Job, stage
 
 
 @stage("evaluate_baseline-{branch}")
-def evaluate_baseline(job: Job, artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, *, branch: str) -> Ref:
+def evaluate_baseline(
+    job: Job, artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, interface: Interface, *, branch: str
+) -> Ref:
     """The float model's predictions, which every variant is compared with."""
     from quantlib.measure import evaluation, predictions
 
     file, shard = job.store.path(artifact), job.store.path(images)
-    answers = evaluation.evaluate_file(file, runtime.name, shard, batch_size, job.progress)
+    answers = evaluation.evaluate_file(file, runtime.name, shard, batch_size, job.progress, interface)
     return job.store.put("predictions", predictions.save(answers))
 
 
 @stage("evaluate-{branch}")
-def evaluate(job: Job, artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, *, branch: str) -> Ref:
+def evaluate(
+    job: Job, artifact: Ref, images: Ref, batch_size: int, runtime: Runtime, interface: Interface, *, branch: str
+) -> Ref:
     """An int8 model's predictions, from the file to ship."""
     from quantlib.measure import evaluation, predictions
 
     file, shard = job.store.path(artifact), job.store.path(images)
-    answers = evaluation.evaluate_file(file, runtime.name, shard, batch_size, job.progress)
+    answers = evaluation.evaluate_file(file, runtime.name, shard, batch_size, job.progress, interface)
     return job.store.put("predictions", predictions.save(answers))
 
 
@@ -70,9 +75,11 @@ def benchmark(
     batch_sizes: tuple[int, ...],
     num_threads: tuple[int, ...],
     num_samples: int,
+    interface: Interface,
 ) -> Ref:
     """Time the files of all variants in every runtime, in turns."""
     from quantlib.data import shards
+    from quantlib.data.feeding import feed
     from quantlib.measure import benchmark as timer
     from quantlib.runtimes import classifiers
 
@@ -80,7 +87,7 @@ def benchmark(
     files = [(job.store.path(target.artifact), target.runtime.name) for target in targets]
     timings = timer.time_models(
         lambda threads: [classifiers.open_model(path, runtime, threads) for path, runtime in files],
-        shard.inputs(stop=max(batch_sizes)),
+        feed(shard.pixels[: max(batch_sizes)], shard.normalization, interface),
         batch_sizes,
         num_threads,
         num_samples,

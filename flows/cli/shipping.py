@@ -20,13 +20,17 @@ from flows.cli.outcome import reports_errors
     type=click.Path(path_type=Path),
     help="The bundle's folder: a new one, or an empty one.",
 )
+@click.option(
+    "--openvino-ir", is_flag=True, help="Write the file for OpenVINO as IR, NAME.xml and NAME.bin, instead of ONNX."
+)
+@click.option("--float", "with_float", is_flag=True, help="Add the float model's ONNX file, to compare with.")
 @home_option
 @reports_errors
-def export(run_id: str, variant: str | None, to: Path, home: Path) -> int:
+def export(run_id: str, variant: str | None, to: Path, openvino_ir: bool, with_float: bool, home: Path) -> int:
     """Write the winner of RUN as a folder to ship: its files, what they are, a script that runs them, a model card."""
     from quantlib.export import folder
 
-    info = folder.export(home / "models", run_id, variant, to)
+    info = folder.export(home / "models", run_id, variant, to, openvino_ir=openvino_ir, with_float=with_float)
     click.echo(f"{info.variant} of run {info.run_id} was written to {to}: {', '.join(f.name for f in info.files)}.")
     click.echo(f"Try it: python {to / 'predict.py'} IMAGE, or quantflow predict {to} IMAGE")
     return 0

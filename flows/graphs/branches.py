@@ -34,13 +34,15 @@ def float_branch(shared: SharedStages) -> VariantRefs:
     """The baseline: fused, exported, evaluated."""
     model = shared.fused_eval
     onnx = save_onnx_files(shared, model, "float")
-    artifact = shared.run(script_and_save, model, None, shared.validation[0], branch="float")
+    artifact = shared.run(script_and_save, model, None, shared.validation[0], shared.interface, branch="float")
     file, runtime = find_reference(shared, artifact, onnx, None)
     batch_size = shared.recipe.evaluation.batch_size
     validation, selection = measure_shards(
         shared,
         "float",
-        lambda shard, name: shared.run(evaluate_baseline, file, shard, batch_size, runtime, branch=name),
+        lambda shard, name: shared.run(
+            evaluate_baseline, file, shard, batch_size, runtime, shared.interface, branch=name
+        ),
     )
     return VariantRefs(
         variant=Variant(name="float", method="float"),

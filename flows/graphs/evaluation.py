@@ -22,7 +22,7 @@ from tasks.run import NotYetKnownError
 def evaluate_candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
     """The file that a calibrated model or a QAT state would ship, evaluated."""
     model = shared.run(convert, prepared, branch=name)
-    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], branch=name)
+    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], shared.interface, branch=name)
     onnx = save_onnx_files(shared, model, name, shared.onnx_runtimes[:1]) if is_refusal(artifact) else ()
     file, runtime = find_reference(shared, artifact, onnx, shared.engine)
     validation, selection = _evaluate(shared, file, runtime, name)
@@ -56,7 +56,13 @@ def save_onnx_files(
         (
             runtime,
             shared.run(
-                save_onnx, shared.onnx_draft, model, shared.validation[0], runtime, branch=f"{name}-{runtime.name}"
+                save_onnx,
+                shared.onnx_draft,
+                model,
+                shared.validation[0],
+                runtime,
+                shared.interface,
+                branch=f"{name}-{runtime.name}",
             ),
         )
         for runtime in (shared.onnx_runtimes if runtimes is None else runtimes)
@@ -68,7 +74,9 @@ def _evaluate(
 ) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
     batch_size = shared.recipe.evaluation.batch_size
     return measure_shards(
-        shared, name, lambda shard, label: shared.run(evaluate, artifact, shard, batch_size, runtime, branch=label)
+        shared,
+        name,
+        lambda shard, label: shared.run(evaluate, artifact, shard, batch_size, runtime, shared.interface, branch=label),
     )
 
 

@@ -101,6 +101,7 @@ def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
         tuple(sorted({1, *recipe.benchmark.batch_sizes})),
         tuple(sorted({1, *recipe.benchmark.num_threads})),
         recipe.benchmark.num_samples,
+        shared.interface,
     )
     variants = evaluate_files(shared, variants, targets, timings)
     return Measurements(

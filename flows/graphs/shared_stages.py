@@ -9,6 +9,7 @@ from typing import Literal
 from quantlib.data.split import Subset
 from quantlib.data.transforms import TrainTransform, Transform
 from quantlib.inputs import Inputs
+from quantlib.recipe.interface import Interface
 from quantlib.recipe.schema import Recipe
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
@@ -40,6 +41,11 @@ class SharedStages:
     """Decoded shards; empty if the recipe selects on validation."""
     _made: dict[str, Ref] = field(default_factory=dict)
     """Fused models and those that they are made from, by the label of their stage."""
+
+    @property
+    def interface(self) -> Interface:
+        """What the exported files take and give."""
+        return self.recipe.export.interface
 
     def fused(self, mode: Literal["eval", "qat"], *, equalized: bool = False, smoothing: float | None = None) -> Ref:
         """The float model that a branch quantizes."""

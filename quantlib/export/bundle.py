@@ -1,6 +1,7 @@
 """What a shipped file says about itself: one JSON document, inside the file and in a bundle's model.json.
 
-An ONNX file holds it as metadata "quantflow", a TorchScript file as extra file "quantflow.json". It is added when a
+An ONNX file holds it as metadata "quantflow", a TorchScript file as extra file "quantflow.json", OpenVINO IR as runtime
+information "framework", "quantflow". It is added when a
 file leaves the store: an artifact is named by its content, and is written before anything of it is measured.
 """
 
@@ -20,20 +21,27 @@ from quantlib.errors import MachineError, ModelError
 from quantlib.export import checksums
 from quantlib.files import read_file
 from quantlib.recipe.fields import Count, Fraction, Pixels
+from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.recipe.sections import Interpolation
 
-SCHEMA_VERSION = 1
-"""Raised when a reader of the previous version would misunderstand a document; new fields alone do not raise it."""
+SCHEMA_VERSION = 2
+"""Raised when a reader of the previous version would misunderstand a document; new fields alone do not raise it.
+
+1: the file takes normalized float32 images and gives logits. 2: `interface` says what it takes and gives.
+"""
 
 DOCUMENT = "model.json"
 """The document of a bundle."""
 
 _KEY, _EXTRA_FILE = "quantflow", "quantflow.json"
+IR_KEYS = ["framework", _KEY]
+"""Where OpenVINO keeps the metadata "quantflow" of an ONNX file that it converts."""
+
 _AGAIN = "Copy it again, or write it again with `quantflow resume RUN` or `quantflow export RUN`."
 
 _Positive = Annotated[float, Field(gt=0.0)]
 # A longer path could lead out of the bundle.
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|onnx)$", max_length=255)]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|onnx|xml)$", max_length=255)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +172,9 @@ class ModelInfo(_Part):
     classes: Annotated[list[str], Field(min_length=1)]
     """Names, in the order of the logits."""
     input_size: Annotated[list[Pixels], Field(min_length=3, max_length=3)]
-    """Channels, height and width of the model's input, which takes any number of images: [N, C, H, W]."""
+    """Channels, height and width of the model's input."""
+    interface: Interface = FLOAT
+    """What the files take, for any number of images, and what they give."""
     preprocessing: Preprocessing
     float_accuracy: Accuracy
     """The float model's."""
@@ -212,19 +222,20 @@ def read(path: Path) -> ModelInfo:
     """The document of a file, or of a bundle.
 
     Args:
-        path: NAME.pt, NAME.onnx or model.json.
+        path: NAME.pt, NAME.onnx, NAME.xml or model.json.
 
     Raises:
         ModelError: If there is none, it is damaged, or a newer quantflow wrote it.
-        MachineError: If reading an ONNX file needs the package onnx, which is not installed.
+        MachineError: If reading it needs the package onnx or openvino, which is not installed.
     """
     find: Callable[[bytes, Path], bytes | None] | None = {
         ".json": lambda content, _: content,
         ".pt": _find_in_torchscript,
         ".onnx": _find_in_onnx,
+        ".xml": _find_in_ir,
     }.get(path.suffix)
     if find is None:
-        raise ModelError(f"{path} is no model: give a bundle's folder, or a .pt or .onnx file that a run wrote.")
+        raise ModelError(f"{path} is no model: give a bundle's folder, or a .pt, .onnx or .xml file of it or of a run.")
     checksums.verify(path)
     try:
         content = find(read_file(path), path)
@@ -279,3 +290,19 @@ def _find_in_onnx(content: bytes, path: Path) -> bytes | None:
     except DecodeError:
         raise ModelError(f"{path} is damaged, or no ONNX file. {_AGAIN}") from None
     return next((entry.value.encode() for entry in model.metadata_props if entry.key == _KEY), None)
+
+
+def _find_in_ir(_: bytes, path: Path) -> bytes | None:
+    from quantlib.runtimes import classifiers  # It imports torch.
+
+    try:
+        openvino = classifiers.import_openvino()
+    except ImportError:
+        raise MachineError(
+            f"Reading {path} needs the package openvino, which is not installed: pip install openvino."
+        ) from None
+    try:
+        model = openvino.Core().read_model(str(path))
+    except RuntimeError:
+        raise ModelError(f"{path} is damaged, or no OpenVINO IR with its .bin file beside it. {_AGAIN}") from None
+    return str(model.get_rt_info(IR_KEYS).value).encode() if model.has_rt_info(IR_KEYS) else None

@@ -47,7 +47,7 @@ def write(info: ModelInfo, folder: str) -> str:
             f"`quantflow predict {folder} image.jpg` does the same, for whole folders, too.",
             "",
             f"Its input: {info.preprocessing.text}",
-            f"A file takes float32 `[N, {', '.join(map(str, info.input_size))}]` and gives logits "
+            f"A file takes {_input(info)} and gives {'probabilities' if info.interface.softmax else 'logits'} "
             f"`[N, {len(info.classes)}]`; `model.json` has all of this for programs.",
             "",
             "## How good it is",
@@ -76,6 +76,14 @@ def _warnings(info: ModelInfo) -> list[str]:
     if info.recipe.get("evaluation", {}).get("select_on") == "validation":
         warnings.append("Choices were made on the validation images themselves: these accuracies are optimistic.")
     return [line for text in warnings for line in ("", text)]
+
+
+def _input(info: ModelInfo) -> str:
+    channels, height, width = info.input_size
+    if info.interface.input == "float":
+        return f"float32 `[N, {channels}, {height}, {width}]`"
+    order = (height, width, channels) if info.interface.layout == "nhwc" else (channels, height, width)
+    return f"uint8 `[N, {', '.join(map(str, order))}]`, the pixels before that division, which it does itself,"
 
 
 def _row(file: FileInfo) -> str:

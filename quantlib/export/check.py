@@ -11,6 +11,7 @@ from quantlib import helper, temporary
 from quantlib.data import shards
 from quantlib.errors import ModelError
 from quantlib.quantize.grids import Grid
+from quantlib.recipe.interface import FLOAT, Interface
 
 _NUM_CHECKED = 32
 # About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
@@ -18,7 +19,7 @@ _MAX_ERROR = 0.1
 _MAX_FLOAT_ERROR = 1e-4
 
 
-def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path) -> None:
+def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, interface: Interface = FLOAT) -> None:
     """Compare an exported file's logits, computed in a helper process, with the model's own, on real images.
 
     They are not bit-identical: runtimes round sums in different places, and int8 models amplify that.
@@ -28,6 +29,7 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path) -> N
         model: Fused float, or quantized.
         runtime: The runtime that the file runs in.
         shard: A file of decoded images; the first 32 are used.
+        interface: What the file takes and gives.
 
     Raises:
         ModelError: If the file does not run, crashes or hangs; or if the difference has more than a tenth of the
@@ -37,9 +39,11 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path) -> N
     with temporary.new_folder() as folder:
         path = folder / ("model.pt" if runtime.startswith("torchscript") else "model.onnx")
         path.write_bytes(content)
-        got = helper.run_file(path, runtime, shard, _NUM_CHECKED)
+        got = helper.run_file(path, runtime, shard, _NUM_CHECKED, interface)
     with torch.inference_mode():
         expected = model.eval()(shards.open_shard(shard).inputs(stop=_NUM_CHECKED))
+    if interface.softmax:
+        expected = expected.softmax(dim=1)
     error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
     is_quantized = any(isinstance(module, Grid) for module in model.modules())
     allowed = _MAX_ERROR if is_quantized else _MAX_FLOAT_ERROR

@@ -26,11 +26,13 @@ def listed(folder: Path) -> list[Path]:
 
 
 def verify(path: Path) -> None:
-    """Check a file against the checksum next to it, if there is one.
+    """Check a file against the checksum next to it, if there is one; of OpenVINO IR, NAME.xml, its weights, too.
 
     Raises:
         ModelError: If it is not the file that was written.
     """
+    if path.suffix == ".xml":
+        verify(path.with_suffix(".bin"))
     try:
         lines = read_file(path.with_name(_NAME)).decode().splitlines()
         expected = next((line.split()[0] for line in lines if line.split()[1:] == [path.name]), None)

@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MODEL = json.loads(Path(__file__).with_name("model.json").read_text(encoding="utf-8"))
+END = MODEL["interface"]
 
 
 def prepare(path: str) -> np.ndarray:
-    """An image file as the model's input, [1, channels, height, width] float32."""
+    """An image file as a batch of one for the model, as `interface` in model.json says."""
     how, (_, height, width) = MODEL["preprocessing"], MODEL["input_size"]
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
@@ -30,12 +31,14 @@ def prepare(path: str) -> np.ndarray:
         image = image.resize((width, height), resampling, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
     else:
         image = image.resize(size, resampling).crop(box)
-    pixels = np.asarray(image, np.float32).reshape(height, width, -1) / np.float32(255)
-    return ((pixels - np.float32(how["mean"])) / np.float32(how["std"])).transpose(2, 0, 1)[None]
+    x = np.asarray(image).reshape(1, height, width, -1)
+    if END["input"] == "float":
+        x = (x.astype(np.float32) / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
+    return x if END["layout"] == "nhwc" else x.transpose(0, 3, 1, 2)
 
 
 def answer(x: np.ndarray) -> np.ndarray:
-    """Logits [N, classes] of inputs [N, channels, height, width], from the first file whose runtime is installed."""
+    """Logits or probabilities [N, classes] of inputs [N, ...], from the first file whose runtime is installed."""
     os.environ["ORT_DISABLE_TELEMETRY"], sys.modules["openvino_telemetry"] = "1", None  # type: ignore[assignment]
     for file in MODEL["files"]:
         name, _, engine = file["runtime"].replace("torchscript", "torch").partition("-")
@@ -55,6 +58,7 @@ def answer(x: np.ndarray) -> np.ndarray:
 if __name__ == "__main__":
     sys.tracebacklimit = 0  # An error is one line.
     paths = sys.argv[1:] or sys.exit(__doc__)
-    for path, logits in zip(paths, answer(np.concatenate([prepare(path) for path in paths])), strict=True):
-        shares, best = np.exp(logits - logits.max()), np.argsort(-logits, kind="stable")[:5]
+    for path, scores in zip(paths, answer(np.concatenate([prepare(path) for path in paths])), strict=True):
+        shares = scores if END["softmax"] else np.exp(scores - scores.max())
+        best = np.argsort(-scores, kind="stable")[:5]
         print(path, *(f"{shares[n] / shares.sum():8.2%}  {MODEL['classes'][n]}" for n in best), sep="\n")

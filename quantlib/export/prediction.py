@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from quantlib.data import image_folder, loading, shards
+from quantlib.data import image_folder, loading
+from quantlib.data.feeding import feed
 from quantlib.errors import MachineError, ModelError
 from quantlib.export import bundle, checksums
 from quantlib.export.bundle import FileInfo, ModelInfo
@@ -67,15 +68,15 @@ class Predictor:
         split = image_folder.split_of_files([(path, 0) for path in images], classes)
         done = 0
         for pixels, _ in loading.batches(split, np.arange(len(split)), transform, 0, _BATCH_SIZE):
-            logits = self._model(shards.to_input(torch.from_numpy(pixels), transform.normalization))
-            if logits.shape[1] != len(classes):
+            scores = self._model(feed(torch.from_numpy(pixels), transform.normalization, self.info.interface))
+            if scores.shape[1] != len(classes):
                 raise ModelError(
-                    f"{self._path} gives {logits.shape[1]} logits, and its document names {len(classes)} classes: they "
-                    "do not belong together. Export it again."
+                    f"{self._path} gives {scores.shape[1]} numbers per image, and its document names {len(classes)} "
+                    "classes: they do not belong together. Export it again."
                 )
             # As in evaluation: ties go to the lower class. Probabilities tie more often than logits.
-            ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :_NUM_SHOWN]
-            shares = logits.softmax(dim=1).gather(1, ranked)
+            ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, :_NUM_SHOWN]
+            shares = (scores if self.info.interface.softmax else scores.softmax(dim=1)).gather(1, ranked)
             for share, rank in zip(shares.tolist(), ranked.tolist(), strict=True):
                 yield Prediction(images[done], [classes[index] for index in rank], share)
                 done += 1

@@ -8,10 +8,13 @@ import torch
 from torch import fx
 
 from quantlib.errors import ModelError, reason_of
+from quantlib.export.ends import Ends
 from quantlib.graph.tracing import untraced
 
 
-def script(model: fx.GraphModule, engine: str | None, input_shape: tuple[int, int, int]) -> bytes:
+def script(
+    model: fx.GraphModule, engine: str | None, input_shape: tuple[int, int, int], ends: Ends | None = None
+) -> bytes:
     """Script a model as a TorchScript file; `torch.jit.load` reads it without this package.
 
     The same model gives the same bytes. Whether its int8 kernels can run it shows only as it runs.
@@ -20,6 +23,7 @@ def script(model: fx.GraphModule, engine: str | None, input_shape: tuple[int, in
         model: Fused float, or quantized.
         engine: The engine whose int8 kernels a quantized model will run on; None for float.
         input_shape: Channels, height and width of its input.
+        ends: What the file does besides the model; None: nothing.
 
     Raises:
         ModelError: If it uses Python that TorchScript cannot express, or this torch has no TorchScript any more.
@@ -36,7 +40,8 @@ def script(model: fx.GraphModule, engine: str | None, input_shape: tuple[int, in
         try:
             own = model.eval() if engine is None else native.to_native(model)
             torchscript.forget_classes()
-            torch.jit.save(_scripted(own, input_shape), buffer)
+            scripted = _scripted(own, input_shape)
+            torch.jit.save(ends.add_to_script(scripted, input_shape[2]) if ends else scripted, buffer)
         except Exception as error:
             raise ModelError(f"The model cannot be written as TorchScript: {reason_of(error)}") from None
     return torchscript.canonical(buffer.getvalue())

@@ -45,7 +45,8 @@ def time_models(
 
     Args:
         open_models: Returns the models, opened for a number of threads.
-        inputs: [N, 3, H, W]; repeated to fill a larger batch. Each model gets them in the layout it prefers.
+        inputs: [N, ...], as the models take them; repeated to fill a larger batch. Each gets them in the memory layout
+            that it prefers.
         batch_sizes: Images per call.
         num_threads: Threads of torch and of the models' own runtimes.
         num_samples: Timed calls per model and setting.
@@ -73,7 +74,7 @@ def time_models(
 def _time_in_turn(models: Sequence[Classifier], batch: Tensor, num_samples: int) -> list[list[float]]:
     """Milliseconds of each model's call in each round."""
     samples: list[list[float]] = [[] for _ in models]
-    batches = [batch.contiguous(memory_format=model.layout) for model in models]
+    batches = [model.arrange(batch) for model in models]
     for model, own in zip(models, batches, strict=True):
         for _ in range(_NUM_WARM_UP):
             model(own)

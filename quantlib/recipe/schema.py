@@ -16,6 +16,7 @@ from quantlib.recipe.sections import (
     DataRecipe,
     EngineName,
     EvaluationRecipe,
+    ExportRecipe,
     GateRecipe,
     ModelRecipe,
     SearchRecipe,
@@ -50,6 +51,8 @@ class Recipe(Section):
     """Quantization-aware training branches."""
     search: SearchRecipe | None = None
     """Variants found by trial, in addition to these branches or alone; absent: none."""
+    export: ExportRecipe = ExportRecipe()
+    """What the exported files take and give."""
     benchmark: BenchmarkRecipe = BenchmarkRecipe()
     """What is timed."""
     gate: GateRecipe = GateRecipe()

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from quantlib.recipe.fields import MAX_INT, Arguments, Count, Flag, Fraction, Line, PathName, Pixels, Size
+from quantlib.recipe.interface import InputKind, Interface, Layout
 
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
@@ -178,6 +179,29 @@ class CalibrationRecipe(Section):
     """Number of batches; the images come from the training split, never from validation."""
     transform: Literal["eval", "train"] = "eval"
     """"eval": resize and centre crop; "train": random crops and flips."""
+
+
+class ExportRecipe(Section):
+    """What the exported files take and give; accuracy and latency are measured on files of this kind."""
+
+    input: InputKind = "float"
+    """float: normalized float32 images [N, C, H, W]; uint8: the pixels of the crop, which the file normalizes
+    itself."""
+    layout: Layout = "nchw"
+    """Order of the dimensions of uint8 pixels: nchw, or nhwc, as decoders of images give them."""
+    softmax: Flag = False
+    """The file gives probabilities instead of logits."""
+
+    @model_validator(mode="after")
+    def _layout_of_pixels(self) -> Self:
+        if self.input == "float" and self.layout != "nchw":
+            raise ValueError('layout = "nhwc" is for pixels: set input = "uint8", or leave layout out')
+        return self
+
+    @property
+    def interface(self) -> Interface:
+        """The same as the stages take it."""
+        return Interface(input=self.input, layout=self.layout, softmax=self.softmax)
 
 
 class BenchmarkRecipe(Section):

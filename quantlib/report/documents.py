@@ -7,6 +7,7 @@ from typing import Any
 
 from quantlib.export.bundle import SCHEMA_VERSION, Accuracy, FileInfo, Measured, ModelInfo, Preprocessing
 from quantlib.measure import significance
+from quantlib.recipe.interface import FLOAT
 from quantlib.recipe.schema import Recipe
 from quantlib.recipe.sections import FILE, is_weights_file
 from quantlib.report.rows import FileRow, VariantRow
@@ -35,6 +36,7 @@ class Documents:
             sha256: The hash of its model.
             runtime: The runtime that it is meant for.
         """
+        interface = self.recipe.export.interface
         found, num_images = self.judged.row_of(str(path)), self.rows[0].num_images
         file = FileInfo(
             name=path.name,
@@ -45,13 +47,14 @@ class Documents:
             measured=None if found is None else _measured(found, num_images),
         )
         return ModelInfo(
-            schema_version=SCHEMA_VERSION,
+            schema_version=1 if interface == FLOAT else SCHEMA_VERSION,
             run_id=self.run_id,
             variant=row.variant,
             method=row.method,
             recipe=without_places(self.recipe),
             classes=list(self.classes),
             input_size=self.preprocessing.input_size,
+            interface=interface,
             preprocessing=self.preprocessing,
             float_accuracy=_accuracy(self.rows[0].top1, num_images),
             files=[file],

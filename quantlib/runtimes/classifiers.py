@@ -21,11 +21,15 @@ ONNXRuntimeName = Literal["onnxruntime", "openvino"]
 class Classifier(Protocol):
     """A model that is ready to be called."""
 
-    layout: torch.memory_format
-    """Memory layout of images that is fastest for it; it takes any."""
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images in the memory layout that is fastest for it; it takes any."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
+        """Images as the file takes them to its logits or probabilities, [N, num_classes] float32.
+
+        Args:
+            images: [N, C, H, W] float32, normalized; or uint8 pixels, if the file was exported for them.
+        """
 
 
 class TorchScriptClassifier:
@@ -39,18 +43,22 @@ class TorchScriptClassifier:
         MachineError: If this machine lacks the engine.
     """
 
-    layout = torch.channels_last
-
     def __init__(self, path: Path, engine: str) -> None:
         self.engine = resolve_engine(engine)
         with use_engine(self.engine):
             # Freezes, and gives float convolutions to oneDNN with their weights in its own layout.
             self.model = torch.jit.optimize_for_inference(torch.jit.load(str(path), map_location="cpu").eval())
 
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images in the memory layout that is fastest."""
+        # A file that takes pixels puts its own order on them.
+        kind = torch.channels_last if images.is_floating_point() else torch.contiguous_format
+        return images.contiguous(memory_format=kind)
+
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
+        """Images as the file takes them to its answers, [N, num_classes] float32."""
         with torch.inference_mode(), use_engine(self.engine):
-            return self.model(images.contiguous(memory_format=self.layout))
+            return self.model(self.arrange(images))
 
 
 class ONNXRuntimeClassifier:
@@ -60,8 +68,6 @@ class ONNXRuntimeClassifier:
         path: The file.
         num_threads: Its own threads; 0: as many as there are cores.
     """
-
-    layout = torch.contiguous_format
 
     def __init__(self, path: Path, num_threads: int) -> None:
         # Importing it puts a device id into the user's cache, and reports to Microsoft some seconds later.
@@ -75,26 +81,38 @@ class ONNXRuntimeClassifier:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name
 
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images in the memory layout that is fastest."""
+        return images.contiguous()
+
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
-        return torch.from_numpy(self.session.run(None, {self.input: images.contiguous().numpy()})[0])
+        """Images as the file takes them to its answers, [N, num_classes] float32."""
+        return torch.from_numpy(self.session.run(None, {self.input: self.arrange(images).numpy()})[0])
+
+
+def import_openvino() -> Any:
+    """The package openvino.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    # Importing OpenVINO reports to Google; without this module it does not, and works the same.
+    cast("dict[str, Any]", sys.modules).setdefault("openvino_telemetry", None)
+    import openvino
+
+    return openvino
 
 
 class OpenVINOClassifier:
-    """An ONNX file in OpenVINO.
+    """An ONNX file, or OpenVINO IR, in OpenVINO.
 
     Args:
         path: The file.
         num_threads: Its own threads; 0: as many as it likes.
     """
 
-    layout = torch.contiguous_format
-
     def __init__(self, path: Path, num_threads: int) -> None:
-        # Importing OpenVINO reports to Google; without this module it does not, and works the same.
-        cast("dict[str, Any]", sys.modules).setdefault("openvino_telemetry", None)
-        import openvino
-
+        openvino = import_openvino()
         # Float stays float32: OpenVINO would use bfloat16 if the CPU has it.
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if num_threads:
@@ -102,9 +120,13 @@ class OpenVINOClassifier:
         core = openvino.Core()
         self.request = core.compile_model(core.read_model(str(path)), "CPU", settings).create_infer_request()
 
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images in the memory layout that is fastest."""
+        return images.contiguous()
+
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] float32, normalized, to logits [N, num_classes]."""
-        outputs = self.request.infer([images.contiguous().numpy()], share_inputs=True, share_outputs=True)
+        """Images as the file takes them to its answers, [N, num_classes] float32."""
+        outputs = self.request.infer([self.arrange(images).numpy()], share_inputs=True, share_outputs=True)
         return torch.from_numpy(outputs[0].copy())  # The next output is written into the same memory.
 
 
@@ -112,7 +134,7 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
     """Open an exported model in a runtime.
 
     Args:
-        path: A TorchScript or an ONNX file.
+        path: A TorchScript or an ONNX file, or OpenVINO IR.
         runtime: torchscript, torchscript-ENGINE, onnxruntime or openvino.
         num_threads: Threads of an ONNX runtime; 0: as many as it likes. TorchScript runs on torch's.
 
@@ -139,5 +161,6 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"{path} does not load in {runtime}: {reason} A .pt file is TorchScript, an .onnx file ONNX."
+            f"{path} does not load in {runtime}: {reason} A .pt file is TorchScript, an .onnx file ONNX, and an .xml "
+            "file OpenVINO IR."
         ) from None

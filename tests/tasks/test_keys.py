@@ -136,7 +136,7 @@ def test_how_a_model_is_quantized_or_written_is_in_no_key_of_an_evaluation_of_it
 
 def test_how_files_are_written_is_in_no_key_of_what_leads_to_the_quantized_model(code_of_edits):
     written = {"script_and_save", "draft_onnx", "save_onnx"}
-    for module in ("scripting", "native", "torchscript", "onnx", "onnx_draft", "check"):
+    for module in ("scripting", "native", "torchscript", "onnx", "onnx_draft", "ends", "check"):
         changed = _changed(code_of_edits, f"export.{module}")
         assert changed, module
         assert changed <= written, module
@@ -154,6 +154,7 @@ def test_no_stage_computes_with_what_is_imported_at_the_top_of_its_file():
         "quantlib.data.split",
         "quantlib.data.transforms",
         "quantlib.models.source",
+        "quantlib.recipe.interface",
         "quantlib.recipe.schedule",
         "quantlib.recipe.scheme",
         "quantlib.recipe.sections",

@@ -15,6 +15,7 @@ from quantlib.measure import predictions
 from quantlib.measure.predictions import Predictions
 from quantlib.models.source import ModelInput
 from quantlib.quantize import stored
+from quantlib.recipe.interface import FLOAT
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.variant import Variant
 from quantlib.runtimes import available
@@ -287,11 +288,11 @@ def test_a_model_that_torchscript_or_onnx_refuses_has_no_such_file_and_the_reaso
     with monkeypatch.context() as refusing:
         refusing.setattr("quantlib.export.scripting.script", refuse)
         refusing.setattr("quantlib.export.onnx_draft.draft", refuse)
-        script = reuse_or_compute(run, script_and_save, model, None, shard, branch="x")
+        script = reuse_or_compute(run, script_and_save, model, None, shard, FLOAT, branch="x")
         draft = reuse_or_compute(run, draft_onnx, model, "exporter 1")
     # A model without a draft has no ONNX file in any runtime, for the same reason.
     files = [
-        reuse_or_compute(run, save_onnx, draft, model, shard, runtime, branch="x")
+        reuse_or_compute(run, save_onnx, draft, model, shard, runtime, FLOAT, branch="x")
         for runtime in (OPENVINO, ONNXRUNTIME)
     ]
     for refusal in (script, draft, *files):
@@ -301,17 +302,17 @@ def test_a_model_that_torchscript_or_onnx_refuses_has_no_such_file_and_the_reaso
 
 
 def test_a_file_that_fails_its_check_is_refused_with_the_reason(run, monkeypatch, fused_model, tiny_header, val_shard):
-    def refuse(content, model, runtime, images):
+    def refuse(content, model, runtime, images, interface):
         raise ModelError(f"it crashed in {runtime}")
 
     monkeypatch.setattr("quantlib.export.check.check_file", refuse)
     model = _stored(run, fused_model, replace(tiny_header, fused="eval"))
     shard = run.store.put("shard", val_shard.read_bytes())
-    files = {"torchscript": reuse_or_compute(run, script_and_save, model, None, shard, branch="x")}
+    files = {"torchscript": reuse_or_compute(run, script_and_save, model, None, shard, FLOAT, branch="x")}
     for runtime in available.find_onnx_runtimes():
         draft = reuse_or_compute(run, draft_onnx, model, "exporter 1")
         draft = draft.result() if isinstance(draft, State) else draft
-        files[runtime.name] = reuse_or_compute(run, save_onnx, draft, model, shard, runtime, branch="x")
+        files[runtime.name] = reuse_or_compute(run, save_onnx, draft, model, shard, runtime, FLOAT, branch="x")
     for name, file in files.items():
         assert is_refusal(file)
         assert run.store.read_json(file) == {"reason": f"it crashed in {name}"}

@@ -69,8 +69,9 @@ def quantflow(tmp_path, monkeypatch):
 
 def test_export_writes_the_winner_and_says_what_to_do_with_it(undisturbed, quantflow, tmp_path):
     home, _ = undisturbed
-    status, said = quantflow("export", harness.run_id_of(home), "--to", "digits", "--home", home)
+    status, said = quantflow("export", harness.run_id_of(home), "--to", "digits", "--home", home, "--float")
     assert status == 0, said
+    assert "float.onnx" in said
     assert (tmp_path / "digits" / "model.json").is_file()
     assert "python digits/predict.py IMAGE" in said
 
@@ -186,7 +187,7 @@ SPOILT = [
     (damage_a_file, "is damaged: its SHA-256 is"),
     (remove_the_files, "does not load in"),
     (make_newer, "was written by a newer quantflow"),
-    (name_too_few_classes, "gives 10 logits, and its document names 2 classes"),
+    (name_too_few_classes, "gives 10 numbers per image, and its document names 2 classes"),
     (make_for_another_runtime, "is for openvino, which is not installed"),
 ]
 

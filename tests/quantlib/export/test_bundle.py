@@ -16,6 +16,7 @@ from quantlib.errors import ModelError
 from quantlib.export import bundle, onnx_draft, scripting
 from quantlib.export.bundle import Preprocessing
 from quantlib.export.onnx import write_onnx
+from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.runtimes import classifiers
 
 
@@ -68,7 +69,8 @@ def test_the_same_document_gives_the_same_file(contents):
 def test_the_page_about_bundles_names_every_field():
     page = (Path(__file__).parents[3] / "docs" / "bundle.md").read_text()
     parts = (bundle.ModelInfo, bundle.FileInfo, bundle.Measured, bundle.Accuracy)
-    names = [name for part in parts for name in part.model_fields] + [field.name for field in fields(Preprocessing)]
+    names = [name for part in parts for name in part.model_fields]
+    names += [field.name for part in (Preprocessing, Interface) for field in fields(part)]
     assert [name for name in names if f"`{name}`" not in page] == []
     assert f"schema {bundle.SCHEMA_VERSION}" in page
 
@@ -107,7 +109,7 @@ WRONG = [
     (b"\xff", "is damaged"),
     (bundle.document(model_info())[:-40], "is damaged"),
     (changed(schema_version=None), "schema_version"),
-    (changed(schema_version=2, files="elsewhere"), "written by a newer quantflow: .*schema 2.*up to 1. Upgrade"),
+    (changed(schema_version=3, files="elsewhere"), "written by a newer quantflow: .*schema 3.*up to 2. Upgrade"),
     (changed(classes=[]), "classes"),
     (changed(input_size=[1, 224, 224]), "do not fit together"),
     (changed(float_accuracy={"top1": float("nan")}), "is damaged"),
@@ -122,6 +124,13 @@ def test_a_damaged_or_newer_document_is_one_clear_error(content, message, tmp_pa
     with pytest.raises(ModelError, match=message) as caught:
         bundle.read(tmp_path / "model.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_document_that_says_nothing_of_its_ends_is_of_a_file_for_normalized_images(tmp_path):
+    values = json.loads(changed())
+    del values["interface"]
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    assert bundle.read(tmp_path / "model.json").interface == FLOAT
 
 
 def test_what_a_later_release_added_is_passed_over(tmp_path):

@@ -13,6 +13,7 @@ from quantlib.export import check, native, onnx_draft, scripting
 from quantlib.export.check import check_file
 from quantlib.quantize import conversion
 from quantlib.quantize.grids import Grid
+from quantlib.recipe.interface import FLOAT
 from quantlib.runtimes import available
 
 SHAPE = (3, 32, 32)
@@ -110,7 +111,7 @@ def test_a_file_is_compared_on_real_images(monkeypatch, quantized, write, val_sh
     content, full_name = write(quantized, "torchscript")
     with pytest.raises(ModelError, match=r"100\.00% of their power"):
         check_file(content, quantized, full_name, val_shard)
-    assert [request[1:] for request in asked] == [(full_name, val_shard, 32)]
+    assert [request[1:] for request in asked] == [(full_name, val_shard, 32, FLOAT)]
 
 
 def test_a_check_prints_nothing(quantized, write, val_shard, capfd):

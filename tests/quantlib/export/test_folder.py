@@ -21,12 +21,15 @@ from dashboard_driver import own_environment
 from PIL import Image
 from rows import file_info, model_info, preprocessing
 
+from quantlib import api
 from quantlib.data import datasets, image_folder, shards
+from quantlib.data.feeding import feed
 from quantlib.data.normalization import Normalization
 from quantlib.data.transforms import EvalTransform
 from quantlib.errors import ModelError
-from quantlib.export import bundle, card, checksums, folder
+from quantlib.export import bundle, card, checksums, folder, openvino_ir, prediction
 from quantlib.export.bundle import Preprocessing
+from quantlib.recipe.interface import Interface
 
 PREDICT = Path(folder.__file__).with_name("predict.py")
 
@@ -138,6 +141,118 @@ def test_with_one_runtime_and_nothing_of_quantflow_the_script_reproduces_the_rep
     assert np.mean(answers == labels) == file.measured.accuracy.top1 == reported
 
 
+@pytest.fixture(scope="module")
+def for_pixels(undisturbed, tmp_path_factory):
+    """A run like the undisturbed one, whose files take pixels and give probabilities: its home and its outcome."""
+    home = Path(shutil.copytree(undisturbed[0], tmp_path_factory.mktemp("pixels") / "home"))
+    ends = {"input": "uint8", "layout": "nhwc", "softmax": True}
+    outcome = harness.run(home, recipe={**harness.RECIPE, "export": ends})
+    assert outcome.error == ""
+    return home, outcome
+
+
+def test_only_files_and_what_is_measured_on_them_are_made_again_for_pixels(for_pixels):
+    computed = {label for label, reused in for_pixels[1].stages.items() if not reused}
+    stages = ("script_and_save-", "save_onnx-", "evaluate-", "evaluate_baseline-", "benchmark", "choose_epoch-")
+    assert computed
+    assert [label for label in computed if not label.startswith((*stages, "pick_examples"))] == []
+
+
+def test_files_for_pixels_are_as_accurate_as_those_for_normalized_images(undisturbed, for_pixels):
+    (run,) = {path.name for path in (for_pixels[0] / "models").iterdir()} - {harness.run_id_of(undisturbed[0])}
+    tables = (pd.read_parquet(for_pixels[0] / "reports" / name) for name in ("files", "variants"))
+    for table in tables:
+        before, after = (table[(table.run_id == run) == own] for own in (False, True))
+        assert list(before.top1) == list(after.top1)
+        assert list(before.variant) == list(after.variant)
+
+
+@pytest.mark.parametrize("runtime", ["torchscript", "onnxruntime", "openvino"])
+def test_a_bundle_for_pixels_says_so_and_answers_as_reported(runtime, undisturbed, for_pixels, digits, tmp_path):
+    (run,) = {path.name for path in (for_pixels[0] / "models").iterdir()} - {harness.run_id_of(undisturbed[0])}
+    folder.export(for_pixels[0] / "models", run, "per_channel", tmp_path / "to")
+    to, file = with_files(tmp_path / "to", tmp_path / "own", runtime)
+    assert bundle.read(to / "model.json").schema_version == 2
+    assert "uint8 `[N, 16, 16, 3]`" in (to / "README.md").read_text()
+    script = script_of(to)
+    inputs = np.concatenate([script.prepare(path) for path in digits])
+    assert inputs.dtype == np.uint8
+    engine = torch.backends.quantized.engine
+    try:
+        answers = script.answer(inputs)
+        predicted = list(prediction.Predictor(to).predict([str(path) for path in digits]))
+    finally:
+        torch.backends.quantized.engine = engine
+    np.testing.assert_allclose(answers.sum(axis=1), 1, rtol=1e-5)
+    labels = pd.read_parquet(undisturbed[0] / "reports" / "predictions").query("variant == 'float'").label
+    assert np.mean(answers.argmax(axis=1) == labels) == file.measured.accuracy.top1
+    assert [int(each.classes[0]) for each in predicted] == list(answers.argmax(axis=1))
+    np.testing.assert_allclose([each.probabilities[0] for each in predicted], answers.max(axis=1), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def with_ir(undisturbed, tmp_path_factory):
+    """The bundle of the winner with OpenVINO IR, and with float's ONNX file."""
+    pytest.importorskip("openvino", reason="needs openvino")
+    to = tmp_path_factory.mktemp("bundles") / "ir"
+    run_id = harness.run_id_of(undisturbed[0])
+    folder.export(undisturbed[0] / "models", run_id, None, to, openvino_ir=True, with_float=True)
+    return to
+
+
+def test_ir_takes_the_place_of_the_onnx_file_for_openvino_and_float_comes_last(exported, with_ir):
+    before, info = (bundle.read(to / "model.json") for to in (exported, with_ir))
+    (onnx_file,) = (file for file in before.files if file.runtime == "openvino")
+    (ir,) = (file for file in info.files if file.runtime == "openvino" and file.verdict != "baseline")
+    assert ir == onnx_file.model_copy(update={"name": onnx_file.name.replace(".onnx", ".xml")})
+    assert [file.name for file in info.files[:-1]] == [
+        ir.name if file == onnx_file else file.name for file in before.files
+    ]
+    assert (info.files[-1].name, info.files[-1].verdict) == ("float.onnx", "baseline")
+    assert bundle.read(with_ir / "float.onnx").files == [info.files[-1]]
+    assert bundle.read(with_ir / ir.name) == info.model_copy(update={"files": [ir]})
+    assert not (with_ir / onnx_file.name).exists()
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=with_ir, check=True, capture_output=True)
+    # Once, though the ONNX file held it, too; and weights in float32.
+    assert (with_ir / ir.name).read_text().count(info.run_id) == 1
+    assert "FP16" not in (with_ir / ir.name).read_text()
+
+
+def test_ir_gives_the_reported_top1_through_the_script_and_alone(undisturbed, with_ir, digits, tmp_path):
+    to, file = with_files(with_ir, tmp_path / "own", "openvino")
+    script = script_of(to)
+    answers = script.answer(np.concatenate([script.prepare(path) for path in digits])).argmax(axis=1)
+    labels = pd.read_parquet(undisturbed[0] / "reports" / "predictions").query("variant == 'float'").label
+    assert np.mean(answers == labels) == file.measured.accuracy.top1
+    predicted = prediction.Predictor(with_ir / file.name).predict([str(path) for path in digits])
+    assert [int(each.classes[0]) for each in predicted] == list(answers)
+    model = api.load(with_ir / file.name)
+    assert len(model(torch.zeros(1, 3, 16, 16))) == 1
+
+
+def test_ir_with_damaged_weights_is_refused(with_ir, tmp_path):
+    to = Path(shutil.copytree(with_ir, tmp_path / "own"))
+    (weights,) = to.glob("*.bin")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelError, match=r"\.bin is damaged"):
+        prediction.Predictor(weights.with_suffix(".xml"))
+    (to / "SHA256SUMS").unlink()
+    weights.with_suffix(".xml").write_text("<net")
+    with pytest.raises(ModelError, match=r"\.xml is damaged, or no OpenVINO IR"):
+        bundle.read(weights.with_suffix(".xml"))
+
+
+def test_ir_that_answers_differently_is_not_written(undisturbed, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="needs openvino")
+    opened = iter([lambda x: x.flatten(1), lambda x: -x.flatten(1)])
+    monkeypatch.setattr(openvino_ir.classifiers, "open_model", lambda *_: next(opened))
+    with pytest.raises(ModelError, match=r"answers differently by 400\.00% of its power.*without --openvino-ir"):
+        folder.export(
+            undisturbed[0] / "models", harness.run_id_of(undisturbed[0]), None, tmp_path / "to", openvino_ir=True
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 IMAGES = {
     "wide.jpg": lambda rng: Image.fromarray(rng.integers(0, 256, (41, 67, 3), np.uint8)),
     "tall.png": lambda rng: Image.fromarray(rng.integers(0, 256, (90, 31, 3), np.uint8)),
@@ -169,10 +284,15 @@ def test_the_script_prepares_an_image_bit_by_bit_as_evaluation_does(name, transf
     pixels = image_folder.split_of_files([(str(tmp_path / name), 0)], ("a",)).pixels(0, transform, None)
     expected = shards.to_input(torch.from_numpy(pixels.copy())[None], transform.normalization).numpy()
     assert np.array_equal(script_of(tmp_path).prepare(tmp_path / name), expected)
+    for layout in ("nchw", "nhwc"):
+        own = Interface(input="uint8", layout=layout)
+        (tmp_path / "model.json").write_bytes(bundle.document(info.model_copy(update={"interface": own})))
+        expected = feed(torch.from_numpy(pixels.copy())[None], transform.normalization, own).numpy()
+        assert np.array_equal(script_of(tmp_path).prepare(tmp_path / name), expected)
 
 
 def test_the_script_is_short_and_needs_no_package_but_numpy_and_pillow():
-    assert len(PREDICT.read_text().splitlines()) <= 60
+    assert len(PREDICT.read_text().splitlines()) <= 64
     nodes = list(ast.walk(ast.parse(PREDICT.read_text())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -296,6 +416,13 @@ def test_a_named_variant_is_exported_with_what_was_accepted_or_else_with_all(var
 def test_what_is_not_there_is_an_error_that_names_what_is(run_id, variant, message, models, tmp_path):
     with pytest.raises(ModelError, match=message):
         folder.export(models, run_id, variant, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(("wish", "option"), [("openvino_ir", "--openvino-ir"), ("with_float", "--float")])
+def test_a_file_that_the_run_does_not_have_is_named_with_the_option_to_leave_out(wish, option, models, tmp_path):
+    with pytest.raises(ModelError, match=f"has no .*: leave out {option}"):
+        folder.export(models, "first", "a", tmp_path / "to", **{wish: True})
     assert not (tmp_path / "to").exists()
 
 

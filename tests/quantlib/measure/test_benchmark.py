@@ -15,7 +15,8 @@ NUM_WARM_UP = 2
 class _Model(nn.Module):
     """Returns its input."""
 
-    layout = torch.channels_last
+    def arrange(self, x):
+        return x.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x):
         return x
@@ -139,7 +140,8 @@ def test_models_are_opened_once_for_each_number_of_threads_and_get_the_layout_th
     seen: list[bool] = []
 
     class Planar(_Model):
-        layout = torch.contiguous_format
+        def arrange(self, x):
+            return x.contiguous()
 
         def forward(self, x):
             seen.append(x.is_contiguous())

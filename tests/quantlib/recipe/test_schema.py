@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quantlib.errors import RecipeError
+from quantlib.recipe.interface import Interface
 from quantlib.recipe.schema import Recipe, parse_recipe, suggest
 from quantlib.recipe.sections import Section
 
@@ -224,6 +225,14 @@ def test_the_models_input_may_be_grey_and_rectangular():
         _with("data", {"format": "digits", "channels": 1, "mean": [0.1], "std": [0.3], "crop": [28, 56]})
     ).data
     assert (data.channels, data.mean, data.crop) == (1, (0.1,), (28, 56))
+
+
+def test_an_order_of_dimensions_is_for_pixels_only():
+    tables = {**MINIMAL, "export": {"layout": "nhwc"}}
+    with pytest.raises(RecipeError, match=r'export: layout = "nhwc" is for pixels: set input = "uint8", or leave'):
+        parse_recipe(tables)
+    tables["export"]["input"] = "uint8"
+    assert parse_recipe(tables).export.interface == Interface(input="uint8", layout="nhwc")
 
 
 def test_a_recipe_without_branches_is_refused():

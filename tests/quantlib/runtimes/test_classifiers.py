@@ -83,7 +83,7 @@ def test_the_loader_says_what_is_wrong(exported, tmp_path, monkeypatch):
         api.load(exported / "int8.pt", "tensorrt")
     with pytest.raises(MachineError, match=r"Engine 'neon' is not available"):
         api.load(exported / "int8.pt", "torchscript-neon")
-    with pytest.raises(ModelError, match=r"does not load in torchscript.*an \.onnx file ONNX"):
+    with pytest.raises(ModelError, match=r"does not load in torchscript.*an \.onnx file ONNX, and an \.xml file"):
         api.load(exported / "int8.onnx", "torchscript")
     (tmp_path / "half.pt").write_bytes((exported / "int8.pt").read_bytes()[:5000])
     with pytest.raises(ModelError, match="does not load in torchscript"):
