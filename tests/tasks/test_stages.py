@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from prefect.states import State
 
-from flows.graphs.branches import targets_of
+from flows.graphs.evaluation import targets_of
 from quantlib.data import loading, shards
 from quantlib.data.transforms import EvalTransform
 from quantlib.errors import ModelError, QuantflowError
