@@ -1,7 +1,6 @@
 """The whole flow, once, on the small recipe of the harness."""
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -278,26 +277,6 @@ def edges_of(home):
         label: [makers[value] for value in dict.fromkeys(record.ingredients.values()) if value in makers]
         for label, record in records.items()
     }
-
-
-def test_the_readmes_python_runs_as_written(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pytest.importorskip("openvino", reason="README loads the model in OpenVINO")
-    home, outcome = undisturbed
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-    variables = {"model": net, "images": torch.zeros(2, 3, 16, 16)}
-    variables |= {"float_model": net, "batches": [torch.rand(4, 3, 16, 16)]}
-    for block in blocks:
-        run = read_runs(home / "runs")[0].file.run_id
-        exec(block.replace(".quantflow", str(home)).replace("RUN/VARIANT", f"{run}/per_channel"), variables)
-    assert len(blocks) == 4
-    assert (tmp_path / "model.pt2").is_file()
-    assert variables["answers"].shape == (2, 10)
-    assert (tmp_path / "model.onnx").is_file()
-    assert variables["logits"].shape == (2, 10)
-    assert len(variables["variants"]) == len(outcome.variants)
 
 
 def test_a_grey_and_rectangular_model_gets_images_as_it_was_trained_with(tmp_path, monkeypatch):
