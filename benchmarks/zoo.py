@@ -189,7 +189,7 @@ def main() -> None:
             row = ended.result()
             lines[row.name] = _line(row)
             print(lines[row.name], flush=True)
-            PAGE.write_text(page([lines[name] for name in order if name in lines]))
+            PAGE.write_text(page(lines, order))
 
 
 def _written() -> dict[str, str]:
@@ -224,11 +224,12 @@ def _line(row: Row) -> str:
     return f"| {row.name} | {figures} | {files} | {'; '.join(remarks)} |"
 
 
-def page(lines: list[str]) -> str:
-    """The table as a page."""
+def page(lines: dict[str, str], order: list[str]) -> str:
+    """The table as a page, and the names of the models that it lacks."""
     import torch
     import torchvision
 
+    missing = [name for name in order if name not in lines]
     return "\n".join(
         [
             "# Which classifiers become int8",
@@ -241,8 +242,9 @@ def page(lines: list[str]) -> str:
             "",
             "| model | side | multiply-adds in int8 | SQNR | TorchScript | ONNX Runtime | OpenVINO | remarks |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            *lines,
+            *(lines[name] for name in order if name in lines),
             "",
+            *(["Not examined: " + ", ".join(missing) + ".", ""] if missing else []),
         ]
     )
 
