@@ -35,7 +35,7 @@ mnasnet_small mobilenetv4_conv_small mobileone_s0 mobilevit_xxs nfnet_l0 pit_ti_
 regnetx_002 repvgg_a0 res2net50_26w_4s resnet10t resnest14d rexnet_100 seresnet18 skresnet18 tf_efficientnet_b0
 tinynet_e tresnet_m vgg11 visformer_tiny vit_tiny_patch16_224 xception41
 """
-_SIZES = {"inception_v3": 96, "maxvit_t": 224}
+_SIZES = {"inception_v3": 96, "maxvit_t": 224, "mobilenet_v3_large": 224, "mobilenet_v3_small": 224}
 _TIMEOUT = 900
 
 
