@@ -57,7 +57,13 @@ def test_weights_of_timm_bring_their_own(architecture, tag, resize, crop, interp
 
 @pytest.mark.parametrize(
     "name",
-    ["convnext_atto.d2_in1k", "resnet10t.c3_in1k", "mobilenetv3_small_100.lamb_in1k", "deit_tiny_patch16_224.fb_in1k"],
+    [
+        "convnext_atto.d2_in1k",
+        "resnet10t.c3_in1k",
+        "mobilenetv3_small_100.lamb_in1k",
+        "deit_tiny_patch16_224.fb_in1k",
+        "convnext_base.fb_in22k_ft_in1k_384",  # Without regard to the image's proportions.
+    ],
 )
 def test_weights_of_timm_are_prepared_for_as_in_timms_own_evaluation(name):
     timm = pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
@@ -70,9 +76,17 @@ def test_weights_of_timm_are_prepared_for_as_in_timms_own_evaluation(name):
     _, *crop = theirs["input_size"]
     assert list(found.crop) == crop
     resizing, *_ = timm.data.create_transform(**theirs).transforms
-    assert found.resize == resizing.size
+    assert found.resize == (resizing.size if isinstance(resizing.size, int) else tuple(resizing.size))
     assert found.interpolation == theirs["interpolation"]
     assert (found.normalization.mean, found.normalization.std) == (theirs["mean"], theirs["std"])
+
+
+def test_weights_of_timm_that_take_a_border_are_refused():
+    timm = pytest.importorskip("timm", reason="the extra quantflow[timm] is not installed")
+    bordered = next(name for name in timm.list_pretrained() if timm.get_pretrained_cfg(name).crop_mode == "border")
+    architecture, _, tag = bordered.partition(".")
+    with pytest.raises(ModelError, match="a border around them, which quantflow does not do: take other weights"):
+        of_weights(f"timm:{architecture}", f"timm:{tag}")
 
 
 def test_unknown_weights_of_timm_are_refused_with_those_that_are_known():
