@@ -46,9 +46,9 @@ def test_shared_stages_run_once_whatever_the_number_of_branches(undisturbed):
     assert {
         "load_float",
         "fuse-eval",
-        "equalize",
-        "fuse-eval-equalized",
-        "fuse-qat-equalized",
+        "smooth-0.5",
+        "fuse-eval-smoothed-0.5",
+        "fuse-qat-smoothed-0.5",
         "decode-calibration-0",
     } <= set(labels)
     assert {"calibrate-per_channel", "convert-per_channel", "script_and_save-per_channel"} <= set(labels)
@@ -332,7 +332,7 @@ def test_an_exported_model_alone_is_quantized_and_a_copy_of_its_file_computes_no
 
     done = harness.run(home, recipe=recipe | {"model": {"architecture": f"file:{first}"}})
     assert done.error == ""
-    assert {"load_float", "fuse-qat-equalized", "qat_epoch-qat-1"} <= set(done.stages)
+    assert {"load_float", "fuse-qat-smoothed-0.5", "qat_epoch-qat-1"} <= set(done.stages)
     split, run_id = datasets.open_split("digits", None, "val"), harness.run_id_of(home)
     assert (home / "models" / run_id / "qat.onnxruntime.onnx").exists()
     rows = tables.read_table(home / "reports", "predictions", run_id).to_pylist()

@@ -188,15 +188,18 @@ def test_named_qconfigs_are_torchs_own_until_an_option_is_given():
                 {"name": "a", "qconfig": "default"},
                 {"name": "b", "qconfig": "fbgemm", "observer": "minmax", "equalize": True, "activation_bits": 8},
                 {"name": "c"},
+                {"name": "d", "smoothing": False},
             ]
         }
     )
-    minmax, mixed, accurate = recipe.ptq
+    minmax, mixed, accurate, unsmoothed = recipe.ptq
     assert minmax.scheme(8) == Scheme(observer="minmax", weights="per_tensor", activation_bits=7)
     assert not minmax.equalizes
     assert not minmax.corrects_bias
     assert mixed.scheme(7) == Scheme(observer="minmax", weights="per_channel", activation_bits=8)
     assert mixed.equalizes
-    assert accurate.equalizes
+    assert not accurate.equalizes
+    assert [branch.smooths for branch in recipe.ptq] == [None, None, 0.5, None]
+    assert unsmoothed.corrects_bias
     assert accurate.corrects_bias
     assert [accurate.scheme(bits).activation_bits for bits in (7, 8)] == [7, 8]
