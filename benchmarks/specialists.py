@@ -74,7 +74,10 @@ def make_files(model: torch.nn.Module, x: Tensor, folder: Path) -> dict[str, tup
         output_names=["logits"],
         dynamic_axes=axes,
     )
-    quant_pre_process(str(folder / "float.onnx"), str(folder / "prepared.onnx"))
+    try:
+        quant_pre_process(str(folder / "float.onnx"), str(folder / "prepared.onnx"))
+    except AssertionError:  # Its symbolic shapes do not know every Reshape, such as a vision transformer's.
+        quant_pre_process(str(folder / "float.onnx"), str(folder / "prepared.onnx"), skip_symbolic_shape=True)
     for name, method in (("min/max", CalibrationMethod.MinMax), ("percentile", CalibrationMethod.Percentile)):
         path = folder / f"ort-{method.name}.onnx"
         quantize_static(
