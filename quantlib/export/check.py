@@ -45,10 +45,11 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, inte
     if interface.softmax:
         expected = expected.softmax(dim=1)
     error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))
-    is_quantized = any(isinstance(module, Grid) for module in model.modules())
-    allowed = _MAX_ERROR if is_quantized else _MAX_FLOAT_ERROR
+    grids = [module for module in model.modules() if isinstance(module, Grid)]
+    allowed = _MAX_ERROR if grids else _MAX_FLOAT_ERROR
     if not error <= allowed:
-        advice = " On a CPU whose int8 arithmetic saturates, set activation_bits = 7." if is_quantized else ""
+        has_8_bits = any(grid.quant_max == 255 for grid in grids)
+        advice = " On a CPU whose int8 arithmetic saturates, set activation_bits = 7." if has_8_bits else ""
         raise ModelError(
             f"In {runtime} the logits are {error:.2%} of their power away from the model's own, but at most "
             f"{allowed:.2%} are allowed.{advice}"
