@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any, cast
 
 import torch
@@ -53,7 +54,7 @@ class _Lowering:
         # What stays as it is comes along: parameters that operations read, and modules that stay float.
         for node in self.graph.nodes:
             if node.op in {"call_module", "get_attr"} and node.target not in self.root:
-                self.root[str(node.target)] = _with_native_layers(_get(self.model, str(node.target)))
+                self.root[str(node.target)] = _with_native_layers(operator.attrgetter(str(node.target))(self.model))
         lowered = fx.GraphModule(self.root, self.graph, type(self.model).__name__)
         lowered.meta["untraced"] = untraced(self.model)
         return lowered.eval()
@@ -189,10 +190,3 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
         )
     assert not isinstance(layer.padding, str)
     return layer.padding
-
-
-def _get(root: nn.Module, path: str) -> Any:
-    owner: Any = root
-    for name in path.split("."):
-        owner = getattr(owner, name)
-    return owner

@@ -141,9 +141,7 @@ def _erase_unused(traced: fx.GraphModule, node: fx.Node) -> None:
 def _constant(traced: fx.GraphModule, node: fx.Node) -> Tensor | None:
     """The value of what depends on parameters alone; None if it depends on the image."""
     if node.op == "get_attr":
-        value: Any = traced
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
+        value = operator.attrgetter(str(node.target))(traced)
         return value if isinstance(value, Tensor) else None
     if node.op not in {"call_function", "call_method"} or not node.all_input_nodes:
         return None

@@ -184,9 +184,7 @@ class _Tracer(fx.Tracer):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta[_EXAMPLES][place])
         target: Any = node.target
         if node.op == "get_attr":
-            value: Any = self.root
-            for name in target.split("."):
-                value = getattr(value, name)
+            value = operator.attrgetter(target)(self.root)
             return value.to("meta") if isinstance(value, Tensor) else value
         if node.op == "call_module":
             return self._shadow.get_submodule(target)(*args, **kwargs)
