@@ -6,6 +6,7 @@ torch's exporter takes seconds, and every variant of a model has the same graph:
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
             f"The model cannot be written as ONNX: {whole[0]} branches on values, and the file would hold one branch."
         )
     marked = copy.deepcopy(fused).eval()
-    _put_marks(marked, draw_plan(marked))
     constants = _constants(marked)
+    _put_marks(marked, draw_plan(marked), constants)
     weights = {
         name: value
         for name, value in marked.state_dict().items()
@@ -107,9 +108,8 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
     return content
 
 
-def _put_marks(model: fx.GraphModule, plan: Plan) -> None:
+def _put_marks(model: fx.GraphModule, plan: Plan, constants: Collection[str]) -> None:
     """Mark the weight of each layer, and each tensor that this plan rounds, or one with more layers in float would."""
-    constants = _constants(model)
     for node in list(model.graph.nodes):
         if "shape" in node.meta and (node in plan.int8 or node in plan.rounded):
             _mark(model, node, ACTIVATION, plan.readers(node))
