@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from quantlib.data.normalization import Normalization
 from quantlib.data.transforms import EvalTransform
-from quantlib.errors import MachineError, ModelError
+from quantlib.errors import MachineError, ModelError, reason_of
 from quantlib.export import checksums
 from quantlib.files import read_file
 from quantlib.recipe.fields import Count, Fraction, Pixels
@@ -273,8 +273,7 @@ def _find_in_torchscript(content: bytes, path: Path) -> bytes | None:
     try:
         return torchscript.find_extra_file(content, _EXTRA_FILE)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{path} is damaged, or no TorchScript file: {reason}. {_AGAIN}") from None
+        raise ModelError(f"{path} is damaged, or no TorchScript file: {reason_of(error)}. {_AGAIN}") from None
 
 
 def _find_in_onnx(content: bytes, path: Path) -> bytes | None:

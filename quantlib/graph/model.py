@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, reason_of
 from quantlib.graph.fusion import fuse_model
 from quantlib.graph.plan import Plan, draw_plan
 from quantlib.graph.tracing import trace
@@ -52,9 +52,9 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         with torch.inference_mode():
             logits: Tensor = model(x.clone())  # It may overwrite its input.
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
         raise ModelError(
-            f"{type(model).__name__} cannot take a batch of {len(x)} images: {reason} It must take any number of them."
+            f"{type(model).__name__} cannot take a batch of {len(x)} images: {reason_of(error)} "
+            "It must take any number of them."
         ) from None
     return logits
 

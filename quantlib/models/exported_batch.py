@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, reason_of
 
 # The images that sizes are found for, as a multiple of those that the graph was exported for.
 _TIMES = 3
@@ -85,8 +85,7 @@ class AnyBatch:
                     else target(*args, **kwargs)
                 )
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            reason = str(error).partition("\n")[0]
-            raise refusal(self._batch, f"{node.name} cannot take more ({reason})") from None
+            raise refusal(self._batch, f"{node.name} cannot take more ({reason_of(error)})") from None
 
     def _place(self, node: fx.Node) -> int | None:
         """The dimension of a tensor that grows with the number of images."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlib.errors import MachineError, ModelError
+from quantlib.errors import MachineError, ModelError, reason_of
 from quantlib.recipe.sections import TIMM, TORCHVISION
 
 _PARALLEL = "module."
@@ -36,9 +36,8 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # It reads .safetensors as well.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"Weights {weights!r} cannot be read as a state_dict: {reason}. "
+            f"Weights {weights!r} cannot be read as a state_dict: {reason_of(error)}. "
             "Save it with torch.save(model.state_dict(), FILE); whole pickled models are refused, as they run code."
         ) from None
     # A checkpoint of a training script often holds the state_dict under one of these.

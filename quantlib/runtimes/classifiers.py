@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from quantlib.errors import MachineError, ModelError
+from quantlib.errors import MachineError, ModelError, reason_of
 from quantlib.runtimes.available import resolve_engine
 from quantlib.runtimes.engine import use_engine
 
@@ -159,8 +159,7 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
     except Exception as error:
         if isinstance(error, MachineError):
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"{path} does not load in {runtime}: {reason} A .pt file is TorchScript, an .onnx file ONNX, and an .xml "
-            "file OpenVINO IR."
+            f"{path} does not load in {runtime}: {reason_of(error)} A .pt file is TorchScript, an .onnx file ONNX, "
+            "and an .xml file OpenVINO IR."
         ) from None
