@@ -9,6 +9,7 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from torch import nn
 from quantlib.data import datasets, loading, shards
 from quantlib.data.normalization import IMAGENET
 from quantlib.data.transforms import EvalTransform, TrainTransform
+from quantlib.export import folder
 from quantlib.graph import fusion
 from quantlib.graph.model import trace_model
 from quantlib.measure import significance
@@ -70,6 +72,27 @@ def undisturbed(prefect_server, tmp_path_factory):
     assert outcome.error == ""
     assert outcome.exitcode == 0
     return home, outcome
+
+
+@pytest.fixture(scope="session")
+def exported(undisturbed, tmp_path_factory):
+    """The bundle of the winner of a run on digits; read-only."""
+    home, _ = undisturbed
+    to = tmp_path_factory.mktemp("bundles") / "digits"
+    folder.export(home / "models", harness.run_id_of(home), None, to)
+    return to
+
+
+@pytest.fixture(scope="session")
+def digits(undisturbed, tmp_path_factory):
+    """A folder with the validation images of the run, in the order of the table `predictions`."""
+    names = pd.read_parquet(undisturbed[0] / "reports" / "predictions").query("variant == 'float'").image
+    split = datasets.open_split("digits", None, "val")
+    numbers = {split.name_of(index): index for index in range(len(split))}
+    place = tmp_path_factory.mktemp("digits")
+    for number, name in enumerate(names):
+        split.open(numbers[name]).save(place / f"{number:02}.png")
+    return place
 
 
 @pytest.fixture

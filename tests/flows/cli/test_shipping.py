@@ -14,8 +14,7 @@ from dashboard_driver import own_environment
 from PIL import Image
 
 from flows.cli import commands, outcome
-from quantlib.data import datasets
-from quantlib.export import bundle, folder, prediction
+from quantlib.export import bundle, prediction
 
 
 @pytest.fixture(autouse=True)
@@ -24,27 +23,6 @@ def _as_before():
     engine = torch.backends.quantized.engine
     yield
     torch.backends.quantized.engine = engine
-
-
-@pytest.fixture(scope="module")
-def exported(undisturbed, tmp_path_factory):
-    """The bundle of the winner of a run on digits; read-only."""
-    home, _ = undisturbed
-    to = tmp_path_factory.mktemp("bundles") / "digits"
-    folder.export(home / "models", harness.run_id_of(home), None, to)
-    return to
-
-
-@pytest.fixture(scope="module")
-def digits(undisturbed, tmp_path_factory):
-    """A folder with the validation images of the run, in the order of the table `predictions`."""
-    names = pd.read_parquet(undisturbed[0] / "reports" / "predictions").query("variant == 'float'").image
-    split = datasets.open_split("digits", None, "val")
-    numbers = {split.name_of(index): index for index in range(len(split))}
-    place = tmp_path_factory.mktemp("digits")
-    for number, name in enumerate(names):
-        split.open(numbers[name]).save(place / f"{number:02}.png")
-    return place
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from PIL import Image
 from rows import file_info, model_info, preprocessing
 
 from quantlib import api
-from quantlib.data import datasets, image_folder, shards
+from quantlib.data import image_folder, shards
 from quantlib.data.feeding import feed
 from quantlib.data.normalization import Normalization
 from quantlib.data.transforms import EvalTransform
@@ -35,25 +35,9 @@ PREDICT = Path(folder.__file__).with_name("predict.py")
 
 
 @pytest.fixture(scope="module")
-def exported(undisturbed, tmp_path_factory):
-    """The bundle of the winner of a run on digits."""
-    home, _ = undisturbed
-    to = tmp_path_factory.mktemp("bundles") / "digits"
-    folder.export(home / "models", harness.run_id_of(home), None, to)
-    return to
-
-
-@pytest.fixture(scope="module")
-def digits(undisturbed, tmp_path_factory):
-    """The validation images of the run as PNG files, in the order of the table `predictions`."""
-    names = pd.read_parquet(undisturbed[0] / "reports" / "predictions").query("variant == 'float'").image
-    split = datasets.open_split("digits", None, "val")
-    numbers = {split.name_of(index): index for index in range(len(split))}
-    place = tmp_path_factory.mktemp("digits")
-    paths = [place / f"{number:02}.png" for number in range(len(names))]
-    for path, name in zip(paths, names, strict=True):
-        split.open(numbers[name]).save(path)
-    return paths
+def pictures(digits):
+    """The files of `digits`."""
+    return sorted(digits.iterdir())
 
 
 def script_of(to):
@@ -76,11 +60,13 @@ def with_files(exported, to, keep):
     return to, kept[0]
 
 
-def test_the_script_prints_the_five_likeliest_classes_as_the_table_predictions_has_them(undisturbed, exported, digits):
-    command = [sys.executable, "-W", "ignore", str(exported / "predict.py"), *map(str, digits)]
+def test_the_script_prints_the_five_likeliest_classes_as_the_table_predictions_has_them(
+    undisturbed, exported, pictures
+):
+    command = [sys.executable, "-W", "ignore", str(exported / "predict.py"), *map(str, pictures)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=own_environment(OMP_NUM_THREADS="1"))
-    blocks = [done.stdout.splitlines()[start : start + 6] for start in range(0, 6 * len(digits), 6)]
-    assert [block[0] for block in blocks] == list(map(str, digits))
+    blocks = [done.stdout.splitlines()[start : start + 6] for start in range(0, 6 * len(pictures), 6)]
+    assert [block[0] for block in blocks] == list(map(str, pictures))
     info = bundle.read(exported / "model.json")
     table = pd.read_parquet(undisturbed[0] / "reports" / "predictions")
     expected = table[table.variant == info.variant].top5
@@ -92,11 +78,11 @@ def test_the_script_prints_the_five_likeliest_classes_as_the_table_predictions_h
 
 @pytest.mark.parametrize("runtime", ["torchscript", "onnxruntime", "openvino"])
 def test_each_file_of_a_bundle_gives_its_reported_top1_through_the_script(
-    runtime, undisturbed, exported, digits, tmp_path
+    runtime, undisturbed, exported, pictures, tmp_path
 ):
     to, file = with_files(exported, tmp_path / "own", runtime)
     script = script_of(to)
-    inputs = np.concatenate([script.prepare(path) for path in digits])
+    inputs = np.concatenate([script.prepare(path) for path in pictures])
     engine = torch.backends.quantized.engine
     try:
         answers = script.answer(inputs).argmax(axis=1)
@@ -125,12 +111,17 @@ def install(place, *packages):
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["onnxruntime", "openvino", "torch"])
 def test_with_one_runtime_and_nothing_of_quantflow_the_script_reproduces_the_reported_top1(
-    package, undisturbed, exported, digits, tmp_path
+    package, undisturbed, exported, pictures, tmp_path
 ):
     python = install(tmp_path / "alone", package, "numpy", "pillow")
     alone = {name: value for name, value in own_environment(OMP_NUM_THREADS="1").items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [python, exported / "predict.py", *digits], capture_output=True, text=True, check=True, env=alone, cwd=tmp_path
+        [python, exported / "predict.py", *pictures],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=alone,
+        cwd=tmp_path,
     )
     shutil.rmtree(tmp_path / "alone")  # Gigabytes, with torch.
     answers = [int(line.split()[1]) for line in done.stdout.splitlines()[1::6]]
@@ -168,19 +159,19 @@ def test_files_for_pixels_are_as_accurate_as_those_for_normalized_images(undistu
 
 
 @pytest.mark.parametrize("runtime", ["torchscript", "onnxruntime", "openvino"])
-def test_a_bundle_for_pixels_says_so_and_answers_as_reported(runtime, undisturbed, for_pixels, digits, tmp_path):
+def test_a_bundle_for_pixels_says_so_and_answers_as_reported(runtime, undisturbed, for_pixels, pictures, tmp_path):
     (run,) = {path.name for path in (for_pixels[0] / "models").iterdir()} - {harness.run_id_of(undisturbed[0])}
     folder.export(for_pixels[0] / "models", run, "per_channel", tmp_path / "to")
     to, file = with_files(tmp_path / "to", tmp_path / "own", runtime)
     assert bundle.read(to / "model.json").schema_version == 2
     assert "uint8 `[N, 16, 16, 3]`" in (to / "README.md").read_text()
     script = script_of(to)
-    inputs = np.concatenate([script.prepare(path) for path in digits])
+    inputs = np.concatenate([script.prepare(path) for path in pictures])
     assert inputs.dtype == np.uint8
     engine = torch.backends.quantized.engine
     try:
         answers = script.answer(inputs)
-        predicted = list(prediction.Predictor(to).predict([str(path) for path in digits]))
+        predicted = list(prediction.Predictor(to).predict([str(path) for path in pictures]))
     finally:
         torch.backends.quantized.engine = engine
     np.testing.assert_allclose(answers.sum(axis=1), 1, rtol=1e-5)
@@ -218,13 +209,13 @@ def test_ir_takes_the_place_of_the_onnx_file_for_openvino_and_float_comes_last(e
     assert "FP16" not in (with_ir / ir.name).read_text()
 
 
-def test_ir_gives_the_reported_top1_through_the_script_and_alone(undisturbed, with_ir, digits, tmp_path):
+def test_ir_gives_the_reported_top1_through_the_script_and_alone(undisturbed, with_ir, pictures, tmp_path):
     to, file = with_files(with_ir, tmp_path / "own", "openvino")
     script = script_of(to)
-    answers = script.answer(np.concatenate([script.prepare(path) for path in digits])).argmax(axis=1)
+    answers = script.answer(np.concatenate([script.prepare(path) for path in pictures])).argmax(axis=1)
     labels = pd.read_parquet(undisturbed[0] / "reports" / "predictions").query("variant == 'float'").label
     assert np.mean(answers == labels) == file.measured.accuracy.top1
-    predicted = prediction.Predictor(with_ir / file.name).predict([str(path) for path in digits])
+    predicted = prediction.Predictor(with_ir / file.name).predict([str(path) for path in pictures])
     assert [int(each.classes[0]) for each in predicted] == list(answers)
     model = api.load(with_ir / file.name)
     assert len(model(torch.zeros(1, 3, 16, 16))) == 1
@@ -300,9 +291,9 @@ def test_the_script_is_short_and_needs_no_package_but_numpy_and_pillow():
 
 
 @pytest.mark.skipif(traces.MISSING is not None, reason=str(traces.MISSING))
-def test_the_script_reaches_nothing_outside_this_machine(exported, digits, tmp_path):
+def test_the_script_reaches_nothing_outside_this_machine(exported, pictures, tmp_path):
     seen = traces.trace(
-        [sys.executable, str(exported / "predict.py"), str(digits[0])], tmp_path / "trace", cwd=tmp_path
+        [sys.executable, str(exported / "predict.py"), str(pictures[0])], tmp_path / "trace", cwd=tmp_path
     )
     assert seen.returncode == 0, seen.said
     assert seen.foreign() == []
