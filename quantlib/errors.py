@@ -89,8 +89,21 @@ def suggest(got: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {nearest[0]!r}?)." if nearest else "."
 
 
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C caused an error: a compiled module whose import is interrupted raises ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def reason_of(error: Exception) -> str:
-    """The line of an error's message that says why; the error's type if it has no message."""
+    """The line of an error's message that says why; the error's type if it has no message.
+
+    Raises:
+        KeyboardInterrupt: If Ctrl-C caused the error, which then says nothing about what was tried.
+    """
+    if is_interrupt(error):
+        raise KeyboardInterrupt from error
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # TorchScript's interpreter says what happened last.
     return lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]

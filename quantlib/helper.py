@@ -145,7 +145,12 @@ def _start() -> subprocess.Popen[str]:
     # -P: a module of the user's in the working folder is not one of Python's.
     command = [sys.executable, "-P", "-m", "quantlib.helper"]
     return subprocess.Popen(  # noqa: S603 (our own module)
-        command, env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, **own},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,  # Ctrl-C is for the parent, which decides.
     )
 
 
@@ -175,7 +180,6 @@ def _format(runtime: str) -> str:
 
 def _serve() -> None:
     """Answer requests until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which decides.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # A crash is expected, and leaves no file in the working folder.
     threading.Thread(target=_exit_with_parent, daemon=True).start()

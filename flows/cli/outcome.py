@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from quantlib.errors import QuantflowError, StoreError, explain_refusal
+from quantlib.errors import QuantflowError, StoreError, explain_refusal, is_interrupt
 
 _INTERRUPTED = "Interrupted. Run the same command again: finished stages are kept."
 
@@ -41,7 +41,7 @@ def reports_errors(command: Callable[..., int]) -> Callable[..., None]:
 
 def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
     """Explain an error that quantflow itself did not raise; return the exit status."""
-    if _is_interrupt(error):
+    if is_interrupt(error):
         return complain(_INTERRUPTED, INTERRUPTED)
     refusal = explain_refusal(error, error.filename or home) if isinstance(error, OSError) else None
     if refusal is not None:
@@ -50,13 +50,6 @@ def _explain(error: Exception, home: Path | None, *, verbose: bool) -> int:
         traceback.print_exception(error)
     hint = "" if verbose else " Run with --verbose for the traceback."
     return complain(f"{type(error).__name__}: {error}\nThis is a bug in quantflow or in what it uses.{hint}", FAILURE)
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C caused an error: a compiled module whose import is interrupted raises ImportError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def warn(message: str) -> None:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from pydantic import AfterValidator, AwareDatetime, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from quantlib.errors import MachineError, QuantflowError, RecipeError
+from quantlib.errors import MachineError, QuantflowError, RecipeError, is_interrupt
 from quantlib.files import explaining_full_disk, lockable, read_file, seal, unseal, write_atomically
 from quantlib.recipe.schema import Recipe, parse_recipe
 
@@ -142,6 +142,8 @@ class Journal:
             yield
             self._write("outcome.json", {"state": "completed", "message": "", "finished_at": _now()})
         except Exception as error:
+            if is_interrupt(error):
+                raise KeyboardInterrupt from error
             message = f"{error}".partition("\n")[0] if isinstance(error, QuantflowError) else repr(error)
             self._write("outcome.json", {"state": "failed", "message": message, "finished_at": _now()})
             raise

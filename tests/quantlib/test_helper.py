@@ -141,6 +141,21 @@ def test_an_interrupted_request_does_not_answer_the_next(tmp_path, val_shard, mo
     assert len(run(script(tmp_path, Means), val_shard)) == 4
 
 
+@pytest.mark.usefixtures("ctrl_c_works")
+def test_ctrl_c_in_the_terminal_does_not_reach_it(tmp_path):
+    command = (
+        "import time; from quantlib import helper; helper.start(); print(helper._HELPER.process.pid, flush=True)\n"
+    )
+    command += "try: time.sleep(60)\nexcept KeyboardInterrupt: time.sleep(1); print(helper._HELPER.process.poll())"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    started = int(parent.stdout.readline())
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate()[0] == "None\n"
+    until(lambda: not is_alive(started), 30, lambda: "still alive")
+
+
 def test_it_inherits_no_lock_and_no_socket(tmp_path, val_shard):
     helper._HELPER.stop()
     with socket.create_server(("127.0.0.1", 0)) as server, (tmp_path / "lock").open("w") as lock:

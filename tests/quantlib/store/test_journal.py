@@ -60,6 +60,13 @@ def test_a_run_that_raises_is_failed_with_the_reason(tmp_path):
     assert (journal.status().state, journal.status().message) == ("failed", "Weights do not fit.")
 
 
+def test_a_run_that_ctrl_c_ended_inside_an_import_is_no_failed_one(tmp_path):
+    journal = Journal(tmp_path / "runs" / "a")
+    with pytest.raises(KeyboardInterrupt), journal.record("quantize", RECIPE, None):
+        raise ImportError("failed to import") from KeyboardInterrupt()
+    assert journal.status().state == "crashed"
+
+
 def test_a_run_whose_process_was_killed_is_crashed_and_can_be_resumed(crashed):
     assert Journal(crashed).status().state == "crashed"
     assert find_unfinished(crashed.parent, None).file.run_id == crashed.name
