@@ -10,7 +10,7 @@ from torch import fx
 
 from quantlib.errors import ModelError
 from quantlib.export.onnx_draft import ACTIVATION, DOMAIN, NAME, PARAMETER, WEIGHT
-from quantlib.graph.plan import is_layer
+from quantlib.graph.plan import ADDITIONS, is_layer
 from quantlib.quantize.grids import Grid
 from quantlib.quantize.preparation import QUANTIZERS, is_int8
 
@@ -46,16 +46,21 @@ def _rounded_for(runtime: str, model: fx.GraphModule) -> set[str]:
     """Names of the tensors that are rounded in a file for a runtime.
 
     ONNX Runtime computes a layer in int8 only if its output is rounded, too; OpenVINO is faster without that, except
-    where int8 arithmetic reads the output.
+    where int8 arithmetic reads the output, and in a sum of two layers: it adds one to the other in place, in the
+    other's type.
     """
-    rounded = {
-        str(node.target).removeprefix(f"{QUANTIZERS}."): node
+    grids = {
+        node: str(node.target).removeprefix(f"{QUANTIZERS}.")
         for node in model.graph.nodes
         if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), Grid)
     }
     if runtime == "onnxruntime":
-        return set(rounded)
-    return {name for name, node in rounded.items() if _is_read_by_layer(model, node)}
+        return set(grids.values())
+    rounded = {node for node in grids if _is_read_by_layer(model, node)}
+    for node in model.graph.nodes:
+        if node.target in ADDITIONS and set(node.args) <= grids.keys() - rounded:
+            rounded.add(node.args[-1])
+    return {grids[node] for node in rounded}
 
 
 def _is_read_by_layer(model: fx.GraphModule, node: fx.Node) -> bool:
