@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,7 +45,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int], *, whole: bool = 
     while True:
         tracer = _Tracer(model, leaves, input_shape)
         try:
-            with _look_into_wrapped_functions():
+            with _look_into_wrapped_functions(), _len_of_symbols():
                 graph = tracer.trace(model)
         except Exception:
             failed = tracer.failed
@@ -103,6 +104,17 @@ def _look_into_wrapped_functions() -> Iterator[None]:
         yield
     finally:
         _symbolic_trace._wrapped_fns_to_patch.update(wrapped)
+
+
+@contextmanager
+def _len_of_symbols() -> Iterator[None]:
+    """Lets `len(x)` give a symbol for the number of images: Python takes nothing but a number from `__len__`."""
+    own, number = cast("Any", builtins), len
+    own.len = lambda x: x.size(0) if isinstance(x, _Symbol) and _common(x, number) is None else number(x)
+    try:
+        yield
+    finally:
+        own.len = number
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from quantlib import api
 from quantlib.errors import ModelError
+from quantlib.graph.model import trace_model
+from quantlib.graph.tracing import untraced
 from quantlib.models import registry
 
 SHAPE = (3, 16, 16)
@@ -140,6 +142,11 @@ class CountsImages(Net):
         return super().body(x) + (1.0 if len(x) == 1 else 2.0)
 
 
+class FlattensByLen(Net):
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)).view(len(x), -1))
+
+
 class Einsum(Net):
     def body(self, x):
         return torch.einsum("nchw,dc->ndhw", super().body(x), self.head.weight[:, :8].repeat(2, 1)[:8])
@@ -239,6 +246,7 @@ def _trained(kind):
         (FunctionalConvolution, 1.0),
         (StandardizedWeights, 1.0),
         (InPlace, 1.0),
+        (FlattensByLen, 1.0),
         (LoopOverTensors, 1.0),
         (KeywordCalls, 1.0),
         (UnusedBranch, 1.0),
@@ -274,6 +282,13 @@ def test_an_answer_that_depends_on_the_number_of_images_is_kept():
     with torch.inference_mode():
         assert float((quantized(images[:1]) - model(images[:1])).abs().max()) < 0.1
         assert float((quantized(images) - model(images)).abs().max()) < 0.1
+
+
+def test_the_number_of_images_may_be_asked_for_with_len():
+    traced = trace_model(_trained(FlattensByLen), SHAPE)
+    assert untraced(traced) == ()
+    assert traced(torch.randn(5, *SHAPE)).shape == (5, 5)
+    assert len([1, 2]) == 2
 
 
 def test_answers_that_are_random_are_refused():
