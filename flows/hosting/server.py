@@ -77,7 +77,13 @@ def prefect_server(home: Path, say: Callable[[str], None], *, verbose: bool) -> 
 
 
 def set_defaults(folder: Path, *, verbose: bool) -> None:
-    """Put Prefect's settings into the environment before anything imports it; keep those that the user has set."""
+    """Put Prefect's settings into the environment before anything imports it; keep those that the user has set.
+
+    Args:
+        folder: Prefect's home; created, as Prefect itself creates it only in a folder that exists.
+        verbose: Show Prefect's own log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "PREFECT_HOME": str(folder),
         # Nothing is sent anywhere.

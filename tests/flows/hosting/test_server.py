@@ -99,6 +99,13 @@ def test_ctrl_c_ends_a_run_with_one_message_and_is_reported_to_prefect(start_run
     assert state == "Crashed"
 
 
+def test_prefect_finds_its_home_in_a_new_folder(tmp_path):
+    code = "import sys; from pathlib import Path; from flows.hosting.server import set_defaults\n"
+    code += "set_defaults(Path(sys.argv[1]), verbose=False); import prefect.context"
+    command = [sys.executable, "-W", "error:Failed to create", "-c", code, tmp_path / "new" / "prefect"]
+    subprocess.run(command, env=own_environment(), check=True)
+
+
 def servers_of(process):
     return find_processes(process.pid, "flows.hosting.server")
 
