@@ -67,19 +67,15 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
         raise ModelError(
             f"The model cannot be written as ONNX: {whole[0]} branches on values, and the file would hold one branch."
         )
-    marked = copy.deepcopy(fused).eval()
-    constants = _constants(marked)
-    _put_marks(marked, draw_plan(marked), constants)
+    constants = _constants(fused)
     weights = {
         name: value
-        for name, value in marked.state_dict().items()
+        for name, value in fused.state_dict(keep_vars=True).items()
         if value.is_floating_point() and name not in constants
     }
-    # Different values: the exporter makes one constant of equal ones.
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in weights.values():
-            value.copy_(torch.rand(value.shape, generator=generator))
+    marked = copy.deepcopy(fused, {id(value): _blank(value, generator) for value in weights.values()}).eval()
+    _put_marks(marked, draw_plan(marked), constants)
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     try:
         # ONNX has no operation for attention that is fused for inference.
@@ -106,6 +102,12 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
         initializers[name].ClearField("raw_data")
     content: bytes = written.SerializeToString(deterministic=True)
     return content
+
+
+def _blank(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor like a weight, without memory; no two are equal, as the exporter would make one constant of both."""
+    blank = torch.rand((), generator=generator).expand(weight.shape)
+    return nn.Parameter(blank, weight.requires_grad) if isinstance(weight, nn.Parameter) else blank
 
 
 def _put_marks(model: fx.GraphModule, plan: Plan, constants: Collection[str]) -> None:

@@ -30,7 +30,8 @@ def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.Graph
     x = torch.rand(3, *input_shape, generator=torch.Generator().manual_seed(0)) * 4 - 2
     model.eval()
     expected = {num_images: _logits(model, x[:num_images]) for num_images in (1, len(x))}
-    original = copy.deepcopy(model)
+    # Of the modules only, as tracing replaces some: a large model's parameters would take their memory twice.
+    original = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
     traced = trace(model, input_shape)
     # A layer can be a function of its weight until the model is traced.
     if not any(isinstance(module, nn.Conv2d | nn.Linear) for module in traced.modules()):
