@@ -90,10 +90,13 @@ def examine(name: str) -> Row:
     import torch
 
     from quantlib import api, process
+    from quantlib.graph.model import plan_of
 
     process.prepare_process()
-    torch.manual_seed(0)
     model, size = build(name)
+    plan = [(layer.path, layer.int8) for layer in plan_of(model.eval(), (3, size, size)).layers]
+    torch.manual_seed(0)
+    model, _ = build(name)
     row = Row(name, size)
     images = torch.randn(8, 3, size, size)
     _settle(model, images)
@@ -105,9 +108,8 @@ def examine(name: str) -> Row:
     row.sqnr = _decibels(expected, answers)
     total = sum(layer.num_multiplications for layer in quantized.layers)
     row.share = sum(layer.num_multiplications for layer in quantized.layers if layer.int8) / total
+    row.repeated = plan == [(layer.path, layer.int8) for layer in quantized.layers]
     del model  # A large one takes several times its size below.
-    again = _plan(api.quantize(build(name)[0].eval(), [images[:1]], smoothing=None, bias_correction=False))
-    row.repeated = again == _plan(quantized)
     with tempfile.TemporaryDirectory() as folder:
         for runtime, suffix in (("torchscript", "pt"), ("onnxruntime", "onnx"), ("openvino", "onnx")):
             path = Path(folder) / f"m.{suffix}"
@@ -132,10 +134,6 @@ def _settle(model: Any, images: Any) -> None:
             for _ in range(3):
                 model(images)
     model.eval()
-
-
-def _plan(quantized: Any) -> list[tuple[str, bool]]:
-    return [(layer.path, layer.int8) for layer in quantized.layers]
 
 
 def _decibels(expected: Any, got: Any) -> float:
