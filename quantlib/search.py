@@ -1,15 +1,19 @@
 """The search for the fastest variant inside a budget: the trials so far decide what is tried next.
 
 All settings that cost no speed come first: a few hundred images cannot tell which of two good ones is better, and
-each takes only seconds, as calibration is shared. If none is inside the budget, the costliest layers stay float, which
-costs speed. Training comes last: it costs time, but may be inside with every layer int8. A single trial ends the
-search only if its whole interval is inside.
+each takes only seconds, as calibration is shared. They end early only with a trial whose whole interval is inside the
+budget. If one is inside, its layers in regions with many borders are tried in float, which may gain speed. If none is,
+the costliest layers stay float, which costs speed. Training comes last: it costs time, but may be inside with every
+layer int8.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from quantlib.measure import significance
 from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
 from quantlib.recipe.sections import SearchRecipe
 
@@ -40,17 +44,25 @@ class Trial:
     """Drop of top-1 against float, on the selection images."""
     high: float
     """Upper end of the drop's 95% interval."""
+    samples_ms: Sequence[float] = ()
+    """Times for one image on one thread, in the same rounds as those of other trials; empty: not timed."""
 
     @property
     def num_float_layers(self) -> int:
-        """Layers kept in float: each costs speed."""
+        """Layers kept in float: unless it is timed, each counts as a cost in speed."""
         return len(self.branch.float_layers)
+
+    @property
+    def p50_ms(self) -> float:
+        """Median of the times."""
+        return float(np.median(self.samples_ms))
 
 
 def next_trial(
     search: SearchRecipe,
     trials: Sequence[Trial],
     rank_layers: Callable[[str], Sequence[str]],
+    costly_layers: Callable[[str], Sequence[Sequence[str]]],
     num_training_images: int,
 ) -> BranchRecipe | None:
     """The variant to try next.
@@ -60,37 +72,64 @@ def next_trial(
         trials: The trials so far, in order.
         rank_layers: Given a trial's name, its layers that can be kept in float, the costliest first; called only if no
             setting that costs no speed is inside the budget.
+        costly_layers: Given a trial's name, the sets of its layers that may be faster in float; called only if a
+            setting that costs no speed is inside the budget.
         num_training_images: How many images training may use.
 
     Returns:
         None when the search is over.
     """
-    if len(trials) >= search.max_trials or any(_surely_inside(trial, search) for trial in trials):
+    if len(trials) >= search.max_trials:
         return None
     number = len(trials) + 1
-    if len(trials) < len(_FREE):
+    free = [trial for trial in trials if isinstance(trial.branch, PTQRecipe) and trial.num_float_layers == 0]
+    surely_inside = any(trial.high <= search.max_top1_drop for trial in free)
+    if len(free) < len(_FREE) and not surely_inside:
         options: dict[str, Any] = {}
         for _, added in _FREE[:number]:
             options |= added
         return PTQRecipe(name=trial_name(number, _FREE[number - 1][0]), **options)
-    if any(trial.num_float_layers == 0 and is_inside(trial, search) for trial in trials):
-        return None  # As fast as any: neither float layers nor training could win.
-    free = best_trial(search, trials[: len(_FREE)])
-    tried = {trial.num_float_layers for trial in trials if isinstance(trial.branch, PTQRecipe)}
-    kept = next((count for count in _KEPT_IN_FLOAT if count not in tried), None)
+    best = best_trial(search, free).branch
+    tried = [trial.branch.float_layers for trial in trials]
+    if surely_inside or any(is_inside(trial, search) for trial in free):
+        left = [layers for each in costly_layers(best.name) if (layers := tuple(each)) not in tried]
+        name = trial_name(number, f"regions-{len(trials) - len(free) + 1}")
+        return best.model_copy(update={"name": name, "float_layers": left[0]}) if left else None
+    if any(isinstance(trial.branch, QATRecipe) for trial in trials):
+        return None
+    kept = next((count for count in _KEPT_IN_FLOAT if count not in map(len, tried)), None)
     if kept is not None and not any(is_inside(trial, search) for trial in trials):
-        layers = tuple(rank_layers(free.branch.name)[:kept])
+        layers = tuple(rank_layers(best.name)[:kept])
         if len(layers) == kept:
-            return free.branch.model_copy(update={"name": trial_name(number, f"float-{kept}"), "float_layers": layers})
-    if not any(isinstance(trial.branch, QATRecipe) for trial in trials):
-        return _training(free.branch, trial_name(number, "qat"), num_training_images)
-    return None
+            return best.model_copy(update={"name": trial_name(number, f"float-{kept}"), "float_layers": layers})
+    return _training(best, trial_name(number, "qat"), num_training_images)
 
 
 def best_trial(search: SearchRecipe, trials: Sequence[Trial]) -> Trial:
-    """The fastest trial inside the budget, the most accurate among equals; if none is inside, the most accurate."""
+    """The fastest trial inside the budget, the most accurate among equals; if none is inside, the most accurate.
+
+    Without times, a trial counts as faster the fewer layers it keeps in float. Once some are timed, the best is one of
+    those.
+    """
     inside = [trial for trial in trials if is_inside(trial, search)]
+    timed = [trial for trial in inside if trial.samples_ms]
+    if timed:
+        fastest = min(timed, key=lambda trial: trial.p50_ms).samples_ms
+        fast = [trial for trial in timed if not significance.is_slower(trial.samples_ms, fastest)]
+        return min(fast, key=lambda trial: trial.drop)
     return min(inside or trials, key=lambda trial: (trial.num_float_layers if inside else 0, trial.drop))
+
+
+def trials_to_time(search: SearchRecipe, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials inside the budget that only their speed can decide between: the best for each set of float layers.
+
+    Empty if there is only one such set.
+    """
+    best: dict[frozenset[str], Trial] = {}
+    for trial in sorted(trials, key=lambda trial: trial.drop):
+        if is_inside(trial, search):
+            best.setdefault(frozenset(trial.branch.float_layers), trial)
+    return list(best.values()) if len(best) > 1 else []
 
 
 def is_inside(trial: Trial, search: SearchRecipe) -> bool:
@@ -101,10 +140,6 @@ def is_inside(trial: Trial, search: SearchRecipe) -> bool:
 def trial_name(number: int, what: str) -> str:
     """Name of a trial's variant, such as search-2-equalized; `number` counts from 1."""
     return f"search-{number}-{what}"
-
-
-def _surely_inside(trial: Trial, search: SearchRecipe) -> bool:
-    return trial.num_float_layers == 0 and trial.high <= search.max_top1_drop
 
 
 def _training(branch: BranchRecipe, name: str, num_images: int) -> QATRecipe:

@@ -66,7 +66,7 @@ def measure_layers(job: Job, fused: Ref, model: Ref, images: Ref, start: int, st
     return job.store.put_json("layers", sums)
 
 
-@stage("benchmark")
+@stage("benchmark-{branch}")
 def benchmark(
     job: Job,
     targets: tuple[BenchmarkTarget, ...],
@@ -76,8 +76,10 @@ def benchmark(
     num_threads: tuple[int, ...],
     num_samples: int,
     interface: Interface,
+    *,
+    branch: str,
 ) -> Ref:
-    """Time the files of all variants in every runtime, in turns."""
+    """Time files in runtimes, in turns: those of all variants, or those that the search chooses from."""
     from quantlib.data import shards
     from quantlib.data.feeding import feed
     from quantlib.measure import benchmark as timer

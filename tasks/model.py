@@ -71,13 +71,16 @@ def smooth(job: Job, model: Ref, alpha: float, images: tuple[Ref, ...], *, branc
 
 @stage("plan_layers-{branch}")
 def plan_layers(job: Job, fused: Ref, float_layers: tuple[str, ...], *, branch: str) -> Ref:
-    """What becomes int8 of a model fused for PTQ, layer by layer."""
+    """What becomes int8 of a model fused for PTQ, layer by layer, and what of that may be faster in float."""
     from quantlib.graph.plan import draw_plan, share_of_int8
+    from quantlib.graph.regions import costly_layers, find_regions
     from quantlib.quantize import preparation, stored
 
     module, _ = stored.open_model(job.store.read(fused))
     plan = draw_plan(module, preparation.find_layers(module, float_layers))
-    return job.store.put_json("plan", {"int8_share": share_of_int8(plan.layers), "layers": plan.layers})
+    costly = costly_layers(find_regions(module, plan))
+    content = {"int8_share": share_of_int8(plan.layers), "layers": plan.layers, "costly_layers": costly}
+    return job.store.put_json("plan", content)
 
 
 @stage("fuse-{branch}")

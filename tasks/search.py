@@ -1,6 +1,9 @@
 """What a search learns about its trials. Not stages: these functions read the results of stages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from quantlib.measure import significance
 from quantlib.recipe.branches import BranchRecipe
@@ -8,7 +11,7 @@ from quantlib.report import diagnosis
 from quantlib.search import Trial
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
-from tasks.refs import VariantRefs
+from tasks.refs import BenchmarkTarget, VariantRefs
 from tasks.report import read_predictions
 from tasks.run import Run
 
@@ -35,6 +38,30 @@ def rank_layers(run: Run, parts: tuple[Ref, ...]) -> list[str]:
     store = run.known(parts)
     rows = diagnosis.layer_rows("", "", [store.read_json(part) for part in parts])
     return [row.layer for row in diagnosis.costliest(rows) if row.weight_min is not None]
+
+
+def costly_layers(run: Run, plan: Ref) -> list[list[str]]:
+    """The sets of layers that may be faster in float, from the result of `plan_layers`.
+
+    Raises:
+        NotYetKnownError: In a plan, if the layers have not been planned yet.
+    """
+    layers: list[list[str]] = run.known(plan).read_json(plan)["costly_layers"]
+    return layers
+
+
+def with_samples(
+    trial: Trial, targets: Sequence[BenchmarkTarget], samples: Mapping[Ref, Mapping[tuple[str, int, int], list[float]]]
+) -> Trial:
+    """A trial with the times of its file and runtime that are the fastest.
+
+    Args:
+        trial: The trial.
+        targets: What was timed of it, at least one.
+        samples: What `read_samples` returns.
+    """
+    timed = [samples[target.artifact][target.runtime.name, 1, 1] for target in targets]
+    return replace(trial, samples_ms=min(timed, key=np.median))
 
 
 def seconds_of(store: Store, keys: Iterable[str]) -> float:

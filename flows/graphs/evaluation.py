@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import cast
 
 from flows.graphs.shared_stages import SharedStages
+from quantlib import machine
 from quantlib.errors import ModelError
 from quantlib.report.choice import fastest_runtime
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.export import is_refusal, save_onnx, script_and_save
-from tasks.measure import evaluate, simulate
+from tasks.measure import benchmark, evaluate, simulate
 from tasks.planning import Pending
 from tasks.quantize import convert
 from tasks.refs import BenchmarkTarget, CandidateRefs, FileRefs, VariantRefs
@@ -90,14 +91,40 @@ def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
     ]
 
 
+def may_ship(shared: SharedStages, target: BenchmarkTarget) -> bool:
+    """Whether the recipe allows a file to be shipped for this runtime."""
+    allowed = shared.recipe.gate.runtimes
+    return allowed is None or target.runtime.kind in allowed
+
+
+def time_files(
+    shared: SharedStages,
+    targets: tuple[BenchmarkTarget, ...],
+    batch_sizes: tuple[int, ...],
+    num_threads: tuple[int, ...],
+    name: str,
+) -> Ref:
+    """Time files in turns, so that each can be compared with each."""
+    return shared.run(
+        benchmark,
+        targets,
+        shared.validation[0],
+        machine.cpu_model(),
+        batch_sizes,
+        num_threads,
+        shared.recipe.benchmark.num_samples,
+        shared.interface,
+        branch=name,
+    )
+
+
 def evaluate_files(
     shared: SharedStages, variants: tuple[VariantRefs, ...], targets: tuple[BenchmarkTarget, ...], timings: Ref
 ) -> tuple[VariantRefs, ...]:
     """The variants, each with the files that may be shipped, evaluated in the runtime where each is fastest."""
-    gate = shared.recipe.gate.runtimes
     allowed: dict[Ref, list[Runtime]] = {}
     for target in targets:
-        if gate is None or target.runtime.kind in gate:
+        if may_ship(shared, target):
             allowed.setdefault(target.artifact, []).append(target.runtime)
     try:
         samples = read_samples(shared.run.known(timings), targets, timings)
@@ -106,7 +133,7 @@ def evaluate_files(
 
     def runtime_for(file: Ref) -> Runtime:
         if samples is None:
-            return cast("Runtime", Pending("benchmark"))
+            return cast("Runtime", Pending("benchmark-variants"))
         return fastest_runtime({runtime: samples[file][runtime.name, 1, 1] for runtime in allowed[file]})
 
     def evaluate_variant(refs: VariantRefs) -> VariantRefs:

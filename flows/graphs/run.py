@@ -11,10 +11,9 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 
 from flows.graphs.branches import float_branch, ptq_branch, qat_branch
-from flows.graphs.evaluation import evaluate_files, targets_of
+from flows.graphs.evaluation import evaluate_files, targets_of, time_files
 from flows.graphs.search import search_branches
 from flows.graphs.shared_stages import SharedStages, share_stages
-from quantlib import machine
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
 from quantlib.recipe.schema import Recipe
@@ -24,7 +23,7 @@ from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
 from tasks.execution import start_run
 from tasks.listener import Listener
-from tasks.measure import benchmark, pick_examples
+from tasks.measure import pick_examples
 from tasks.planning import Pending
 from tasks.refs import BenchmarkTarget, Measurements, VariantRefs
 from tasks.report import find_reported, write_report
@@ -93,15 +92,12 @@ def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
     found, search_best, conclusion = search_branches(shared, baseline)
     variants = (baseline, *named, *found)
     targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(variant)))
-    timings = run(
-        benchmark,
+    timings = time_files(
+        shared,
         targets,
-        shared.validation[0],
-        machine.cpu_model(),
         tuple(sorted({1, *recipe.benchmark.batch_sizes})),
         tuple(sorted({1, *recipe.benchmark.num_threads})),
-        recipe.benchmark.num_samples,
-        shared.interface,
+        "variants",
     )
     variants = evaluate_files(shared, variants, targets, timings)
     return Measurements(
@@ -128,7 +124,7 @@ def _pick_examples(
             (refs.variant.name, file.validation) for refs, file in zip(variants[1:], reported[1:], strict=True)
         )
     except NotYetKnownError:
-        answered = Pending("benchmark")
+        answered = Pending("benchmark-variants")
     return shared.run(pick_examples, shared.validation, variants[0].reference.validation, answered, num_examples)
 
 

@@ -79,6 +79,6 @@ def _two_winners(row: VariantRow, search_best: str | None) -> str:
     if search_best in {None, row.variant}:
         return ""
     return (
-        f"The search ended with {search_best}, by accuracy on the selection images; the file to ship is "
+        f"The search ended with {search_best}, judged on the selection images; the file to ship is "
         f"{row.variant}'s: of those inside the gate on validation, {row.reason}."
     )

@@ -1,5 +1,7 @@
 """What the search tries next, decided only by the trials so far."""
 
+from dataclasses import replace
+
 import pytest
 
 from quantlib.errors import RecipeError
@@ -7,13 +9,13 @@ from quantlib.recipe.branches import PTQRecipe, QATRecipe
 from quantlib.recipe.file import override_recipe
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.sections import SearchRecipe
-from quantlib.search import Trial, best_trial, next_trial
+from quantlib.search import Trial, best_trial, next_trial, trials_to_time
 
 FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "smoothed", "percentile"]
 RECIPE = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits"}}
 
 
-def _search(outcomes, high=1.0, **settings):
+def _search(outcomes, high=1.0, costly=(), **settings):
     """A search, its trials and the ranked names; `outcomes` gives each trial's drop by the end of its name."""
     search, trials, ranked = SearchRecipe(**settings), [], []
 
@@ -21,7 +23,7 @@ def _search(outcomes, high=1.0, **settings):
         ranked.append(name)
         return [f"layer{n}" for n in range(20)]
 
-    while (branch := next_trial(search, trials, rank, 1000)) is not None:
+    while (branch := next_trial(search, trials, rank, lambda _: costly, 1000)) is not None:
         trials.append(Trial(branch, outcomes.get(branch.name.split("-", 2)[2], 0.1), high))
     return search, trials, ranked
 
@@ -51,6 +53,54 @@ def test_where_a_free_setting_is_inside_neither_layers_nor_training_are_tried():
     assert _names(trials) == FREE
     assert ranked == []
     assert best_trial(search, trials).branch.name == "search-5-mse"
+
+
+COSTLY = (("a",), ("a", "b"))
+
+
+def test_where_a_free_setting_is_inside_it_is_tried_with_the_costly_regions_in_float():
+    _, trials, ranked = _search({"corrected": 0.001, "mse": 0.002}, costly=COSTLY)
+    assert _names(trials) == [*FREE, "regions-1", "regions-2"]
+    assert ranked == []
+    for trial, layers in zip(trials[7:], COSTLY, strict=True):
+        expected = {"name": trial.branch.name, "float_layers": layers}
+        assert trial.branch == trials[2].branch.model_copy(update=expected)
+    assert _names(_search({"minmax": 0.0}, high=0.001, costly=COSTLY)[1]) == ["minmax", "regions-1", "regions-2"]
+    assert len(_search({"mse": 0.0}, costly=COSTLY, max_trials=8)[1]) == 8
+
+
+def test_where_no_free_setting_is_inside_no_region_is_tried():
+    assert not any("regions" in name for name in _names(_search({"float-2": 0.0}, costly=COSTLY)[1]))
+
+
+def timed(trial, times):
+    return replace(trial, samples_ms=tuple(times))
+
+
+def test_what_was_timed_decides_and_not_the_number_of_float_layers():
+    search, trials, _ = _search({"mse": 0.001, "regions-1": 0.0015, "regions-2": 0.0019}, costly=COSTLY)
+    assert best_trial(search, trials).branch.name == "search-5-mse"
+    assert _names(trials_to_time(search, trials)) == ["mse", "regions-1", "regions-2"]
+    slow, fast = [3.0 + n / 100 for n in range(20)], [2.0 + n / 100 for n in range(20)]
+    noisy = [time + (-1) ** n / 10 for n, time in enumerate(fast)]
+    rest = trials[:4] + trials[5:7]
+    chosen = [
+        best_trial(search, [*rest, timed(trials[4], own), timed(trials[7], one), timed(trials[8], two)]).branch.name
+        for own, one, two in ((slow, fast, slow), (slow, noisy, fast), (fast, noisy, slow), (slow, slow, fast))
+    ]
+    # Of those as fast within noise, the most accurate.
+    assert chosen == ["search-8-regions-1", "search-8-regions-1", "search-5-mse", "search-9-regions-2"]
+
+
+def test_nothing_is_timed_where_all_that_is_inside_has_the_same_float_layers_or_nothing_is_inside():
+    for outcomes in ({"corrected": 0.0, "mse": 0.001}, {"mse": 0.001, "regions-1": 0.01, "regions-2": 0.01}, {}):
+        search, trials, _ = _search(outcomes, costly=COSTLY)
+        assert trials_to_time(search, trials) == []
+
+
+def test_training_and_layers_in_float_that_are_both_inside_are_timed():
+    search, trials, _ = _search({"float-2": 0.0, "qat": 0.002})
+    assert _names(trials_to_time(search, trials)) == ["float-2", "qat"]
 
 
 def test_the_costliest_layers_of_the_best_free_setting_stay_float_more_and_more():
@@ -88,9 +138,9 @@ def test_a_drop_of_exactly_the_budget_is_inside():
 def test_training_asks_for_no_more_images_than_there_are():
     search = SearchRecipe()
     trials = [Trial(PTQRecipe(name=f"search-{n}-{name}", float_layers=()), 0.1, 1.0) for n, name in enumerate(FREE)]
-    branch = next_trial(search, trials, lambda _: [], 100)
+    branch = next_trial(search, trials, lambda _: [], lambda _: [], 100)
     assert (branch.batch_size, branch.batches_per_epoch) == (30, 3)
-    branch = next_trial(search, trials, lambda _: [], 10)
+    branch = next_trial(search, trials, lambda _: [], lambda _: [], 10)
     assert (branch.batch_size, branch.batches_per_epoch) == (10, 1)
 
 

@@ -15,7 +15,7 @@ from quantlib.data.split import Subset
 from quantlib.data.transforms import EvalTransform
 from quantlib.inputs import Inputs
 from quantlib.recipe.schema import parse_recipe
-from quantlib.recipe.sections import SearchRecipe
+from quantlib.recipe.sections import GateRecipe, SearchRecipe
 from quantlib.recipe.variant import Variant
 from quantlib.search import Trial
 from quantlib.store.artifacts import Ref
@@ -116,14 +116,15 @@ def loop(monkeypatch):
     """Runs the loop with a drop for each trial, by the end of its name; returns what it saved and measured."""
     monkeypatch.setattr(flow, "seconds_of", lambda store, keys: 0.0)
 
-    def run(drops, keys=list, kind="torchscript", **settings):
+    def run(drops, keys=list, kind="torchscript", costly=(), times=None, gate=None, **settings):
         saved, ranked = [], []
 
         def make(shared, branch):
             file = Ref(kind, branch.name, 1)
             return VariantRefs(
-                variant=Variant(name=branch.name, method=""),
+                variant=Variant(name=branch.name, method="", engine="x86"),
                 artifact=file,
+                plan=Ref("plan", branch.name, 1),
                 reference=FileRefs(file=file, runtime=None, validation=(), selection=()),
                 model=Ref("int8-model", branch.name, 1),
             )
@@ -139,6 +140,27 @@ def loop(monkeypatch):
                 raise NotYetKnownError
             return Trial(branch, drop, 1.0)
 
+        def time_files(shared, targets, batch_sizes, num_threads, name):
+            assert (batch_sizes, num_threads, name) == ((1,), (1,), "search")
+            timed.append([(target.artifact.sha256, target.runtime.name) for target in targets])
+            return Ref("timings", "t", 1)
+
+        def read_samples(store, targets, timings):
+            found = {}
+            for each in targets:
+                ms = times[each.artifact.sha256.split("-", 2)[2]][each.runtime.name]
+                found.setdefault(each.artifact, {})[each.runtime.name, 1, 1] = [ms] * 9
+            return found
+
+        def costly_layers(run, plan):
+            assert plan.kind == "plan"
+            return costly
+
+        timed = []
+        monkeypatch.setattr(flow, "time_files", time_files)
+        monkeypatch.setattr(flow, "read_samples", read_samples)
+        monkeypatch.setattr(flow, "costly_layers", costly_layers)
+        monkeypatch.setattr("quantlib.runtimes.available.engines", lambda: ("x86", "onednn"))
         monkeypatch.setattr(flow, "ptq_branch", make)
         monkeypatch.setattr(flow, "qat_branch", make)
         monkeypatch.setattr(flow, "layers_of", measure)
@@ -153,24 +175,28 @@ def loop(monkeypatch):
             def keys(self):
                 return keys()
 
+            def known(self, refs):
+                if times is None:
+                    raise NotYetKnownError
+
             def copy_out(self, ref, name):
                 assert name == f"search-best.{'onnx' if kind == 'onnx' else 'pt'}"
                 saved.append(ref.sha256)
 
         shared = SimpleNamespace(
             run=FakeRun(),
-            recipe=SimpleNamespace(search=SearchRecipe(**settings)),
+            recipe=SimpleNamespace(search=SearchRecipe(**settings), gate=GateRecipe(runtimes=gate)),
             inputs=Inputs(None, EvalTransform(resize=32, crop=(32, 32)), None, None, images, images, images),
         )
         variants, best, note = flow.search_branches(shared, make(shared, SimpleNamespace(name="float")))
         assert best is None or f"{best}, " in note
-        return variants, note, saved, ranked
+        return variants, note, saved, ranked, timed
 
     return run
 
 
 def test_the_file_that_is_saved_is_always_the_best_so_far(loop):
-    _, _, saved, _ = loop({"equalized": 0.05, "corrected": 0.06, "float-1": 0.0, "qat": 0.2})
+    _, _, saved, *_ = loop({"equalized": 0.05, "corrected": 0.06, "float-1": 0.0, "qat": 0.2})
     assert [name.split("-", 2)[2] for name in saved] == ["minmax", *["equalized"] * 6, "float-1", "float-1"]
 
 
@@ -179,13 +205,13 @@ def test_of_a_model_without_a_torchscript_file_the_onnx_file_is_saved(loop):
 
 
 def test_the_layers_of_the_trial_that_is_refined_are_measured_once_and_reported(loop):
-    variants, _, _, ranked = loop({"corrected": 0.05})
+    variants, _, _, ranked, _ = loop({"corrected": 0.05})
     assert ranked == ["search-3-corrected"]
     assert [variant.variant.name for variant in variants if variant.layers] == ["search-3-corrected"]
 
 
 def test_a_budget_that_cannot_be_met_says_by_how_much_it_is_missed(loop):
-    _, note, _, _ = loop({"mse": 0.005})
+    _, note, *_ = loop({"mse": 0.005})
     assert "12 trials 0.30 points outside its budget of 0.20; its best is search-5-mse, -0.50 points" in note
 
 
@@ -198,7 +224,7 @@ def test_no_trial_begins_when_the_time_is_over(loop, monkeypatch):
     monkeypatch.setattr(
         flow, "seconds_of", lambda store, keys: sum({"shared": 600.0, "a": 59.0, "b": 1.0}[k] for k in keys)
     )
-    variants, note, _, _ = loop({}, keys=lambda: next(met), max_minutes=1.0)
+    variants, note, *_ = loop({}, keys=lambda: next(met), max_minutes=1.0)
     assert len(variants) == 2
     assert "after 2 trials, at its limit of 1 minute," in note
 
@@ -208,6 +234,35 @@ def test_one_trial_is_one_trial(loop):
 
 
 def test_a_run_that_is_only_planned_ends_where_it_cannot_know(loop):
-    variants, _, saved, _ = loop({"corrected": None})
+    variants, _, saved, *_ = loop({"corrected": None})
     assert [variant.variant.name for variant in variants][-1] == "search-3-corrected"
     assert len(saved) == 2
+
+
+COSTLY = (("a",), ("a", "b"))
+X86, ONEDNN = "torchscript-x86", "torchscript-onednn"
+
+
+def test_regions_in_float_are_timed_with_the_best_free_setting_in_one_stage_and_the_fastest_is_saved(loop):
+    times = {"mse": {X86: 2.0, ONEDNN: 3.0}, "regions-1": {X86: 4.0, ONEDNN: 1.5}, "regions-2": {X86: 1.7, ONEDNN: 4.0}}
+    drops = {"mse": 0.0, "regions-1": 0.001, "regions-2": 0.001}
+    _, note, saved, _, timed = loop(drops, costly=COSTLY, times=times)
+    files = ["search-5-mse", "search-8-regions-1", "search-9-regions-2"]
+    assert timed == [[(file, runtime) for file in files for runtime in (X86, ONEDNN)]]
+    assert "9 trials inside its budget: search-8-regions-1, -0.10 points on the selection images, 1.5 ms per" in note
+    assert saved[-2:] == ["search-5-mse", "search-8-regions-1"]
+
+
+def test_only_runtimes_that_the_gate_allows_are_timed(loop):
+    drops = {"mse": 0.0, "regions-1": 0.001}
+    _, note, _, _, timed = loop(drops, costly=COSTLY, gate=("onnxruntime",))
+    assert timed == []
+    assert "search-5-mse" in note
+
+
+def test_a_plan_that_does_not_know_the_times_ends_with_the_stage_that_takes_them(loop):
+    variants, note, saved, _, timed = loop({"mse": 0.0, "regions-1": 0.001}, costly=COSTLY)
+    assert len(timed) == 1
+    assert len(variants) == 9
+    assert saved[-1] == "search-5-mse"
+    assert "ms per image" not in note
