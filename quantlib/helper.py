@@ -211,7 +211,7 @@ def _answer(path: str, runtime: str, shard: str, num_images: int, interface: dic
     except (MachineError, ModelError) as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception as error:
-        message = f"The model cannot be written as {_format(runtime)}: {reason_of(error)}"
+        message = f"The {_format(runtime)} file does not run in {runtime}: {reason_of(error)}"
         return {"error": "ModelError", "message": message}
 
 

@@ -1,4 +1,4 @@
-"""Stages that export: script_and_save, draft_onnx, save_onnx."""
+"""Stages that export: script_and_save, try_file, draft_onnx, save_onnx."""
 
 from quantlib.recipe.interface import Interface
 from quantlib.runtimes.available import Runtime, torchscript_on
@@ -29,6 +29,20 @@ def script_and_save(job: Job, model: Ref, engine: str | None, images: Ref, inter
     except ModelError as error:
         return job.store.put_json(_REFUSAL, {"reason": str(error)})
     return job.store.put("torchscript", content)
+
+
+@stage("try_file-{branch}")
+def try_file(job: Job, file: Ref, images: Ref, runtime: Runtime, interface: Interface, *, branch: str) -> Ref:
+    """A file that was checked in one runtime, once it has run in another, too. Or why it does not."""
+    from quantlib import helper
+    from quantlib.errors import MachineError, ModelError
+
+    store = job.store
+    try:
+        helper.run_file(store.path(file), runtime.name, store.path(images), 32, interface)
+    except (MachineError, ModelError) as error:  # The run can do without this runtime, whatever the reason.
+        return store.put_json(_REFUSAL, {"reason": str(error)})
+    return file
 
 
 @stage("draft_onnx")

@@ -56,6 +56,8 @@ class VariantRefs:
     reference: FileRefs
     """The file that choices are made by: TorchScript on its own engine, if there is one. Without answers for QAT in a
     plan that cannot know the chosen epoch."""
+    engines: tuple[tuple[Runtime, Ref], ...] = ()
+    """For each other engine of this machine the TorchScript file, or why it does not run there; empty for float."""
     onnx: tuple[tuple[Runtime, Ref], ...] = ()
     """For each installed runtime its ONNX file, or why there is none."""
     files: tuple[FileRefs, ...] = ()

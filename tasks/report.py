@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,7 +67,11 @@ def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Mea
         classes=tuple(ClassRow(class_index=index, name=name) for index, name in enumerate(classes)),
         preprocessing=(preprocessing,),
         examples=examples.load(run.store.read(measurements.pictures)) if measurements.pictures is not None else (),
-        notes=(*(NoteRow(kind="warning", text=text) for text in doubts), *measurements.notes),
+        notes=(
+            *(NoteRow(kind="warning", text=text) for text in doubts),
+            *(NoteRow(kind="note", text=text) for text in _untimed(run.store, measurements.variants)),
+            *measurements.notes,
+        ),
         layers=tuple(
             row
             for each in measured
@@ -81,6 +86,16 @@ def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Mea
     tables.write(run.home / "reports", found, answers, names)
     tracking.publish(found, run.home / "reports")
     return found
+
+
+def _untimed(store: Store, variants: Sequence[VariantRefs]) -> list[str]:
+    """What was not timed on some engine because it does not run there."""
+    return [
+        f"{refs.variant.name} was not timed in {runtime.name}: {store.read_json(file)['reason']}"
+        for refs in variants
+        for runtime, file in refs.engines
+        if is_refusal(file)
+    ]
 
 
 def _write_files(run: LiveRun, measurements: Measurements, shared: Documents) -> None:

@@ -10,6 +10,7 @@ from flows.graphs.evaluation import (
     label_shards,
     measure_shards,
     save_onnx_files,
+    try_engines,
 )
 from flows.graphs.shared_stages import SharedStages, shard_size, train_transform
 from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
@@ -88,6 +89,7 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
         reference=candidate.reference,
         model=candidate.model,
         plan=_plan(shared, branch),
+        engines=try_engines(shared, candidate.artifact, branch.name),
         onnx=save_onnx_files(shared, candidate.model, branch.name),
         simulated=evaluate_simulated(
             shared, candidate.model, branch.name, uncorrected=calibrated if branch.corrects_bias else None
@@ -144,6 +146,7 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
         else FileRefs(file=best_reference, runtime=candidates[0].reference.runtime, validation=(), selection=()),
         best_epoch=best_epoch,
         start=start,
+        engines=try_engines(shared, best_artifact, branch.name),
         onnx=save_onnx_files(shared, best_model, branch.name),
         simulated=evaluate_simulated(shared, best_model, branch.name),
         layers=_layers(shared, best_model, branch),

@@ -11,7 +11,7 @@ from quantlib.report.choice import fastest_runtime
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
-from tasks.export import is_refusal, save_onnx, script_and_save
+from tasks.export import is_refusal, save_onnx, script_and_save, try_file
 from tasks.measure import benchmark, evaluate, simulate
 from tasks.planning import Pending
 from tasks.quantize import convert
@@ -81,13 +81,30 @@ def _evaluate(
     )
 
 
+def try_engines(shared: SharedStages, artifact: Ref, name: str) -> tuple[tuple[Runtime, Ref], ...]:
+    """A variant's TorchScript file on each engine but the one that it was checked on, or why it does not run there."""
+    if is_refusal(artifact):
+        return ()
+    runtimes = [available.torch_runtime(engine) for engine in available.engines() if engine != shared.engine]
+    return tuple(
+        (
+            runtime,
+            shared.run(
+                try_file, artifact, shared.validation[0], runtime, shared.interface, branch=f"{name}-{runtime.name}"
+            ),
+        )
+        for runtime in runtimes
+    )
+
+
 def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
     """A variant's files in every runtime that this machine has for them; its own engine first."""
-    engines = (None,) if refs.variant.engine is None else dict.fromkeys((refs.variant.engine, *available.engines()))
     script = refs.torchscript_file
-    found = [] if script is None else [BenchmarkTarget(script, available.torch_runtime(engine)) for engine in engines]
-    return found + [
-        BenchmarkTarget(file, runtime) for file, runtimes in refs.onnx_files.items() for runtime in runtimes
+    own = [] if script is None else [BenchmarkTarget(script, available.torch_runtime(refs.variant.engine))]
+    return [
+        *own,
+        *(BenchmarkTarget(file, runtime) for runtime, file in refs.engines if not is_refusal(file)),
+        *(BenchmarkTarget(file, runtime) for file, runtimes in refs.onnx_files.items() for runtime in runtimes),
     ]
 
 

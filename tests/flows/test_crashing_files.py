@@ -3,12 +3,14 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from crashing import Crashing
 from dashboard_driver import own_environment
 
 from quantlib.report import tables
+from quantlib.runtimes.available import engines
 
 RECIPE = """
 name = "crashing"
@@ -36,6 +38,10 @@ num_batches = 2
 [[ptq]]
 name = "ptq"
 
+[[ptq]]
+name = "minmax"
+qconfig = "default"
+
 [benchmark]
 num_samples = 10
 runtimes = ["torchscript", "onnxruntime"]
@@ -45,13 +51,16 @@ max_top1_drop = 1.0
 min_speedup = 0
 """
 
-# The TorchScript file of the int8 model is one that crashes.
+# The first int8 model's TorchScript file is one that crashes, and the second's is taken for it on another engine.
 CRASHING = """
 from pathlib import Path
+from quantlib import helper
 from quantlib.export import scripting
 
-write = scripting.script
-scripting.script = lambda *given: Path("crashing.pt").read_bytes() if given[1] else write(*given)
+write, run_file, crashes = scripting.script, helper.run_file, iter([True, False])
+crashing = Path("crashing.pt")
+scripting.script = lambda *given: crashing.read_bytes() if given[1] and next(crashes) else write(*given)
+helper.run_file = lambda path, runtime, *rest: run_file(crashing if "onednn" in runtime else path, runtime, *rest)
 """
 WITHOUT_HELPER = """
 from quantlib import helper
@@ -63,7 +72,7 @@ command()
 """
 
 
-def test_a_crash_costs_one_file_and_a_run_that_only_reuses_starts_no_helper(tmp_path):
+def test_a_crash_costs_one_file_or_one_engine_and_a_run_that_only_reuses_starts_no_helper(tmp_path):
     pytest.importorskip("onnxruntime", reason="the other file is for ONNX Runtime")
     (tmp_path / "crashing.toml").write_text(RECIPE)
     (tmp_path / "crashing.pt").write_bytes(torch.jit.script(Crashing()).save_to_buffer())
@@ -80,7 +89,7 @@ def test_a_crash_costs_one_file_and_a_run_that_only_reuses_starts_no_helper(tmp_
             env=own_environment(OMP_NUM_THREADS="1", TMPDIR=str(tmp_path / "tmp")),
         )
         assert ended.returncode == 0, ended.stderr
-        assert "Winner: ptq in onnxruntime" in ended.stdout
+        assert "minmax was not timed in torchscript-onednn: The TorchScript file crashed with SIGSEGV" in ended.stdout
 
     run(CRASHING)
     rows = {row.variant: row for _, row in tables.read_variants(tmp_path / "home" / "reports")}
@@ -88,6 +97,10 @@ def test_a_crash_costs_one_file_and_a_run_that_only_reuses_starts_no_helper(tmp_
     assert rows["ptq"].torchscript_path is None
     assert "TorchScript file crashed with SIGSEGV in torchscript-" in rows["ptq"].torchscript_refusal
     assert rows["ptq"].onnx_refusal is None
+    assert (rows["minmax"].torchscript_refusal, rows["minmax"].onnx_refusal) == (None, None)
+    times = pd.read_parquet(tmp_path / "home" / "reports" / "latency")
+    runtimes = set(times[times.variant == "minmax"].runtime)
+    assert runtimes == {"onnxruntime", *(f"torchscript-{name}" for name in engines() if name != "onednn")}
 
     run(WITHOUT_HELPER)
     # torch keeps a folder there for the next process.

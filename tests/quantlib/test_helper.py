@@ -84,7 +84,9 @@ def test_a_file_that_a_runtime_cannot_read_is_refused_with_its_message(tmp_path,
 def test_an_error_is_told_and_the_helper_lives(tmp_path, val_shard):
     run(script(tmp_path, Means), val_shard)
     pid = helper._HELPER.process.pid
-    with pytest.raises(ModelError, match=r"cannot be written as TorchScript: .*shape '\[7, -1\]' is invalid"):
+    with pytest.raises(
+        ModelError, match=r"TorchScript file does not run in torchscript: .*shape '\[7, -1\]' is invalid"
+    ):
         run(script(tmp_path, Failing), val_shard)
     with pytest.raises(MachineError, match="'tensorrt' is not available"):
         helper.run_file(script(tmp_path, Means), "torchscript-tensorrt", val_shard, 4)

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from crashing import Crashing
 from prefect.states import State
+from torch import nn
 
 from flows.graphs.evaluation import targets_of
 from quantlib.data import loading, shards
@@ -22,7 +25,7 @@ from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime, torch_runtime
 from tasks.data import decode
 from tasks.execution import start_run
-from tasks.export import draft_onnx, is_refusal, save_onnx, script_and_save
+from tasks.export import draft_onnx, is_refusal, save_onnx, script_and_save, try_file
 from tasks.model import fuse, load_float
 from tasks.quantize import calibrate, choose_epoch, has_stalled
 from tasks.refs import BenchmarkTarget, CandidateRefs, EpochRefs, FileRefs, VariantRefs
@@ -264,13 +267,35 @@ def test_a_reason_that_every_runtime_gives_is_given_once(run):
     assert (measured.onnx_paths, measured.onnx_refusal) == ((), "too dynamic")
 
 
-def test_files_are_timed_in_every_runtime_that_there_is_for_them_and_none_where_there_is_no_file(run, monkeypatch):
-    monkeypatch.setattr("quantlib.runtimes.available.engines", lambda: ("onednn", "x86"))
+def test_files_are_timed_in_every_runtime_that_they_run_in_and_none_where_there_is_no_file(run):
     script, file = run.store.put("torchscript", b"script"), run.store.put("onnx", b"file")
-    for artifact, engines in ((script, ["torchscript-x86", "torchscript-onednn"]), (_refusal(run), [])):
-        targets = targets_of(_variant_refs(run, artifact, ((ONNXRUNTIME, _refusal(run)), (OPENVINO, file))))
-        assert [target.runtime.name for target in targets] == [*engines, "openvino"]
-        assert [target.artifact for target in targets] == [script] * len(engines) + [file]
+    engines = ((torch_runtime("fbgemm"), _refusal(run, "it crashed")), (torch_runtime("onednn"), script))
+    for artifact, tried, names in (
+        (script, engines, ["torchscript-x86", "torchscript-onednn"]),
+        (_refusal(run), (), []),
+    ):
+        refs = _variant_refs(run, artifact, ((ONNXRUNTIME, _refusal(run)), (OPENVINO, file)))
+        targets = targets_of(replace(refs, engines=tried))
+        assert [target.runtime.name for target in targets] == [*names, "openvino"]
+        assert [target.artifact for target in targets] == [script] * len(names) + [file]
+
+
+def test_a_file_that_crashes_on_another_engine_is_left_out_there_and_the_reason_is_kept(run, val_shard):
+    shard = run.store.put("shard", val_shard.read_bytes())
+
+    def tried(kind, engine):
+        file = run.store.put("torchscript", torch.jit.script(kind().eval()).save_to_buffer())
+        return file, reuse_or_compute(run, try_file, file, shard, torch_runtime(engine), FLOAT, branch="x")
+
+    file, found = tried(nn.Identity, None)
+    assert found == file
+    for kind, engine, reason in (
+        (Crashing, None, "TorchScript file crashed with SIGSEGV in torchscript."),
+        (nn.Identity, "tensorrt", "Engine 'tensorrt' is not available"),
+    ):
+        _, refusal = tried(kind, engine)
+        assert is_refusal(refusal)
+        assert reason in run.store.read_json(refusal)["reason"]
 
 
 def _stored(run, model, header):

@@ -17,6 +17,7 @@ from quantlib.inputs import Inputs
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.sections import GateRecipe, SearchRecipe
 from quantlib.recipe.variant import Variant
+from quantlib.runtimes.available import Runtime
 from quantlib.search import Trial
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
@@ -125,6 +126,7 @@ def loop(monkeypatch):
                 variant=Variant(name=branch.name, method="", engine="x86"),
                 artifact=file,
                 plan=Ref("plan", branch.name, 1),
+                engines=((Runtime(ONEDNN, "1"), file),),
                 reference=FileRefs(file=file, runtime=None, validation=(), selection=()),
                 model=Ref("int8-model", branch.name, 1),
             )
@@ -160,7 +162,6 @@ def loop(monkeypatch):
         monkeypatch.setattr(flow, "time_files", time_files)
         monkeypatch.setattr(flow, "read_samples", read_samples)
         monkeypatch.setattr(flow, "costly_layers", costly_layers)
-        monkeypatch.setattr("quantlib.runtimes.available.engines", lambda: ("x86", "onednn"))
         monkeypatch.setattr(flow, "ptq_branch", make)
         monkeypatch.setattr(flow, "qat_branch", make)
         monkeypatch.setattr(flow, "layers_of", measure)

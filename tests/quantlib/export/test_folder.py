@@ -144,7 +144,7 @@ def for_pixels(undisturbed, tmp_path_factory):
 
 def test_only_files_and_what_is_measured_on_them_are_made_again_for_pixels(for_pixels):
     computed = {label for label, reused in for_pixels[1].stages.items() if not reused}
-    stages = ("script_and_save-", "save_onnx-", "evaluate-", "evaluate_baseline-", "benchmark", "choose_epoch-")
+    stages = ("script_and_save-", "try_file-", "save_onnx-", "evaluate", "benchmark", "choose_epoch-")
     assert computed
     assert [label for label in computed if not label.startswith((*stages, "pick_examples"))] == []
 
