@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
-from quantlib.graph.plan import CLIPPING, gives_new_values, is_layer, is_sum
+from quantlib.graph.nodes import CLIPPING, calls_layer, module_of
+from quantlib.graph.plan import gives_new_values, is_sum
 from quantlib.graph.tracing import untraced
 from quantlib.quantize.grids import Grid
 from quantlib.quantize.layers import EnclosedLayer, QuantizedConv2d, QuantizedLinear
@@ -34,7 +35,6 @@ class _Lowering:
 
     def __init__(self, model: fx.GraphModule) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
         self.root: dict[str, Any] = {}
         """What the rewritten graph calls and reads, by path."""
         self.graph = fx.Graph()
@@ -44,7 +44,7 @@ class _Lowering:
     def result(self) -> fx.GraphModule:
         """The rewritten model."""
         for node in self.model.graph.nodes:
-            module = self._module_of(node)
+            module = module_of(self.model, node)
             if isinstance(module, Grid):
                 self.in_int8[node] = self._rounded(node, module)
             elif not is_int8(node):
@@ -59,21 +59,18 @@ class _Lowering:
         lowered.meta["untraced"] = untraced(self.model)
         return lowered.eval()
 
-    def _module_of(self, node: fx.Node) -> nn.Module | None:
-        return self.modules.get(str(node.target)) if node.op == "call_module" else None
-
     def _waits_for_grid(self, node: fx.Node) -> bool:
         """Whether an int8 operation is written together with the grid of its output."""
-        if is_layer(self._module_of(node)) or gives_new_values(node, self.modules):
+        if calls_layer(self.model, node) or gives_new_values(node, self.model):
             return True
-        return isinstance(self._module_of(node), CLIPPING) and all(
-            isinstance(self._module_of(user), Grid) for user in node.users
+        return isinstance(module_of(self.model, node), CLIPPING) and all(
+            isinstance(module_of(self.model, user), Grid) for user in node.users
         )
 
     def _rounded(self, node: fx.Node, grid: Grid) -> fx.Node:
         """A tensor in int8: the operation that gives it, or, of a float one, its rounding."""
         before = node.all_input_nodes[0]
-        clip = self._module_of(before)
+        clip = module_of(self.model, before)
         if not is_int8(before):
             return self._call(node, nnq.Quantize(grid.scale, grid.zero_point, torch.quint8), self._float(before))
         if not isinstance(clip, CLIPPING):
@@ -88,7 +85,7 @@ class _Lowering:
 
     def _operation(self, place: fx.Node, node: fx.Node, grid: Grid, *, relu: bool) -> fx.Node:
         scale, zero_point = float(grid.scale), int(grid.zero_point)
-        module = self._module_of(node)
+        module = module_of(self.model, node)
         if isinstance(module, QuantizedConv2d | QuantizedLinear):
             return self._call(place, _packed(module, scale, zero_point, relu=relu), self._int8(node.all_input_nodes[0]))
         if isinstance(module, nn.Hardswish):

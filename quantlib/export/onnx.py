@@ -10,7 +10,8 @@ from torch import fx
 
 from quantlib.errors import ModelError
 from quantlib.export.onnx_draft import ACTIVATION, DOMAIN, NAME, PARAMETER, WEIGHT
-from quantlib.graph.plan import ADDITIONS, is_layer
+from quantlib.graph.nodes import calls_layer, module_of
+from quantlib.graph.plan import ADDITIONS
 from quantlib.quantize.grids import Grid
 from quantlib.quantize.preparation import QUANTIZERS, is_int8
 
@@ -52,7 +53,7 @@ def _rounded_for(runtime: str, model: fx.GraphModule) -> set[str]:
     grids = {
         node: str(node.target).removeprefix(f"{QUANTIZERS}.")
         for node in model.graph.nodes
-        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), Grid)
+        if isinstance(module_of(model, node), Grid)
     }
     if runtime == "onnxruntime":
         return set(grids.values())
@@ -71,7 +72,7 @@ def _is_read_by_layer(model: fx.GraphModule, node: fx.Node) -> bool:
         if each in seen or not is_int8(each):
             continue
         seen.add(each)
-        if each.op == "call_module" and is_layer(model.get_submodule(str(each.target))):
+        if calls_layer(model, each):
             return True
         waiting += each.users
     return False

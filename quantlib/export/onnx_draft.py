@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlib.errors import ModelError, reason_of
-from quantlib.graph.plan import Plan, draw_plan, is_layer
+from quantlib.graph.nodes import is_layer
+from quantlib.graph.plan import Plan, draw_plan
 from quantlib.graph.tracing import untraced
 from quantlib.quantize.layers import quantized
 

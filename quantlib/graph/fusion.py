@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from quantlib.graph.nodes import module_of
 from quantlib.recipe.scheme import FuseMode
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,7 +104,7 @@ def _convolution_before(traced: fx.GraphModule, node: fx.Node, calls: Counter[st
     before = node.all_input_nodes[0]
     if type(norm) is not nn.BatchNorm2d or not norm.affine or norm.running_var is None or len(before.users) > 1:
         return None
-    convolution = traced.get_submodule(str(before.target)) if before.op == "call_module" else None
+    convolution = module_of(traced, before)
     folds = type(convolution) is nn.Conv2d and calls[str(before.target)] == 1
     return before if folds else None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from quantlib.graph.nodes import calls_layer, clipped_by, is_layer, module_of
 from quantlib.graph.tracing import NUM_IMAGES, drops_paths, layers_inside, untraced
 
 # Tracing leaves none that overwrites its input.
@@ -28,8 +29,6 @@ _PRODUCTS = {
 }
 CONCATENATIONS = {torch.cat, torch.concat}
 
-# Their output is rounded in place of their input's.
-CLIPPING = (nn.ReLU, nn.ReLU6)
 # Rounded as they come in and as they go out, each on its own grid.
 _ROUNDED = (nn.Hardswish,)
 # Values of their input, in another order or fewer: what is int8 stays int8, on the same grid.
@@ -103,11 +102,10 @@ def draw_plan(traced: fx.GraphModule, float_layers: Collection[str] = ()) -> Pla
         traced: Fused, with the shape of each tensor noted, for any number of images.
         float_layers: Dotted paths of modules that stay float.
     """
-    modules = dict(traced.named_modules())
     int8: dict[fx.Node, None] = {}
     layers: list[LayerPlan] = []
     for node in traced.graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        module = module_of(traced, node)
         if isinstance(module, nn.MultiheadAttention):
             layers.append(_attention_plan(node, module))
         elif module is not None and str(node.target) not in untraced(traced):
@@ -124,17 +122,12 @@ def draw_plan(traced: fx.GraphModule, float_layers: Collection[str] = ()) -> Pla
             layers.append(_layer_plan(node, module, reason))
             if not reason:
                 int8[node] = None
-        elif not kept and _carries(node, module, modules) and all(each in int8 for each in _tensors(node)):
+        elif not kept and _carries(node, module, traced) and all(each in int8 for each in _tensors(node)):
             int8[node] = None
     layers += _plan_inside(traced, float_layers)
-    _leave_where_nothing_computes(int8, modules)
-    rounded = tuple(node for node in traced.graph.nodes if _is_rounded(node, int8, modules))
+    _leave_where_nothing_computes(int8, traced)
+    rounded = tuple(node for node in traced.graph.nodes if _is_rounded(node, int8, traced))
     return Plan(frozenset(int8), rounded, tuple(layers))
-
-
-def is_layer(module: nn.Module | None) -> TypeGuard[nn.Conv2d | nn.Linear]:
-    """Whether a module has a weight that becomes int8."""
-    return isinstance(module, nn.Conv2d | nn.Linear)
 
 
 def path_of(node: fx.Node) -> str:
@@ -150,16 +143,16 @@ def _is_inside(node: fx.Node, paths: Collection[str]) -> bool:
     return any(own.startswith(f"{path}.") for path in paths)
 
 
-def _leave_where_nothing_computes(int8: dict[fx.Node, None], modules: Mapping[str, nn.Module]) -> None:
+def _leave_where_nothing_computes(int8: dict[fx.Node, None], traced: fx.GraphModule) -> None:
     """Remove what carries int8 values that no layer reads in the end: rounding them would gain nothing."""
     useful: set[fx.Node] = set()
     removed: list[fx.Node] = []
     for node in reversed(list(int8)):
-        if is_layer(_module_of(node, modules)):
+        if calls_layer(traced, node):
             useful.update([node, *_tensors(node)])
         elif node in useful:
             useful.update(_tensors(node))
-        elif not is_layer(_module_of(_clipped(node, modules), modules)):
+        elif not calls_layer(traced, _clipped(node, traced)):
             del int8[node]
             removed.append(node)
     for node in removed:
@@ -169,31 +162,24 @@ def _leave_where_nothing_computes(int8: dict[fx.Node, None], modules: Mapping[st
             int8[node] = None  # One of several parts, of which others are read by layers.
 
 
-def _is_rounded(node: fx.Node, int8: Collection[fx.Node], modules: Mapping[str, nn.Module]) -> bool:
+def _is_rounded(node: fx.Node, int8: Collection[fx.Node], traced: fx.GraphModule) -> bool:
     if node not in int8:
         return "shape" in node.meta and any(user in int8 for user in node.users)
-    own = _clipped(node, modules)
-    if not (is_layer(_module_of(own, modules)) or gives_new_values(own, modules)):
+    own = _clipped(node, traced)
+    if not (calls_layer(traced, own) or gives_new_values(own, traced)):
         return False
-    return own is not node or not any(user in int8 and _clipped(user, modules) is node for user in node.users)
+    return own is not node or not any(user in int8 and _clipped(user, traced) is node for user in node.users)
 
 
-def _clipped(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
+def _clipped(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
     """The layer or sum that a node alone clips, as ReLU does: the two are rounded as one. Else the node itself."""
-    if isinstance(_module_of(node, modules), CLIPPING):
-        (before,) = node.all_input_nodes
-        if len(before.users) == 1 and (is_layer(_module_of(before, modules)) or is_sum(before)):
-            return before
-    return node
+    before = clipped_by(traced, node)
+    return before if before is not None and (calls_layer(traced, before) or is_sum(before)) else node
 
 
-def gives_new_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def gives_new_values(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether an operation without weights gives values that its inputs do not have."""
-    return is_sum(node) or node.target in CONCATENATIONS or isinstance(_module_of(node, modules), _ROUNDED)
-
-
-def _module_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    return modules.get(str(node.target)) if node.op == "call_module" else None
+    return is_sum(node) or node.target in CONCATENATIONS or isinstance(module_of(traced, node), _ROUNDED)
 
 
 def _why_float(node: fx.Node, module: nn.Conv2d | nn.Linear) -> str:
@@ -327,10 +313,10 @@ def _is_tensor(node: fx.Node) -> bool:
     return "shape" in node.meta or node.target in {torch.chunk, torch.split, "chunk", "split"}
 
 
-def _carries(node: fx.Node, module: nn.Module | None, modules: Mapping[str, nn.Module]) -> bool:
+def _carries(node: fx.Node, module: nn.Module | None, traced: fx.GraphModule) -> bool:
     reads_tensors = bool(node.args) and bool(_tensors(node)) and _is_tensor(node)
     # torch has no sound int8 ReLU6 of its own.
-    if not reads_tensors or (isinstance(module, nn.ReLU6) and _clipped(node, modules) is node):
+    if not reads_tensors or (isinstance(module, nn.ReLU6) and _clipped(node, traced) is node):
         return False
     if isinstance(module, nn.AdaptiveAvgPool2d) or node.target is nn.functional.adaptive_avg_pool2d:
         # A mean over the whole image has a range of its own, much smaller than its input's, and costs little in float.

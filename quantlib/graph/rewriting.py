@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quantlib.graph.nodes import module_of
+
 # Functions and methods that become modules: each call then has a module of its own, which can be fused or replaced.
 _MODULES: dict[Any, type[nn.Module]] = {
     torch.relu: nn.ReLU,
@@ -254,7 +256,7 @@ def _merge_padding(traced: fx.GraphModule) -> None:
             continue
         given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
         pad, reader = given["pad"], next(iter(node.users))
-        layer: Any = traced.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+        layer: Any = module_of(traced, reader)
         plain = given.get("mode", "constant") == "constant" and not given.get("value")
         if plain:
             # TorchScript takes no whole number for the value.

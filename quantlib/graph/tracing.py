@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
 from quantlib.graph import rewriting, surgery
+from quantlib.graph.nodes import call
 
 WHOLE = "model"
 """Path of a model whose own forward() cannot be traced."""
@@ -200,9 +201,7 @@ class _Tracer(fx.Tracer):
             return value.to("meta") if isinstance(value, Tensor) else value
         if node.op == "call_module":
             return self._shadow.get_submodule(target)(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return target(*args, **kwargs)
+        return call(node, args, kwargs)
 
 
 class _Symbol(fx.Proxy):

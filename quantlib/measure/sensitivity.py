@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlib.data import shards
-from quantlib.graph.plan import is_layer
+from quantlib.graph.nodes import calls_layer, is_layer, module_of
 from quantlib.progress import Progress, silent
 from quantlib.quantize import preparation, simulation
 from quantlib.quantize.grids import Grid
@@ -165,7 +165,7 @@ def _find_layers(model: fx.GraphModule) -> list[_Layer]:
         while chain[-1].all_input_nodes and _continues(chain[-1], model):
             chain.append(chain[-1].all_input_nodes[0])
         first = chain[-1] if len(chain) > 1 else node.all_input_nodes[0]
-        module = model.get_submodule(str(first.target)) if first.op == "call_module" else None
+        module = module_of(model, first)
         has_weight = is_layer(module) and preparation.is_int8(first)
         name = str(first.target) if has_weight else str(node.target).removeprefix(f"{preparation.QUANTIZERS}.")
         known = layers.get(name)
@@ -184,9 +184,8 @@ def _kind(node: fx.Node, module: nn.Module | None) -> str:
 
 def _continues(node: fx.Node, model: fx.GraphModule) -> bool:
     """Whether the operation before belongs to the same layer."""
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     before = node.all_input_nodes[0]
-    one_input = len(node.all_input_nodes) == 1 and not is_layer(module)
+    one_input = len(node.all_input_nodes) == 1 and not calls_layer(model, node)
     return one_input and preparation.is_int8(before) and len(before.users) == 1
 
 
@@ -200,7 +199,7 @@ def _describe(int8_model: fx.GraphModule, float_model: fx.GraphModule, layer: _L
 
 
 def _grid(model: fx.GraphModule, node: fx.Node) -> Grid:
-    grid = model.get_submodule(str(node.target))
+    grid = module_of(model, node)
     assert isinstance(grid, Grid)
     return grid
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
+from quantlib.graph.nodes import clipped_by, module_of
 from quantlib.quantize import calibration, conversion, simulation
 from quantlib.recipe.scheme import Scheme
 
@@ -84,17 +85,8 @@ def _shift(output: Tensor, wanted: Tensor, layer: nn.Module, *, relu: bool) -> T
 
 def _before_relu(model: fx.GraphModule) -> set[str]:
     """Paths of the layers whose output a ReLU alone reads."""
-    return {
-        str(node.target)
-        for node in model.graph.nodes
-        if node.op == "call_module"
-        and len(node.users) == 1
-        and isinstance(_module_of(model, next(iter(node.users))), nn.ReLU)
-    }
-
-
-def _module_of(model: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    before = (clipped_by(model, node) for node in model.graph.nodes if isinstance(module_of(model, node), nn.ReLU))
+    return {str(node.target) for node in before if node is not None and node.op == "call_module"}
 
 
 def _means(model: fx.GraphModule, x: Tensor, has_relu: set[str]) -> dict[str, Tensor]:

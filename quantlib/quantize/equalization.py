@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlib.errors import ModelError
+from quantlib.graph.nodes import module_of
 from quantlib.quantize.scale_groups import ScaleGroup, find_scale_groups
 
 # Rounds continue until no factor in a round is further from 1 than this: MobileNetV2 takes 5.
@@ -94,7 +95,8 @@ class _Peaks(fx.Interpreter):
             node: (group, channels[0].flatten())
             for group in self.of
             for node, channels in group.tensors.items()
-            if not all(_is_clipping(model, user) for user in node.users)
+            # A ReLU is rounded as one with what it reads.
+            if not all(isinstance(module_of(model, user), nn.ReLU) for user in node.users)
         }
 
     def run_node(self, node: fx.Node) -> Any:
@@ -104,11 +106,6 @@ class _Peaks(fx.Interpreter):
             group, channels = self._seen[node]
             self.of[group].scatter_reduce_(0, channels, result.abs().amax(0).flatten().double(), "amax")
         return result
-
-
-def _is_clipping(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a ReLU, which is rounded as one with what it reads."""
-    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.ReLU)
 
 
 def _rescale(group: ScaleGroup, ranges: Tensor, share: float, *, per_channel: bool = False) -> float:

@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from quantlib.errors import ModelError, suggest
 from quantlib.graph.fusion import ConvBatchNorm2d
-from quantlib.graph.plan import draw_plan, is_layer
+from quantlib.graph.nodes import calls_layer, clipped_by, is_layer, module_of
+from quantlib.graph.plan import draw_plan
 from quantlib.quantize.fake_quantization import ActivationFakeQuantize, WeightFakeQuantize
 from quantlib.quantize.grids import Grid, activation_grid
 from quantlib.quantize.layers import EnclosedLayer, quantized
@@ -32,11 +33,11 @@ def observe(fused: fx.GraphModule, float_layers: Iterable[str], *, inplace: bool
     model = fused if inplace else copy.deepcopy(fused)
     _insert(model, float_layers, ActivationStatistics)
     for node in model.graph.nodes:
-        if node.op == "call_module" and len(node.all_input_nodes[0].users) == 1:
-            module: Any = model.get_submodule(str(node.target))
-            if isinstance(module, nn.ReLU | nn.ReLU6) and _is_layer_call(model, node.all_input_nodes[0]):
-                # Nothing else reads its input, and writing the output there took a tenth off calibration time.
-                module.inplace = True
+        before = clipped_by(model, node)
+        if before is not None and calls_layer(model, before):
+            # Nothing else reads its input, and writing the output there took a tenth off calibration time.
+            clipping: Any = module_of(model, node)
+            clipping.inplace = True
     return model.eval()
 
 
@@ -109,24 +110,18 @@ def is_int8(node: fx.Node) -> bool:
 
 def int8_layers(model: fx.GraphModule) -> list[str]:
     """Paths of the layers of a prepared or quantized model that compute in int8, in the order of their calls."""
-    nodes = (node for node in model.graph.nodes if is_int8(node) and _is_layer_call(model, node))
+    nodes = (node for node in model.graph.nodes if is_int8(node) and calls_layer(model, node))
     enclosed = (f"{path}.layer" for path, module in model.named_modules() if isinstance(module, EnclosedLayer))
     return list(dict.fromkeys([*(str(node.target) for node in nodes), *enclosed]))
 
 
 def _fuse_relu(model: fx.GraphModule, node: fx.Node) -> None:
     """Let fake quantization do the ReLU before it, which saves a pass over the tensor."""
-    if node.op != "call_module" or type(model.get_submodule(str(node.target))) is not nn.ReLU:
-        return
-    before = node.all_input_nodes[0]
-    if len(before.users) == 1 and _is_layer_call(model, before):
+    before = clipped_by(model, node)
+    if type(module_of(model, node)) is nn.ReLU and before is not None and calls_layer(model, before):
         quantizer: Any = model.get_submodule(f"{QUANTIZERS}.{node.name}")
         quantizer.fuses_relu = True
         model.set_submodule(str(node.target), nn.Identity())
-
-
-def _is_layer_call(model: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and is_layer(model.get_submodule(str(node.target)))
 
 
 def quantizers(model: nn.Module) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
-from quantlib.graph.plan import ADDITIONS, is_layer
+from quantlib.graph.nodes import call, is_layer, module_of
+from quantlib.graph.plan import ADDITIONS
 
 Layer = nn.Conv2d | nn.Linear
 Norm = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm
@@ -164,13 +165,13 @@ class _ScaleGroups:
     """Follows a graph's tensors from layer to layer."""
 
     def __init__(self, model: fx.GraphModule, shared: set[int]) -> None:
-        self.modules = dict(model.named_modules())
-        self.graph = model.graph
+        self.model, self.graph = model, model.graph
+        modules = dict(model.named_modules())
         targets = [node.target for node in self.graph.nodes if node.op == "call_module"]
-        repeated = {id(self.modules[str(t)]) for t in targets if targets.count(t) > 1}
+        repeated = {id(modules[str(t)]) for t in targets if targets.count(t) > 1}
         # A layer that runs twice, or whose parameters are also read elsewhere, cannot be rescaled for one use alone.
         read = {str(node.target).rpartition(".")[0] for node in self.graph.nodes if node.op == "get_attr"}
-        self.untouchable = shared | repeated | {id(self.modules[name]) for name in read if name in self.modules}
+        self.untouchable = shared | repeated | {id(modules[name]) for name in read if name in modules}
         self.tied: dict[fx.Node, _Tied] = {}
 
     def found(self) -> list[ScaleGroup]:
@@ -186,7 +187,7 @@ class _ScaleGroups:
 
     def _visit(self, node: fx.Node) -> _Tied | None:
         """The group of a node's output; None if it cannot be rescaled."""
-        module = self._module(node)
+        module = module_of(self.model, node)
         inputs = node.all_input_nodes
         if is_layer(module) and len(inputs) == 1 and id(module) not in self.untouchable:
             self._consume(module, inputs[0])
@@ -206,9 +207,6 @@ class _ScaleGroups:
         carried = self._carried(node, module, self.tied[source]) if source in self.tied else None
         self._fix(each for each in inputs if carried is None or each is not source)
         return carried
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def _fix(self, nodes: Any) -> None:
         for node in nodes:
@@ -235,13 +233,13 @@ class _ScaleGroups:
 
     def _follows_layer(self, node: fx.Node) -> bool:
         before = node.all_input_nodes[0]
-        return isinstance(self._module(before), nn.Conv2d) and len(before.users) == 1 and before in self.tied
+        return isinstance(module_of(self.model, before), nn.Conv2d) and len(before.users) == 1 and before in self.tied
 
     def _batch_norm(self, node: fx.Node, norm: nn.BatchNorm2d) -> _Tied | None:
         """The layer's output before BatchNorm keeps its range; BatchNorm's output is rescaled instead."""
         (before,) = node.all_input_nodes
         self.tied[before].fix()
-        layer: Any = self._module(before)
+        layer: Any = module_of(self.model, before)
         return None if id(norm) in self.untouchable else self._produce(node, layer, norm)
 
     def _join(self, first: fx.Node, second: fx.Node) -> _Tied | None:
@@ -328,10 +326,6 @@ def _number(node: fx.Node) -> Any:
     """
     if "shape" in node.meta:
         return torch.empty(node.meta["shape"], device="meta")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _number)
-    target: Any = node.target
-    if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    if node.op == "call_function":
-        return target(*args, **kwargs)
-    raise LookupError(node.name)
+    if node.op not in {"call_function", "call_method"}:
+        raise LookupError(node.name)
+    return call(node, *fx.node.map_arg((node.args, node.kwargs), _number))
