@@ -14,7 +14,7 @@ from PIL import Image
 
 from quantlib.data.image_folder import open_class_folders, open_image_folder, split_of_files
 from quantlib.data.images import Split
-from quantlib.errors import DataError, RecipeError
+from quantlib.errors import DataError, RecipeError, reason_of
 
 if TYPE_CHECKING:
     from quantlib.data.split import SplitName
@@ -73,11 +73,10 @@ def _imagenet(root: Path, split: SplitName) -> Split:
     try:
         dataset = ImageNet(str(root), split=split)
     except (RuntimeError, OSError, EOFError, KeyError, UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"Folder {root} is not torchvision's ImageNet: {reason} It needs ILSVRC2012_devkit_t12.tar.gz and the "
-            "archives of both splits (or what torchvision unpacks from them). For plain folders of images, "
-            'use format = "imagefolder".'
+            f"Folder {root} is not torchvision's ImageNet: {reason_of(error)} It needs "
+            "ILSVRC2012_devkit_t12.tar.gz and the archives of both splits (or what torchvision unpacks from them). "
+            'For plain folders of images, use format = "imagefolder".'
         ) from None
     return split_of_files(dataset.samples, tuple(names[0] for names in dataset.classes))
 
@@ -90,7 +89,7 @@ def _cifar10(root: Path, split: SplitName) -> Split:
         dataset = CIFAR10(str(root), train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"Folder {root} does not hold CIFAR-10 as torchvision keeps it (cifar-10-batches-py/): {error} "
+            f"Folder {root} does not hold CIFAR-10 as torchvision keeps it (cifar-10-batches-py/): {reason_of(error)} "
             "Unpack cifar-10-python.tar.gz there."
         ) from None
     return Split(

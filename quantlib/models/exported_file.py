@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, reason_of
 from quantlib.models.exported_graph import DTYPES
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def _read(path: str, part: Callable[[_Archive], T]) -> T:
         TypeError,
         ValueError,
     ) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise ModelError(f"{path!r} is damaged, or no file of torch.export.save ({reason}). {_SAVE_AGAIN}") from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, reason_of
 from quantlib.models.aten import add_operation
 from quantlib.models.exported_batch import AnyBatch, refusal
 
@@ -56,7 +56,7 @@ def build(program: str) -> fx.GraphModule:
     try:
         return _Builder(json.loads(program)).build()
     except (AttributeError, IndexError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise ModelError(f"The exported model cannot be understood ({reason}). Export it again.") from None
 
 

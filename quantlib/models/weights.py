@@ -139,8 +139,8 @@ def _download_from_timm(architecture: str, weights: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise MachineError(
-            f"Weights {weights} are not on this machine and cannot be downloaded "
-            f"({str(error).partition(chr(10))[0]}). Download them elsewhere, and give the file as model.weights."
+            f"Weights {weights} are not on this machine and cannot be downloaded ({reason_of(error)}). "
+            "Download them elsewhere, and give the file as model.weights."
         ) from None
     return state
 
@@ -150,8 +150,8 @@ def _download(weights: Any) -> dict[str, Tensor]:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except OSError as error:
         raise MachineError(
-            f"Weights {TORCHVISION}{weights.name} are not on this machine and cannot be downloaded ({error}). "
-            f"Download {weights.url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints."
+            f"Weights {TORCHVISION}{weights.name} are not on this machine and cannot be downloaded "
+            f"({reason_of(error)}). Download {weights.url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints."
         ) from None
     return state
 

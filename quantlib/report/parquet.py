@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quantlib.errors import StoreError
+from quantlib.errors import StoreError, reason_of
 from quantlib.files import read_file, write_atomically
 
 _FILE, _HASH = "part-0.parquet", "_part-0.sha256"
@@ -58,8 +58,8 @@ def read(place: Path, schema: pa.Schema) -> pa.Table:
         return pa.table(columns, schema=schema)
     # Whatever pyarrow raises on damage, for example in files written before there were hashes.
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
         run_id = place.name.removeprefix("run_id=")
         raise StoreError(
-            f"The report {place / _FILE} is damaged ({reason}). `quantflow resume {run_id}` rebuilds it from the store."
+            f"The report {place / _FILE} is damaged ({reason_of(error)}). `quantflow resume {run_id}` rebuilds it from "
+            "the store."
         ) from None
