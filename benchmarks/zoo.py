@@ -46,9 +46,9 @@ class Row:
     name: str
     size: int
     share: float = math.nan
-    """Of the multiply-adds that are int8."""
+    """Fraction of the multiply-adds that are int8."""
     sqnr: float = math.nan
-    """Of the logits, in decibels."""
+    """Signal-to-noise ratio of the logits, in decibels."""
     torchscript: str = ""
     """"yes", or why there is no file."""
     onnxruntime: str = ""

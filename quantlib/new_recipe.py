@@ -62,7 +62,7 @@ class _Model:
     """The architecture of the weights, and how images are prepared for it."""
 
     lines: tuple[str, ...]
-    """Of [model]."""
+    """The lines below [model]."""
     resize: int | list[int]
     crop: int | list[int]
     interpolation: str = "bilinear"

@@ -63,7 +63,7 @@ class Preprocessing:
     antialias: bool
     """Whether the filter is widened where it shrinks an image, as Pillow's always are; nearest has no width."""
     mean: list[float]
-    """Of each channel, for pixels in [0, 1]."""
+    """Mean of each channel, for pixels in [0, 1]."""
     std: list[_Positive]
     """Standard deviation of each channel, for pixels in [0, 1]."""
 

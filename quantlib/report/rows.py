@@ -76,7 +76,7 @@ class VariantRow:
     kept_start: bool | None = None
     """Whether no epoch of QAT was better than its start, on the selection images: then this is the start."""
     size_bytes: int
-    """Of the model: the file that is handed out also holds its document."""
+    """Size of the model: the file that is handed out also holds its document."""
     runtime: str | None = None
     """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime or openvino.
     Null in older runs: TorchScript on `engine`."""
@@ -103,8 +103,8 @@ class VariantRow:
     """Whether nothing inside the gate beats it beyond noise, by being faster and as accurate, or as fast and more
     accurate, on the selection images. Null if it is not inside."""
     artifact_sha256: str
-    """Of the model, which does not depend on the run: SHA256SUMS has the hash of the file at `artifact_path`, which
-    also holds its document, with this hash in it."""
+    """Hash of the model, which does not depend on the run: SHA256SUMS has the hash of the file at `artifact_path`,
+    which also holds its document, with this hash in it."""
     artifact_path: str
     """Path of the file that this row is about."""
     torchscript_path: str | None = None
@@ -172,9 +172,9 @@ class FileRow:
     path: str
     """Where it is."""
     sha256: str
-    """Of the model, like the variant's `artifact_sha256`."""
+    """Hash of the model, like the variant's `artifact_sha256`."""
     size_bytes: int
-    """Of the model, like the variant's."""
+    """Size of the model, like the variant's."""
     runtime: str
     """torchscript-ENGINE, onnxruntime or openvino."""
     top1: float

@@ -168,7 +168,7 @@ def test_steps_of_an_activation_are_unsigned_bytes_that_stand_for_what_it_rounds
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("shape", [(400, 2, 3, 3), (400, 9)])
 def test_steps_of_a_weight_are_signed_bytes_that_stand_for_what_it_rounds_to(shape, per_channel):
-    """Of the largest as well, which lies in the middle between two steps."""
+    """The largest value, too, though it lies in the middle between two steps."""
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     grid = weight_grid(weight, per_channel=per_channel)
 
