@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from flows.hosting.processes import gc_paused
 from flows.hosting.server import prefect_server
-from quantlib.errors import MachineError, QuantflowError, explain_full_disk
+from quantlib.errors import MachineError, QuantflowError, explain_full_disk, reason_of
 
 # Everything else is imported while the server starts.
 if TYPE_CHECKING:
@@ -51,13 +51,7 @@ def run_here(
         with gc_paused():
             import httpx
 
-            from quantlib.inputs import find_inputs
-            from quantlib.runtimes import available
-
-            # Wrong input is found while the server starts; the flow checks again, which takes no time.
-            find_inputs(recipe, home / "splits")
-            available.find_engine(recipe.engine)
-            available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+            _check(recipe, home)
 
             from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -87,6 +81,16 @@ def run_here(
                     raise _find_cause(error, home) from error
                 raise
         return finished[0]
+
+
+def _check(recipe: Recipe, home: Path) -> None:
+    """Find wrong input while the server starts; the flow checks again, which takes no time."""
+    from quantlib.inputs import find_inputs
+    from quantlib.runtimes import available
+
+    find_inputs(recipe, home / "splits")
+    available.find_engine(recipe.engine)
+    available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
 
 
 def _reach_server() -> None:
@@ -121,6 +125,6 @@ def _find_cause(error: Exception, home: Path) -> Exception:
     if isinstance(cause, QuantflowError):
         return cause
     return explain_full_disk(home) or MachineError(
-        f"Prefect's server gave an unexpected answer: {str(error).splitlines()[0]} Its log is "
+        f"Prefect's server gave an unexpected answer: {reason_of(error)} Its log is "
         f"{home / 'prefect' / 'server.log'}. Run again: finished stages are kept."
     )

@@ -75,6 +75,13 @@ class Measured:
             if tuple(setting) == SETTING
         }
 
+    @property
+    def fastest_onnx(self) -> File | None:
+        """The fastest ONNX file of those that may be shipped."""
+        by_runtime = self.latencies_ms
+        found = [file for file in self.files if file.path in self.onnx_paths]
+        return min(found, key=lambda file: by_runtime[file.runtime], default=None)
+
 
 def epoch_rows(variants: Sequence[Measured]) -> tuple[EpochRow, ...]:
     """A row for each epoch of each variant."""

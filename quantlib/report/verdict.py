@@ -192,14 +192,8 @@ class _Entry:
         """The variant's row; the winner's if there is a reason."""
         measured, file, variant = self.measured, self.file, self.measured.variant
         scheme = variant.scheme
-        paired, by_runtime = self._drop(), measured.latencies_ms
-        fastest = min(by_runtime, key=lambda runtime: by_runtime[runtime])
+        paired, by_runtime, onnx = self._drop(), measured.latencies_ms, measured.fastest_onnx
         simulated = {parts: predictions.top1 for parts, predictions in measured.simulated.items()}
-        onnx = min(
-            (each for each in measured.files if each.path in measured.onnx_paths),
-            key=lambda each: by_runtime[each.runtime],
-            default=None,
-        )
         return VariantRow(
             recipe=run_info.recipe,
             variant=variant.name,
@@ -234,8 +228,8 @@ class _Entry:
             runtime=file.runtime,
             latency_p50_ms=self.p50_ms,
             speedup=float_ms / self.p50_ms,
-            fastest_runtime=fastest,
-            fastest_p50_ms=by_runtime[fastest],
+            fastest_runtime=min(by_runtime, key=lambda runtime: by_runtime[runtime]),
+            fastest_p50_ms=min(by_runtime.values()),
             accepted=self.accepted,
             gate=self.outcome,
             num_images_to_decide=self._judged[1],

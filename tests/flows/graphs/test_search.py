@@ -112,86 +112,88 @@ def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
 # The loop alone
 
 
+class FakeRun:
+    """The run of a search whose trials have a drop, and perhaps times, by the end of their names."""
+
+    store = None
+
+    def __init__(self, drops, keys=list, kind="torchscript", costly=(), times=None):
+        self.drops, self._keys, self.kind, self.costly, self.times = drops, keys, kind, costly, times
+        self.saved, self.ranked, self.timed = [], [], []
+
+    @property
+    def keys(self):
+        return self._keys()
+
+    def known(self, refs):
+        if self.times is None:
+            raise NotYetKnownError
+
+    def copy_out(self, ref, name):
+        assert name == f"search-best.{'onnx' if self.kind == 'onnx' else 'pt'}"
+        self.saved.append(ref.sha256)
+
+    def branch(self, shared, branch):
+        file = Ref(self.kind, branch.name, 1)
+        return VariantRefs(
+            variant=Variant(name=branch.name, method="", engine="x86"),
+            artifact=file,
+            plan=Ref("plan", branch.name, 1),
+            engines=((Runtime(ONEDNN, "1"), file),),
+            reference=FileRefs(file=file, runtime=None, validation=(), selection=()),
+            model=Ref("int8-model", branch.name, 1),
+        )
+
+    def layers_of(self, shared, model, branch):
+        assert model == Ref("int8-model", branch.name, 1)
+        self.ranked.append(branch.name)
+        return (Ref("layers", branch.name, 1),)
+
+    def rank_layers(self, run, parts):
+        return [f"layer{n}" for n in range(9)]
+
+    def costly_layers(self, run, plan):
+        assert plan.kind == "plan"
+        return self.costly
+
+    def judge(self, run, branch, baseline, variant):
+        drop = self.drops.get(branch.name.split("-", 2)[2], 0.1)
+        if drop is None:
+            raise NotYetKnownError
+        return Trial(branch, drop, 1.0)
+
+    def time_files(self, shared, targets, batch_sizes, num_threads, name):
+        assert (batch_sizes, num_threads, name) == ((1,), (1,), "search")
+        self.timed.append([(target.artifact.sha256, target.runtime.name) for target in targets])
+        return Ref("timings", "t", 1)
+
+    def read_samples(self, store, targets, timings):
+        found = {}
+        for each in targets:
+            ms = self.times[each.artifact.sha256.split("-", 2)[2]][each.runtime.name]
+            found.setdefault(each.artifact, {})[each.runtime.name, 1, 1] = [ms] * 9
+        return found
+
+
 @pytest.fixture
 def loop(monkeypatch):
-    """Runs the loop with a drop for each trial, by the end of its name; returns what it saved and measured."""
+    """Runs the loop; returns its variants, its note, and what it saved, measured and timed."""
     monkeypatch.setattr(flow, "seconds_of", lambda store, keys: 0.0)
 
     def run(drops, keys=list, kind="torchscript", costly=(), times=None, gate=None, **settings):
-        saved, ranked = [], []
-
-        def make(shared, branch):
-            file = Ref(kind, branch.name, 1)
-            return VariantRefs(
-                variant=Variant(name=branch.name, method="", engine="x86"),
-                artifact=file,
-                plan=Ref("plan", branch.name, 1),
-                engines=((Runtime(ONEDNN, "1"), file),),
-                reference=FileRefs(file=file, runtime=None, validation=(), selection=()),
-                model=Ref("int8-model", branch.name, 1),
-            )
-
-        def measure(shared, model, branch):
-            assert model == Ref("int8-model", branch.name, 1)
-            ranked.append(branch.name)
-            return (Ref("layers", branch.name, 1),)
-
-        def judge(run, branch, baseline, variant):
-            drop = drops.get(branch.name.split("-", 2)[2], 0.1)
-            if drop is None:
-                raise NotYetKnownError
-            return Trial(branch, drop, 1.0)
-
-        def time_files(shared, targets, batch_sizes, num_threads, name):
-            assert (batch_sizes, num_threads, name) == ((1,), (1,), "search")
-            timed.append([(target.artifact.sha256, target.runtime.name) for target in targets])
-            return Ref("timings", "t", 1)
-
-        def read_samples(store, targets, timings):
-            found = {}
-            for each in targets:
-                ms = times[each.artifact.sha256.split("-", 2)[2]][each.runtime.name]
-                found.setdefault(each.artifact, {})[each.runtime.name, 1, 1] = [ms] * 9
-            return found
-
-        def costly_layers(run, plan):
-            assert plan.kind == "plan"
-            return costly
-
-        timed = []
-        monkeypatch.setattr(flow, "time_files", time_files)
-        monkeypatch.setattr(flow, "read_samples", read_samples)
-        monkeypatch.setattr(flow, "costly_layers", costly_layers)
-        monkeypatch.setattr(flow, "ptq_branch", make)
-        monkeypatch.setattr(flow, "qat_branch", make)
-        monkeypatch.setattr(flow, "layers_of", measure)
-        monkeypatch.setattr(flow, "judge", judge)
-        monkeypatch.setattr(flow, "rank_layers", lambda run, parts: [f"layer{n}" for n in range(9)])
-        images = Subset(None, 0, 0, 1000)
-
-        class FakeRun:
-            store = None
-
-            @property
-            def keys(self):
-                return keys()
-
-            def known(self, refs):
-                if times is None:
-                    raise NotYetKnownError
-
-            def copy_out(self, ref, name):
-                assert name == f"search-best.{'onnx' if kind == 'onnx' else 'pt'}"
-                saved.append(ref.sha256)
-
+        fake, images = FakeRun(drops, keys, kind, costly, times), Subset(None, 0, 0, 1000)
+        for name in ("layers_of", "rank_layers", "costly_layers", "judge", "time_files", "read_samples"):
+            monkeypatch.setattr(flow, name, getattr(fake, name))
+        monkeypatch.setattr(flow, "ptq_branch", fake.branch)
+        monkeypatch.setattr(flow, "qat_branch", fake.branch)
         shared = SimpleNamespace(
-            run=FakeRun(),
+            run=fake,
             recipe=SimpleNamespace(search=SearchRecipe(**settings), gate=GateRecipe(runtimes=gate)),
             inputs=Inputs(None, EvalTransform(resize=32, crop=(32, 32)), None, None, images, images, images),
         )
-        variants, best, note = flow.search_branches(shared, make(shared, SimpleNamespace(name="float")))
+        variants, best, note = flow.search_branches(shared, fake.branch(shared, SimpleNamespace(name="float")))
         assert best is None or f"{best}, " in note
-        return variants, note, saved, ranked, timed
+        return variants, note, fake.saved, fake.ranked, fake.timed
 
     return run
 
