@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from branching import Branching
 from torch import nn
 from torchvision import models
 
@@ -208,17 +209,6 @@ def test_dropout_as_a_function_is_random_in_training_only():
 
 
 # Taken as a whole
-
-
-class Branching(nn.Module):
-    """Its forward depends on the values that it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(x) if x.sum() > 0 else x
 
 
 def test_of_what_branches_on_values_the_innermost_module_is_taken_as_a_whole():

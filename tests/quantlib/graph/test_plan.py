@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from branching import Branching
 from schemes import SCHEDULE
 from torch import nn
 from torchvision import models
@@ -276,17 +277,6 @@ def test_of_a_float_tensor_only_int8_arithmetic_reads_the_rounded_form():
 
 
 # What stays float
-
-
-class Branching(nn.Module):
-    """Its forward depends on the values that it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(x) if x.sum() > 0 else x
 
 
 def test_the_layers_of_a_module_that_cannot_be_traced_are_int8_each_by_itself():

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from branching import BranchingClassifier
 from schemes import scheme
 from torch import nn
 
@@ -217,22 +218,10 @@ def test_an_architecture_written_without_int8_in_mind_is_quantized(train_shard, 
     assert _signal_to_noise(_logits(fused, val_inputs), _logits(quantized, val_inputs)) > 20
 
 
-class _Branching(nn.Module):
-    """Cannot be traced: it branches on values."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.last(self.first(x).relu().mean([2, 3])) if x.mean() < 100 else x.mean([2, 3])
-
-
 @pytest.mark.parametrize("qconfig", ["default", "fbgemm"])
 @pytest.mark.parametrize("own_head", [False, True])
 def test_layers_of_what_cannot_be_traced_are_converted_one_by_one(train_shard, val_inputs, own_head, qconfig):
-    net = nn.Sequential(nn.Conv2d(3, 3, 1), _Branching()) if own_head else _Branching()
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), BranchingClassifier()) if own_head else BranchingClassifier()
     fused = fusion.fuse_model(trace(net, SHAPE), "eval")
 
     quantized = conversion.convert(_calibrate(fused, scheme(qconfig), train_shard, 36), scheme(qconfig))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from branching import BranchingClassifier
 from schemes import scheme
 from torch import nn
 
@@ -144,20 +145,8 @@ def test_weights_lie_on_a_grid_only_where_they_are_rounded(quantized, mode, part
         assert float((used - own.clamp(-128 * step, 127 * step)).abs().max()) <= 0.501 * step
 
 
-class _Branching(nn.Module):
-    """Cannot be traced: it branches on values."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.last(self.first(x).relu().mean([2, 3])) if x.mean() < 100 else x.mean([2, 3])
-
-
 def test_each_part_is_rounded_alone_also_inside_what_cannot_be_traced(val_inputs):
-    fused = fusion.fuse_model(trace(_Branching(), (3, 32, 32)), "eval")
+    fused = fusion.fuse_model(trace(BranchingClassifier(), (3, 32, 32)), "eval")
     model = preparation.observe(fused, ())
     _logits(model, val_inputs)
     calibration.choose_ranges(model, scheme("default"))
