@@ -35,12 +35,12 @@ def script_and_save(job: Job, model: Ref, engine: str | None, images: Ref, inter
 def try_file(job: Job, file: Ref, images: Ref, runtime: Runtime, interface: Interface, *, branch: str) -> Ref:
     """A file that was checked in one runtime, once it has run in another, too. Or why it does not."""
     from quantlib import helper
-    from quantlib.errors import MachineError, ModelError
+    from quantlib.errors import ModelError
 
     store = job.store
     try:
         helper.run_file(store.path(file), runtime.name, store.path(images), 32, interface)
-    except (MachineError, ModelError) as error:  # The run can do without this runtime, whatever the reason.
+    except ModelError as error:  # The run can do without this runtime.
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return file
 

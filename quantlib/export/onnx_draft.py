@@ -101,6 +101,15 @@ def draft(fused: fx.GraphModule, input_shape: tuple[int, int, int]) -> bytes:
         raise ModelError(f"The model cannot be written as ONNX: the exporter computes with the value of {lost[0]}.")
     for name in weights:
         initializers[name].ClearField("raw_data")
+    # The exporter's notes hold stack traces: this machine's paths, and other bytes on another machine.
+    for each in (
+        written.graph,
+        *written.graph.node,
+        *written.graph.value_info,
+        *written.graph.input,
+        *written.graph.output,
+    ):
+        each.ClearField("metadata_props")
     content: bytes = written.SerializeToString(deterministic=True)
     return content
 

@@ -244,6 +244,7 @@ def test_the_file_has_the_same_bytes_each_time_and_the_model_stays_as_it_was(gra
         assert write_onnx(graph, model, runtime) == write_onnx(graph, copy.deepcopy(model), runtime)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert write_onnx(graph, int8_model, runtime) != write_onnx(graph, float_model, runtime)
+    assert b".py" not in write_onnx(graph, int8_model, runtime), "paths of this machine's Python files"
 
 
 @pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
