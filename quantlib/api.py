@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from quantlib import files, machine
 from quantlib.errors import ModelError
-from quantlib.export import checksums, onnx, onnx_draft, scripting, torch_export
+from quantlib.export import checksums, executorch, onnx, onnx_draft, scripting, torch_export
 from quantlib.graph.fusion import fuse_model
 from quantlib.graph.model import trace_model
 from quantlib.graph.plan import LayerPlan, draw_plan
@@ -91,13 +91,13 @@ class QuantizedModel:
         """Write a file for a runtime; `load` opens it.
 
         Args:
-            path: NAME.pt for TorchScript, NAME.onnx for ONNX, NAME.pt2 for torch.export.
+            path: NAME.pt for TorchScript, NAME.onnx for ONNX, NAME.pt2 for torch.export, NAME.pte for ExecuTorch.
             runtime: onnxruntime or openvino for .onnx (None: onnxruntime); torchscript or torchscript-ENGINE for .pt
-                (without an engine: the one that torch prefers on this CPU); torch_export for .pt2.
+                (without an engine: the one that torch prefers on this CPU); torch_export for .pt2, executorch for .pte.
 
         Raises:
             ModelError: If the model cannot be written in this format, or the format is not for this runtime.
-            MachineError: If this machine lacks the engine.
+            MachineError: If this machine lacks the engine, or ExecuTorch.
         """
         path = Path(path)
         if path.suffix == ".onnx" and runtime in {None, "onnxruntime", "openvino"}:
@@ -109,10 +109,12 @@ class QuantizedModel:
             scripting.try_out(content, engine, self._input_shape)
         elif path.suffix == ".pt2" and runtime in {None, "torch_export"}:
             content = torch_export.write(self._quantized, self._input_shape)
+        elif path.suffix == ".pte" and runtime in {None, "executorch"}:
+            content = executorch.write(self._quantized, self._input_shape)
         else:
             raise ModelError(
                 f"{path.name!r} is not a file for {runtime or 'any runtime'}: NAME.pt is for torchscript-ENGINE, "
-                "NAME.onnx for onnxruntime and openvino, NAME.pt2 for torch_export."
+                "NAME.onnx for onnxruntime and openvino, NAME.pt2 for torch_export, NAME.pte for executorch."
             )
         files.write_atomically(path, content)
 
@@ -213,8 +215,9 @@ def load(path: str | Path, runtime: str | None = None, num_threads: int | None =
     The process's memory allocator is set to keep freed memory, which makes float models several times faster.
 
     Args:
-        path: A file of a run or of a bundle: NAME.pt, NAME.pt2, NAME.onnx or NAME.xml.
-        runtime: As the report names it: torchscript, torchscript-ENGINE, onnxruntime, openvino or torch_export; None:
+        path: A file of a run or of a bundle: NAME.pt, NAME.pt2, NAME.pte, NAME.onnx or NAME.xml.
+        runtime: As the report names it: torchscript, torchscript-ENGINE, onnxruntime, openvino, executorch or
+            torch_export; None:
             the one that the file is for, and of those for an .onnx file an installed one.
         num_threads: None: as many as the runtime likes. With torchscript and torch_export this is torch's own setting,
             for the process.
@@ -231,7 +234,7 @@ def load(path: str | Path, runtime: str | None = None, num_threads: int | None =
     machine.keep_freed_memory()
     if runtime is None:
         installed = [found.name for found in available.find_runtimes()]
-        own = {".pt": "torchscript", ".pt2": "torch_export", ".xml": "openvino"}
+        own = {".pt": "torchscript", ".pt2": "torch_export", ".pte": "executorch", ".xml": "openvino"}
         runtime = own.get(path.suffix, (installed or ["openvino"])[0])
     if num_threads is not None and available.package_of(runtime) == "torch":
         torch.set_num_threads(num_threads)

@@ -92,13 +92,13 @@ def save_onnx(
 
 @stage("save_program-{branch}")
 def save_program(job: Job, model: Ref, images: Ref, runtime: Runtime, interface: Interface, *, branch: str) -> Ref:
-    """The file of torch.export of a fused float model, or of a quantized model, once it answers as the model.
+    """The file for torch_export or executorch of a fused float model, or of a quantized model, once it answers as it.
 
     Or why there is none.
     """
     from quantlib.data import shards
     from quantlib.errors import ModelError
-    from quantlib.export import check, torch_export
+    from quantlib.export import check, executorch, torch_export
     from quantlib.export.ends import Ends
     from quantlib.quantize import stored
 
@@ -106,7 +106,8 @@ def save_program(job: Job, model: Ref, images: Ref, runtime: Runtime, interface:
     ends = Ends(interface, shards.open_shard(shard).normalization)
     module, header = stored.open_model(job.store.read(model))
     try:
-        content = torch_export.write(module, header.input_shape, ends)
+        write = executorch.write if runtime.name == "executorch" else torch_export.write
+        content = write(module, header.input_shape, ends)
         check.check_file(content, module, runtime.name, shard, interface)
     except ModelError as error:
         return job.store.put_json(_REFUSAL, {"reason": str(error)})

@@ -1,8 +1,9 @@
 """What a shipped file says about itself: one JSON document, inside the file and in a bundle's model.json.
 
 An ONNX file holds it as metadata "quantflow", OpenVINO IR as runtime information "framework", "quantflow"; files of
-TorchScript and torch.export as extra file "quantflow.json". It is added when a file leaves the store: an artifact is
-named by its content, and is written before anything of it is measured.
+TorchScript and torch.export as extra file "quantflow.json"; those of ExecuTorch as a file of that name in a ZIP archive
+at their end. It is added when a file leaves the store: an artifact is named by its content, and is written before
+anything of it is measured.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _AGAIN = "Copy it again, or write it again with `quantflow resume RUN` or `quant
 
 _Positive = Annotated[float, Field(gt=0.0)]
 # A longer path could lead out of the bundle.
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|pt2|onnx|xml)$", max_length=255)]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|pt2|pte|onnx|xml)$", max_length=255)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +145,9 @@ class FileInfo(_Part):
 
     name: _FileName
     """As it was written; it may have been renamed."""
-    runtime: Annotated[str, Field(pattern=r"^(torchscript(-[a-z0-9]+)?|onnxruntime|openvino|torch_export)$")]
-    """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime, openvino or
-    torch_export."""
+    runtime: Annotated[str, Field(pattern=r"^(torchscript(-[a-z0-9]+)?|onnxruntime|openvino|executorch|torch_export)$")]
+    """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime, openvino,
+    executorch or torch_export."""
     runtime_version: str
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """SHA-256 of the file as it was before this document was added: the report's `artifact_sha256`."""
@@ -175,7 +176,7 @@ class ModelInfo(_Part):
     input_size: Annotated[list[Pixels], Field(min_length=3, max_length=3)]
     """Channels, height and width of the model's input."""
     interface: Interface = FLOAT
-    """What the files take, for any number of images, and what they give."""
+    """What the files take, for any number of images (executorch: one), and what they give."""
     preprocessing: Preprocessing
     float_accuracy: Accuracy
     """The float model's."""
@@ -205,9 +206,13 @@ def attach(content: bytes, kind: str, info: ModelInfo) -> bytes:
 
     Args:
         content: The file without a document.
-        kind: torchscript, onnx or torch_export.
+        kind: torchscript, onnx, executorch or torch_export.
         info: What the document says.
     """
+    if kind == "executorch":
+        from quantlib.export import executorch
+
+        return executorch.add_file(content, _EXTRA_FILE, document(info))
     if kind != "onnx":
         from quantlib.export import archive  # It imports torch.
 
@@ -223,7 +228,7 @@ def read(path: Path) -> ModelInfo:
     """The document of a file, or of a bundle.
 
     Args:
-        path: NAME.pt, NAME.pt2, NAME.onnx, NAME.xml or model.json.
+        path: NAME.pt, NAME.pt2, NAME.pte, NAME.onnx, NAME.xml or model.json.
 
     Raises:
         ModelError: If there is none, it is damaged, or a newer quantflow wrote it.
@@ -233,6 +238,7 @@ def read(path: Path) -> ModelInfo:
         ".json": lambda content, _: content,
         ".pt": _find_in_archive,
         ".pt2": _find_in_archive,
+        ".pte": _find_in_executorch,
         ".onnx": _find_in_onnx,
         ".xml": _find_in_ir,
     }.get(path.suffix)
@@ -276,6 +282,12 @@ def _find_in_archive(content: bytes, path: Path) -> bytes | None:
         return archive.find_extra_file(content, _EXTRA_FILE)
     except RuntimeError as error:
         raise ModelError(f"{path} is damaged, or no file of torch's: {reason_of(error)}. {_AGAIN}") from None
+
+
+def _find_in_executorch(content: bytes, _: Path) -> bytes | None:
+    from quantlib.export import executorch
+
+    return executorch.find_file(content, _EXTRA_FILE)
 
 
 def _find_in_onnx(content: bytes, path: Path) -> bytes | None:

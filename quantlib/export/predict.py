@@ -46,6 +46,12 @@ def answer(x: np.ndarray) -> np.ndarray:
                 return lib.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": x})[0]
             if name == "openvino":
                 return lib.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
+            if name == "executorch":
+                run = (
+                    import_module("executorch.runtime").Runtime.get().load_program(path).load_method("forward").execute
+                )
+                images = import_module("torch").from_numpy(np.ascontiguousarray(x)).split(1)  # It takes one at a time.
+                return np.concatenate([run([image])[0].numpy() for image in images])
             if name == "torch_export":
                 import_module("torch.ao.quantization.fx._decomposed")  # Registers the operations that round.
                 return import_module("torch.export").load(path).module()(lib.from_numpy(x)).detach().numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from torch.export import ExportedProgram
 from quantlib.errors import ModelError, reason_of
 from quantlib.export import archive
 from quantlib.export.ends import Ends
-from quantlib.graph.plan import gives_new_values, is_layer
+from quantlib.graph.plan import CONCATENATIONS, gives_new_values, is_layer
 from quantlib.models import quantized_decomposed
 from quantlib.quantize.grids import Grid
-from quantlib.quantize.preparation import QUANTIZERS, is_int8
+from quantlib.quantize.preparation import is_int8
 
 _GRAPH, _SAMPLE_INPUTS = "models/model.json", "data/sample_inputs/model.pt"
 
@@ -104,13 +105,20 @@ def _lowered(model: fx.GraphModule) -> nn.Module:
 
 
 def _round_again(model: fx.GraphModule) -> None:
-    """Round what an operation carries on its grid, such as a maximum: backends look for int8 right before a layer."""
+    """Round again on the same grid where backends look for int8: behind what carries it, and before a concatenation.
+
+    No value changes, but for means, which are carried, too.
+    """
     modules = dict(model.named_modules())
     grids: dict[fx.Node, Grid] = {}
     for node in list(model.graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Grid):
             grids[node] = module
+        elif is_int8(node) and node.target in CONCATENATIONS:
+            (after,) = node.users
+            for number, part in enumerate(node.all_input_nodes):
+                _round(model, part, [node], f"parts.{node.name}.{number}", modules[str(after.target)])
         elif is_int8(node) and not is_layer(module) and not gives_new_values(node, modules):
             grid = next((grids[each] for each in node.all_input_nodes if each in grids), None)
             readers = [user for user in node.users if is_int8(user)]
@@ -118,12 +126,17 @@ def _round_again(model: fx.GraphModule) -> None:
                 continue
             grids[node] = grid
             if "shape" in node.meta:  # Not several tensors, of which each is taken next.
-                model.set_submodule(f"{QUANTIZERS}.{node.name}", grid)
-                with model.graph.inserting_after(node):
-                    rounded = model.graph.call_module(f"{QUANTIZERS}.{node.name}", (node,))
-                grids[rounded] = grid
-                for reader in readers:
-                    reader.replace_input_with(node, rounded)
+                grids[_round(model, node, readers, f"carried.{node.name}", grid)] = grid
+
+
+def _round(model: fx.GraphModule, node: fx.Node, readers: Iterable[fx.Node], path: str, grid: nn.Module) -> fx.Node:
+    """Let some readers of a tensor read it rounded."""
+    model.add_submodule(path, grid)
+    with model.graph.inserting_after(node):
+        rounded = model.graph.call_module(path, (node,))
+    for reader in readers:
+        reader.replace_input_with(node, rounded)
+    return rounded
 
 
 def _store_steps(layer: Any, grid: Grid) -> None:
@@ -135,13 +148,12 @@ def _store_steps(layer: Any, grid: Grid) -> None:
 
 def _dequantize_for_each(model: fx.GraphModule, node: fx.Node, grid: Grid) -> None:
     """Quantize a tensor at a node, and dequantize it once for each of its readers."""
-    path = str(node.target)
     for number, reader in enumerate(list(node.users)):
-        own = f"{path}_{number}"
-        model.set_submodule(own, _Dequantize(grid))
+        path = f"values.{node.name}.{number}"
+        model.add_submodule(path, _Dequantize(grid))
         with model.graph.inserting_before(reader):
-            reader.replace_input_with(node, model.graph.call_module(own, (node,)))
-    model.set_submodule(path, _Quantize(grid))
+            reader.replace_input_with(node, model.graph.call_module(path, (node,)))
+    model.set_submodule(str(node.target), _Quantize(grid))
 
 
 class _Rounding(nn.Module):

@@ -34,7 +34,7 @@ class Runtime:
     """A runtime, which runs exported models."""
 
     name: str
-    """torchscript, torchscript-ENGINE, onnxruntime, openvino or torch_export."""
+    """torchscript, torchscript-ENGINE, onnxruntime, openvino, executorch or torch_export."""
     version: str
 
     @property
@@ -59,8 +59,8 @@ def is_installed(runtime: str) -> bool:
 
 
 def suffix_of(runtime: str) -> str:
-    """How the names of a runtime's files end: .pt, .pt2 or .onnx."""
-    return {"torchscript": ".pt", "torch_export": ".pt2"}.get(runtime.partition("-")[0], ".onnx")
+    """How the names of a runtime's files end: .pt, .pt2, .pte or .onnx."""
+    return {"torchscript": ".pt", "torch_export": ".pt2", "executorch": ".pte"}.get(runtime.partition("-")[0], ".onnx")
 
 
 def find_runtimes(
@@ -68,8 +68,8 @@ def find_runtimes(
 ) -> tuple[Runtime, ...]:
     """The installed runtimes besides TorchScript, the usually faster ones first.
 
-    Those for ONNX files, of which there are none without the packages `onnx` and `onnxscript`, which write them. And
-    torch_export, if it is named.
+    Those for ONNX files, of which there are none without the packages `onnx` and `onnxscript`, which write them;
+    executorch and torch_export only if they are named.
 
     Args:
         wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any for ONNX.
@@ -78,7 +78,7 @@ def find_runtimes(
     Raises:
         MachineError: If one of them is not installed.
     """
-    installed = [name for name in (*_FOR_ONNX, "torch_export") if is_installed(name)]
+    installed = [name for name in (*_FOR_ONNX, "executorch", "torch_export") if is_installed(name)]
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
         installed = [name for name in installed if name not in _FOR_ONNX]
     for key, names in (("benchmark.runtimes", wanted), ("gate.runtimes", shipped_for)):

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantlib.errors import MachineError, ModelError, reason_of
 from quantlib.models import exported_file, exported_graph
 from quantlib.recipe.sections import RuntimeName
+from quantlib.runtimes import executorch
 from quantlib.runtimes.available import is_installed, package_of, resolve_engine
 from quantlib.runtimes.engine import use_engine
 
@@ -152,12 +153,32 @@ class TorchExportClassifier:
             return self.model(self.arrange(images))
 
 
+class ExecuTorchClassifier:
+    """A program of ExecuTorch, which takes one image at a time.
+
+    Args:
+        path: The file.
+        num_threads: Threads of all programs in this process; 0: as they are.
+    """
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        self.method = executorch.load_method(str(path), num_threads)
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images in the memory layout that is fastest."""
+        return images.contiguous()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images as the file takes them to its answers, [N, num_classes] float32."""
+        return torch.cat([self.method.execute([image])[0] for image in self.arrange(images).split(1)])
+
+
 def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
     """Open an exported model in a runtime.
 
     Args:
         path: A file for that runtime.
-        runtime: torchscript, torchscript-ENGINE, onnxruntime, openvino or torch_export.
+        runtime: torchscript, torchscript-ENGINE, onnxruntime, openvino, executorch or torch_export.
         num_threads: Its own threads; 0: as many as it likes. TorchScript and torch.export run on torch's.
 
     Raises:
@@ -176,6 +197,8 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
             return TorchScriptClassifier(path, engine or "auto")
         if kind == "openvino":
             return OpenVINOClassifier(path, num_threads)
+        if kind == "executorch":
+            return ExecuTorchClassifier(path, num_threads)
         if kind == "torch_export":
             return TorchExportClassifier(path)
         return ONNXRuntimeClassifier(path, num_threads)
@@ -184,5 +207,5 @@ def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
             raise
         raise ModelError(
             f"{path} does not load in {runtime}: {reason_of(error)} A .pt file is TorchScript, an .onnx file ONNX, "
-            "an .xml file OpenVINO IR, and a .pt2 file for torch_export."
+            "an .xml file OpenVINO IR, a .pte file for executorch, and a .pt2 file for torch_export."
         ) from None

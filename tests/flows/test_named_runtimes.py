@@ -11,8 +11,9 @@ from dashboard_driver import own_environment
 
 from quantlib.export import bundle, folder, prediction
 from quantlib.report import tables
+from quantlib.runtimes import available
 
-RUNTIMES = ["torch_export"]
+RUNTIMES = [name for name in ("torch_export", "executorch") if available.is_installed(name)]
 RECIPE = harness.RECIPE | {"qat": [], "benchmark": {"num_samples": 10, "runtimes": RUNTIMES}}
 
 
@@ -34,14 +35,15 @@ def shipped(home, tmp_path_factory):
 
 def test_float_and_int8_are_written_timed_and_judged(home):
     models = {path.name for path in (home / "models" / harness.run_id_of(home)).iterdir()}
-    assert {"float.pt", "float.pt2", "per_channel.pt", "per_channel.pt2"} <= models
+    endings = [available.suffix_of(runtime) for runtime in ("torchscript", *RUNTIMES)]
+    assert {f"{name}{ending}" for name in ("float", "per_channel") for ending in endings} <= models
     assert not any(name.endswith(".onnx") for name in models)
     latency = pd.read_parquet(home / "reports" / "latency")
     for variant in ("float", "per_channel"):
-        assert {"torch_export"} < set(latency[latency.variant == variant].runtime)
+        assert {*RUNTIMES} < set(latency[latency.variant == variant].runtime)
     judged = pd.read_parquet(home / "reports" / "files").set_index("runtime")
     assert set(RUNTIMES) <= set(judged.index)
-    assert judged.loc["torch_export"].gate == "inside"
+    assert (judged.gate == "inside").all()
     ((_, row),) = (each for each in tables.read_variants(home / "reports") if each[1].variant == "per_channel")
     assert (row.onnx_path, row.onnx_refusal, row.other_refusal) == (None, None, None)
 

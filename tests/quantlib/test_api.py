@@ -438,7 +438,7 @@ def test_saving_again_gives_the_same_bytes_and_changes_no_answer(quantized, imag
 def test_a_file_that_is_not_for_the_runtime_is_one_clear_error(quantized, tmp_path, name, runtime):
     message = (
         f"'{name}' is not a file for {runtime or 'any runtime'}: NAME.pt is for torchscript-ENGINE, "
-        "NAME.onnx for onnxruntime and openvino, NAME.pt2 for torch_export."
+        "NAME.onnx for onnxruntime and openvino, NAME.pt2 for torch_export, NAME.pte for executorch."
     )
 
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):

@@ -8,7 +8,7 @@ from quantlib.data import shards
 from quantlib.data.feeding import feed
 from quantlib.data.normalization import Normalization
 from quantlib.errors import ModelError
-from quantlib.export import check, onnx_draft, scripting, torch_export
+from quantlib.export import check, executorch, onnx_draft, scripting, torch_export
 from quantlib.export.ends import Ends
 from quantlib.measure import evaluation
 from quantlib.quantize import conversion
@@ -17,7 +17,8 @@ from quantlib.runtimes import available, classifiers
 
 SHAPE = (3, 32, 32)
 ONNX_RUNTIMES = [found.name for found in available.find_runtimes()]
-RUNTIMES = ["torchscript", "torch_export", *ONNX_RUNTIMES]
+PROGRAMS = {"torch_export": torch_export.write, "executorch": executorch.write}
+RUNTIMES = ["torchscript", *filter(available.is_installed, PROGRAMS), *ONNX_RUNTIMES]
 PIXELS = [Interface(input="uint8", layout=layout) for layout in ("nchw", "nhwc")]
 PROBABILITIES = Interface(softmax=True)
 EVERYTHING = Interface(input="uint8", layout="nhwc", softmax=True)
@@ -43,9 +44,9 @@ def write(models, val_shard, tmp_path_factory):
             engine = None if kind == "float" else available.default_engine()
             path, runtime = folder / f"{name}.pt", available.torchscript_on(engine)
             path.write_bytes(scripting.script(models[kind], engine, SHAPE, ends))
-        elif runtime == "torch_export":
-            path = folder / f"{name}.pt2"
-            path.write_bytes(torch_export.write(models[kind], SHAPE, ends))
+        elif runtime in PROGRAMS:
+            path = folder / f"{name}{available.suffix_of(runtime)}"
+            path.write_bytes(PROGRAMS[runtime](models[kind], SHAPE, ends))
         else:
             from quantlib.export import onnx
 
@@ -96,8 +97,8 @@ def test_a_file_that_normalizes_wrongly_is_refused(runtime, write, models, val_s
     other = Ends(EVERYTHING, Normalization((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)))
     if runtime == "torchscript":
         content, full_name = scripting.script(models["float"], None, SHAPE, other), runtime
-    elif runtime == "torch_export":
-        content, full_name = torch_export.write(models["float"], SHAPE, other), runtime
+    elif runtime in PROGRAMS:
+        content, full_name = PROGRAMS[runtime](models["float"], SHAPE, other), runtime
     else:
         path, full_name = write("float", runtime, FLOAT)
         content = other.add_to_onnx(path.read_bytes())

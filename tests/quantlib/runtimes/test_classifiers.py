@@ -12,23 +12,26 @@ from schemes import scheme
 from quantlib import api
 from quantlib.data import shards
 from quantlib.errors import MachineError, ModelError
-from quantlib.export import onnx, onnx_draft, scripting, torch_export
+from quantlib.export import executorch, onnx, onnx_draft, scripting, torch_export
 from quantlib.quantize import conversion
 from quantlib.runtimes import available, classifiers
 
 SHAPE = (3, 32, 32)
 ONNX_RUNTIMES = [found.name for found in available.find_runtimes()]
+NAMED = [name for name in ("torch_export", "executorch") if available.is_installed(name)]
 
 
 @pytest.fixture(scope="module")
 def exported(calibrated, fused_model, engine, tmp_path_factory):
-    """A folder with int8.pt, int8.onnx, int8.pt2 and float.pt."""
+    """A folder with int8.pt, int8.onnx, int8.pt2, float.pt, and int8.pte if ExecuTorch is installed."""
     pytest.importorskip("onnx", reason="the extra of an ONNX runtime is not installed")
     folder = tmp_path_factory.mktemp("files")
     int8 = conversion.convert(calibrated("accurate"), scheme("accurate"))
     (folder / "int8.pt").write_bytes(scripting.script(int8, engine, SHAPE))
     (folder / "float.pt").write_bytes(scripting.script(fused_model, None, SHAPE))
     (folder / "int8.pt2").write_bytes(torch_export.write(int8, SHAPE))
+    if "executorch" in NAMED:
+        (folder / "int8.pte").write_bytes(executorch.write(int8, SHAPE))
     draft = onnx_draft.draft(fused_model, SHAPE)
     # Everything is rounded that the TorchScript file rounds; every runtime takes it.
     (folder / "int8.onnx").write_bytes(onnx.write_onnx(draft, int8, "onnxruntime"))
@@ -46,7 +49,7 @@ def test_every_runtime_gives_the_logits_of_the_torchscript_file(exported, val_in
     supported = set(torch.backends.quantized.supported_engines)
     for name in (f"torchscript-{engine}" for engine in available.engines() if engine in supported):
         assert _error(classifiers.open_model(exported / "int8.pt", name)(x), expected) < 0.02, name
-    for name in (*ONNX_RUNTIMES, "torch_export"):
+    for name in (*ONNX_RUNTIMES, *NAMED):
         model = classifiers.open_model(exported / f"int8{available.suffix_of(name)}", name, num_threads=1)
         assert _error(model(x), expected) < 0.02, name
         # Outputs belong to the caller: the next call leaves them as they are, and takes another number of images.
@@ -63,7 +66,7 @@ def test_a_frozen_float_file_computes_the_same(exported, fused_model, val_inputs
     torch.testing.assert_close(classifiers.open_model(exported / "float.pt", "torchscript")(val_inputs), expected)
 
 
-@pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, "torch_export"])
+@pytest.mark.parametrize("runtime", ["torchscript", *ONNX_RUNTIMES, *NAMED])
 @pytest.mark.parametrize("named", [True, False])
 def test_the_loader_takes_what_the_report_names(exported, val_inputs, runtime, named):
     name = f"int8{available.suffix_of(runtime)}"
@@ -106,6 +109,24 @@ def test_torch_export_is_used_only_where_a_recipe_names_it(wanted, shipped_for):
     names = [found.name for found in available.find_runtimes(wanted, shipped_for)]
     assert names == [*(ONNX_RUNTIMES if wanted is None else ()), "torch_export"]
     assert "torch_export" not in ONNX_RUNTIMES
+
+
+def test_executorch_is_used_only_where_a_recipe_names_it_and_asked_for_by_its_extra(monkeypatch):
+    found = available.importlib.util.find_spec
+    monkeypatch.setattr(
+        available.importlib.util, "find_spec", lambda name: None if name == "executorch" else found(name)
+    )
+    with pytest.raises(
+        MachineError, match=r"names executorch, which is not installed: pip install 'quantflow\[executorch\]',"
+    ):
+        available.find_runtimes(("executorch",))
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(available.importlib.metadata, "version", lambda _: "1.0")
+    assert [each.name for each in available.find_runtimes()] == ["openvino", "onnxruntime"]
+    assert [each.name for each in available.find_runtimes(("executorch", "torch_export"))] == [
+        "executorch",
+        "torch_export",
+    ]
 
 
 def test_a_recipe_names_the_runtimes_that_it_wants(monkeypatch):
