@@ -52,12 +52,12 @@ def answer(x: np.ndarray) -> np.ndarray:
                 )
                 images = import_module("torch").from_numpy(np.ascontiguousarray(x)).split(1)  # It takes one at a time.
                 return np.concatenate([run([image])[0].numpy() for image in images])
+            images = lib.from_numpy(x).contiguous(memory_format=lib.channels_last)
             if name == "torch_export":
                 import_module("torch.ao.quantization.fx._decomposed")  # Registers the operations that round.
-                return import_module("torch.export").load(path).module()(lib.from_numpy(x)).detach().numpy()
+                return import_module("torch.export").load(path).module()(images).detach().numpy()
             lib.backends.quantized.engine = engine or lib.backends.quantized.engine
-            script = lib.jit.optimize_for_inference(lib.jit.load(path).eval())
-            return script(lib.from_numpy(x).contiguous(memory_format=lib.channels_last)).detach().numpy()
+            return lib.jit.optimize_for_inference(lib.jit.load(path).eval())(images).detach().numpy()
     sys.exit(f"Install the runtime of one of the files: {', '.join(file['runtime'] for file in MODEL['files'])}.")
 
 

@@ -32,6 +32,12 @@ class Classifier(Protocol):
         """
 
 
+def _channels_last(images: Tensor) -> Tensor:
+    # A file that takes pixels puts its own order on them.
+    kind = torch.channels_last if images.is_floating_point() else torch.contiguous_format
+    return images.contiguous(memory_format=kind)
+
+
 class TorchScriptClassifier:
     """A TorchScript file, frozen. It runs on as many threads as torch is set to.
 
@@ -51,9 +57,7 @@ class TorchScriptClassifier:
 
     def arrange(self, images: Tensor) -> Tensor:
         """Images in the memory layout that is fastest."""
-        # A file that takes pixels puts its own order on them.
-        kind = torch.channels_last if images.is_floating_point() else torch.contiguous_format
-        return images.contiguous(memory_format=kind)
+        return _channels_last(images)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images as the file takes them to its answers, [N, num_classes] float32."""
@@ -145,7 +149,7 @@ class TorchExportClassifier:
 
     def arrange(self, images: Tensor) -> Tensor:
         """Images in the memory layout that is fastest."""
-        return images.contiguous()
+        return _channels_last(images)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images as the file takes them to its answers, [N, num_classes] float32."""
