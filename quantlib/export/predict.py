@@ -47,11 +47,9 @@ def answer(x: np.ndarray) -> np.ndarray:
             if name == "openvino":
                 return lib.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
             if name == "executorch":
-                run = (
-                    import_module("executorch.runtime").Runtime.get().load_program(path).load_method("forward").execute
-                )
-                images = import_module("torch").from_numpy(np.ascontiguousarray(x)).split(1)  # It takes one at a time.
-                return np.concatenate([run([image])[0].numpy() for image in images])
+                program = import_module("executorch.runtime").Runtime.get().load_program(path)
+                run, images = program.load_method("forward").execute, import_module("torch").from_numpy(x).contiguous()
+                return np.concatenate([run([image])[0].numpy() for image in images.split(1)])
             images = lib.from_numpy(x).contiguous(memory_format=lib.channels_last)
             if name == "torch_export":
                 import_module("torch.ao.quantization.fx._decomposed")  # Registers the operations that round.
