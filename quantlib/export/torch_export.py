@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 from quantlib.errors import ModelError, reason_of
 from quantlib.export import archive
 from quantlib.export.ends import Ends
-from quantlib.graph.plan import CONCATENATIONS, gives_new_values, is_layer
+from quantlib.graph.nodes import is_layer, module_of
+from quantlib.graph.plan import CONCATENATIONS, gives_new_values
 from quantlib.models import quantized_decomposed
 from quantlib.quantize.grids import Grid
 from quantlib.quantize.preparation import is_int8
@@ -94,7 +95,7 @@ def _lowered(model: fx.GraphModule) -> nn.Module:
         if isinstance(grid, Grid):
             _store_steps(module, grid)
     for node in list(lowered.graph.nodes):
-        grid = lowered.get_submodule(str(node.target)) if node.op == "call_module" else None
+        grid = module_of(lowered, node)
         if isinstance(grid, Grid):
             _dequantize_for_each(lowered, node, grid)
     for path, module in list(lowered.named_modules()):
@@ -109,17 +110,17 @@ def _round_again(model: fx.GraphModule) -> None:
 
     No value changes, but for means, which are carried, too.
     """
-    modules = dict(model.named_modules())
     grids: dict[fx.Node, Grid] = {}
     for node in list(model.graph.nodes):
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        module = module_of(model, node)
         if isinstance(module, Grid):
             grids[node] = module
         elif is_int8(node) and node.target in CONCATENATIONS:
             (after,) = node.users
+            own = model.get_submodule(str(after.target))
             for number, part in enumerate(node.all_input_nodes):
-                _round(model, part, [node], f"parts.{node.name}.{number}", modules[str(after.target)])
-        elif is_int8(node) and not is_layer(module) and not gives_new_values(node, modules):
+                _round(model, part, [node], f"parts.{node.name}.{number}", own)
+        elif is_int8(node) and not is_layer(module) and not gives_new_values(node, model):
             grid = next((grids[each] for each in node.all_input_nodes if each in grids), None)
             readers = [user for user in node.users if is_int8(user)]
             if grid is None or not readers:
