@@ -4,7 +4,7 @@ from quantlib import api
 
 quantized = api.quantize(model, batches)     # an nn.Module, and calibration images as it takes them
 logits = quantized(images)                   # what int8 will answer, computed in float
-quantized.save("model.onnx", "openvino")     # or "model.pt" for TorchScript
+quantized.save("model.onnx", "openvino")     # or "model.pt" for TorchScript, "model.pt2" for torch.export
 classifier = api.load("model.onnx", "openvino")
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from quantlib import files, machine
 from quantlib.errors import ModelError
-from quantlib.export import checksums, onnx, onnx_draft, scripting
+from quantlib.export import checksums, executorch, onnx, onnx_draft, scripting, torch_export
 from quantlib.graph.fusion import fuse_model
 from quantlib.graph.model import trace_model
 from quantlib.graph.plan import LayerPlan, draw_plan
@@ -91,13 +91,13 @@ class QuantizedModel:
         """Write a file for a runtime; `load` opens it.
 
         Args:
-            path: NAME.pt for TorchScript, NAME.onnx for ONNX.
+            path: NAME.pt for TorchScript, NAME.onnx for ONNX, NAME.pt2 for torch.export, NAME.pte for ExecuTorch.
             runtime: onnxruntime or openvino for .onnx (None: onnxruntime); torchscript or torchscript-ENGINE for .pt
-                (without an engine: the one that torch prefers on this CPU).
+                (without an engine: the one that torch prefers on this CPU); torch_export for .pt2, executorch for .pte.
 
         Raises:
             ModelError: If the model cannot be written in this format, or the format is not for this runtime.
-            MachineError: If this machine lacks the engine.
+            MachineError: If this machine lacks the engine, or ExecuTorch.
         """
         path = Path(path)
         if path.suffix == ".onnx" and runtime in {None, "onnxruntime", "openvino"}:
@@ -107,10 +107,14 @@ class QuantizedModel:
             engine = (runtime or "").partition("-")[2] or available.default_engine()
             content = scripting.script(self._quantized, engine, self._input_shape)
             scripting.try_out(content, engine, self._input_shape)
+        elif path.suffix == ".pt2" and runtime in {None, "torch_export"}:
+            content = torch_export.write(self._quantized, self._input_shape)
+        elif path.suffix == ".pte" and runtime in {None, "executorch"}:
+            content = executorch.write(self._quantized, self._input_shape)
         else:
             raise ModelError(
                 f"{path.name!r} is not a file for {runtime or 'any runtime'}: NAME.pt is for torchscript-ENGINE, "
-                "NAME.onnx for onnxruntime and openvino."
+                "NAME.onnx for onnxruntime and openvino, NAME.pt2 for torch_export, NAME.pte for executorch."
             )
         files.write_atomically(path, content)
 
@@ -211,10 +215,12 @@ def load(path: str | Path, runtime: str | None = None, num_threads: int | None =
     The process's memory allocator is set to keep freed memory, which makes float models several times faster.
 
     Args:
-        path: NAME.pt or NAME.onnx of a run, or NAME.xml of a bundle.
-        runtime: As the report names it: torchscript, torchscript-ENGINE, onnxruntime or openvino; None: torchscript
-            for a .pt file, and an installed one for an .onnx file.
-        num_threads: None: as many as the runtime likes. With torchscript this is torch's own setting, for the process.
+        path: A file of a run or of a bundle: NAME.pt, NAME.pt2, NAME.pte, NAME.onnx or NAME.xml.
+        runtime: As the report names it: torchscript, torchscript-ENGINE, onnxruntime, openvino, executorch or
+            torch_export; None:
+            the one that the file is for, and of those for an .onnx file an installed one.
+        num_threads: None: as many as the runtime likes. With torchscript and torch_export this is torch's own setting,
+            for the process.
 
     Raises:
         ModelError: If there is no such file, it does not match the SHA256SUMS beside it, or it does not run in that
@@ -223,12 +229,13 @@ def load(path: str | Path, runtime: str | None = None, num_threads: int | None =
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"No file {str(path)!r}: give the .pt or .onnx file that a run's report names.")
+        raise ModelError(f"No file {str(path)!r}: give one that a run's report names.")
     checksums.verify(path)
     machine.keep_freed_memory()
     if runtime is None:
-        installed = [found.name for found in available.find_onnx_runtimes()]
-        runtime = {".pt": "torchscript", ".xml": "openvino"}.get(path.suffix, (installed or ["openvino"])[0])
-    if num_threads is not None and runtime.startswith("torchscript"):
+        installed = [found.name for found in available.find_runtimes()]
+        own = {".pt": "torchscript", ".pt2": "torch_export", ".pte": "executorch", ".xml": "openvino"}
+        runtime = own.get(path.suffix, (installed or ["openvino"])[0])
+    if num_threads is not None and available.package_of(runtime) == "torch":
         torch.set_num_threads(num_threads)
     return classifiers.open_model(path, runtime, num_threads or 0)

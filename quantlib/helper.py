@@ -172,7 +172,9 @@ def _explain_death(status: int, runtime: str) -> QuantflowError:
 
 
 def _format(runtime: str) -> str:
-    return "TorchScript" if runtime.startswith("torchscript") else "ONNX"
+    return {"torchscript": "TorchScript", "torch_export": "torch.export", "executorch": "ExecuTorch"}.get(
+        runtime.partition("-")[0], "ONNX"
+    )
 
 
 # In the helper

@@ -11,8 +11,11 @@ EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("torch.quantize_per_tensor, torch.quantize_per_channel", UserWarning),
     # TorchScript finds an annotation that it does not know in torch's own GraphModule.
     ("The TorchScript type system doesn't support instance-level annotations", UserWarning),
+    # ExecuTorch reads its own files in an old way, and calls its Python interface experimental.
+    ("(read_text|open_text|read_binary) is deprecated", DeprecationWarning),
+    ("This API is experimental and subject to change without notice", DeprecationWarning),
 )
-"""Warnings that torch is known to give here: start of the message, and category. pyproject.toml lists the same."""
+"""Warnings that are known to be given here: start of the message, and category. pyproject.toml lists the same."""
 
 
 def prepare_process() -> None:

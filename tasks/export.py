@@ -1,4 +1,4 @@
-"""Stages that export: script_and_save, try_file, draft_onnx, save_onnx."""
+"""Stages that export: script_and_save, try_file, draft_onnx, save_onnx, save_program."""
 
 from quantlib.recipe.interface import Interface
 from quantlib.runtimes.available import Runtime, torchscript_on
@@ -88,6 +88,30 @@ def save_onnx(
     except ModelError as error:
         return store.put_json(_REFUSAL, {"reason": str(error)})
     return store.put("onnx", content)
+
+
+@stage("save_program-{branch}")
+def save_program(job: Job, model: Ref, images: Ref, runtime: Runtime, interface: Interface, *, branch: str) -> Ref:
+    """The file for torch_export or executorch of a fused float model, or of a quantized model, once it answers as it.
+
+    Or why there is none.
+    """
+    from quantlib.data import shards
+    from quantlib.errors import ModelError
+    from quantlib.export import check, executorch, torch_export
+    from quantlib.export.ends import Ends
+    from quantlib.quantize import stored
+
+    shard = job.store.path(images)
+    ends = Ends(interface, shards.open_shard(shard).normalization)
+    module, header = stored.open_model(job.store.read(model))
+    try:
+        write = executorch.write if runtime.name == "executorch" else torch_export.write
+        content = write(module, header.input_shape, ends)
+        check.check_file(content, module, runtime.name, shard, interface)
+    except ModelError as error:
+        return job.store.put_json(_REFUSAL, {"reason": str(error)})
+    return job.store.put(runtime.name, content)
 
 
 def is_refusal(file: Ref) -> bool:

@@ -58,8 +58,8 @@ class VariantRefs:
     plan that cannot know the chosen epoch."""
     engines: tuple[tuple[Runtime, Ref], ...] = ()
     """For each other engine of this machine the TorchScript file, or why it does not run there; empty for float."""
-    onnx: tuple[tuple[Runtime, Ref], ...] = ()
-    """For each installed runtime its ONNX file, or why there is none."""
+    others: tuple[tuple[Runtime, Ref], ...] = ()
+    """For each other runtime its file, or why there is none."""
     files: tuple[FileRefs, ...] = ()
     """The files that may be shipped, once that is known, each in its fastest runtime; empty if no file runs in an
     allowed runtime."""
@@ -81,10 +81,10 @@ class VariantRefs:
         return None if is_refusal(self.artifact) else self.artifact
 
     @property
-    def onnx_files(self) -> dict[Ref, list[Runtime]]:
-        """The runtimes of each ONNX file that there is; in a plan, that there may be."""
+    def other_files(self) -> dict[Ref, list[Runtime]]:
+        """The runtimes of each other file that there is; in a plan, that there may be."""
         found: dict[Ref, list[Runtime]] = {}
-        for runtime, file in self.onnx:
+        for runtime, file in self.others:
             if not is_refusal(file):
                 found.setdefault(file, []).append(runtime)
         return found

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,7 +102,7 @@ def _write_files(run: LiveRun, measurements: Measurements, shared: Documents) ->
     """Copy out the files of every variant, each with its document, and write their checksums."""
     digests: dict[str, str] = {}
     for refs, row in zip(measurements.variants, shared.rows, strict=True):
-        for file in (*filter(None, [refs.torchscript_file]), *refs.onnx_files):
+        for file in (*filter(None, [refs.torchscript_file]), *refs.other_files):
             place = _place(run.models, refs, file)
             info = shared.describe(row, place, file.sha256, _runtime_of(refs, file))
             content = bundle.attach(run.store.read(file), file.kind, info)
@@ -113,7 +113,7 @@ def _write_files(run: LiveRun, measurements: Measurements, shared: Documents) ->
 
 def _runtime_of(refs: VariantRefs, file: Ref) -> Runtime:
     """The runtime that a file was judged in, or is for."""
-    own = torch_runtime(refs.variant.engine) if file == refs.artifact else refs.onnx_files[file][0]
+    own = torch_runtime(refs.variant.engine) if file == refs.artifact else refs.other_files[file][0]
     return next((each.runtime for each in _files(refs) if each.file == file), own)
 
 
@@ -147,9 +147,11 @@ def _files(refs: VariantRefs) -> tuple[FileRefs, ...]:
 def _place(folder: Path, refs: VariantRefs, file: Ref) -> Path:
     if file == refs.artifact:
         return folder / f"{refs.variant.name}.pt"
-    # One file serves every runtime, or each has its own.
-    own = "" if len(refs.onnx_files) == 1 else f".{refs.onnx_files[file][0].name}"
-    return folder / f"{refs.variant.name}{own}.onnx"
+    runtime, *_ = refs.other_files[file]
+    # One ONNX file serves every runtime, or each has its own.
+    alike = [each for each, *_ in refs.other_files.values() if each.suffix == runtime.suffix]
+    own = "" if len(alike) == 1 else f".{runtime.name}"
+    return folder / f"{refs.variant.name}{own}{runtime.suffix}"
 
 
 def _measured(
@@ -175,8 +177,8 @@ def _measured(
         )
         for file in _files(refs)
     )
-    script, onnx = refs.torchscript_file, refs.onnx_files
-    refusals = [store.read_json(file)["reason"] for _, file in refs.onnx if is_refusal(file)]
+    script, others = refs.torchscript_file, refs.other_files
+    refused = [(runtime, store.read_json(file)["reason"]) for runtime, file in refs.others if is_refusal(file)]
     return Measured(
         variant=refs.variant,
         int8_share=store.read_json(refs.plan)["int8_share"] if refs.plan else None,
@@ -188,13 +190,20 @@ def _measured(
         start_validation=read_predictions(store, refs.start.reference.validation) if refs.start else None,
         kept_start=refs.best_epoch is None if refs.start else None,
         samples_ms={
-            setting: times for file in (*filter(None, [script]), *onnx) for setting, times in samples[file].items()
+            setting: times for file in (*filter(None, [script]), *others) for setting, times in samples[file].items()
         },
         torchscript_path=str(_place(folder, refs, script)) if script else None,
         torchscript_refusal=None if script else store.read_json(refs.artifact)["reason"],
-        onnx_paths=tuple(str(_place(folder, refs, file)) for file in onnx),
-        onnx_refusal=" ".join(dict.fromkeys(refusals)) or None,
+        onnx_paths=tuple(
+            str(_place(folder, refs, file)) for file, (runtime, *_) in others.items() if runtime.suffix == ".onnx"
+        ),
+        onnx_refusal=_joined(reason for runtime, reason in refused if runtime.suffix == ".onnx"),
+        other_refusal=_joined(reason for runtime, reason in refused if runtime.suffix != ".onnx"),
     )
+
+
+def _joined(reasons: Iterable[str]) -> str | None:
+    return " ".join(dict.fromkeys(reasons)) or None
 
 
 def read_samples(

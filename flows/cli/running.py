@@ -90,7 +90,7 @@ def _check(recipe: Recipe, home: Path) -> None:
 
     find_inputs(recipe, home / "splits")
     available.find_engine(recipe.engine)
-    available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+    available.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
 
 
 def _reach_server() -> None:

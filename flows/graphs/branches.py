@@ -9,7 +9,7 @@ from flows.graphs.evaluation import (
     find_reference,
     label_shards,
     measure_shards,
-    save_onnx_files,
+    save_files,
     try_engines,
 )
 from flows.graphs.shared_stages import SharedStages, shard_size, train_transform
@@ -34,9 +34,9 @@ _LAYER_IMAGES_PER_STAGE = 64
 def float_branch(shared: SharedStages) -> VariantRefs:
     """The baseline: fused, exported, evaluated."""
     model = shared.fused_eval
-    onnx = save_onnx_files(shared, model, "float")
+    others = save_files(shared, model, "float")
     artifact = shared.run(script_and_save, model, None, shared.validation[0], shared.interface, branch="float")
-    file, runtime = find_reference(shared, artifact, onnx, None)
+    file, runtime = find_reference(shared, artifact, others, None)
     batch_size = shared.recipe.evaluation.batch_size
     validation, selection = measure_shards(
         shared,
@@ -48,7 +48,7 @@ def float_branch(shared: SharedStages) -> VariantRefs:
     return VariantRefs(
         variant=Variant(name="float", method="float"),
         artifact=artifact,
-        onnx=onnx,
+        others=others,
         reference=FileRefs(file=file, runtime=runtime, validation=validation, selection=selection),
     )
 
@@ -90,7 +90,7 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
         model=candidate.model,
         plan=_plan(shared, branch),
         engines=try_engines(shared, candidate.artifact, branch.name),
-        onnx=save_onnx_files(shared, candidate.model, branch.name),
+        others=save_files(shared, candidate.model, branch.name),
         simulated=evaluate_simulated(
             shared, candidate.model, branch.name, uncorrected=calibrated if branch.corrects_bias else None
         ),
@@ -147,7 +147,7 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
         best_epoch=best_epoch,
         start=start,
         engines=try_engines(shared, best_artifact, branch.name),
-        onnx=save_onnx_files(shared, best_model, branch.name),
+        others=save_files(shared, best_model, branch.name),
         simulated=evaluate_simulated(shared, best_model, branch.name),
         layers=_layers(shared, best_model, branch),
         epochs=tuple(

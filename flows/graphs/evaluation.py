@@ -11,7 +11,7 @@ from quantlib.report.choice import fastest_runtime
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
-from tasks.export import is_refusal, save_onnx, script_and_save, try_file
+from tasks.export import is_refusal, save_onnx, save_program, script_and_save, try_file
 from tasks.measure import benchmark, evaluate, simulate
 from tasks.planning import Pending
 from tasks.quantize import convert
@@ -24,50 +24,46 @@ def evaluate_candidate(shared: SharedStages, prepared: Ref, name: str) -> Candid
     """The file that a calibrated model or a QAT state would ship, evaluated."""
     model = shared.run(convert, prepared, branch=name)
     artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], shared.interface, branch=name)
-    onnx = save_onnx_files(shared, model, name, shared.onnx_runtimes[:1]) if is_refusal(artifact) else ()
-    file, runtime = find_reference(shared, artifact, onnx, shared.engine)
+    others = save_files(shared, model, name, shared.runtimes[:1]) if is_refusal(artifact) else ()
+    file, runtime = find_reference(shared, artifact, others, shared.engine)
     validation, selection = _evaluate(shared, file, runtime, name)
     reference = FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
     return CandidateRefs(model=model, artifact=artifact, reference=reference)
 
 
 def find_reference(
-    shared: SharedStages, artifact: Ref, onnx: tuple[tuple[Runtime, Ref], ...], engine: str | None
+    shared: SharedStages, artifact: Ref, others: tuple[tuple[Runtime, Ref], ...], engine: str | None
 ) -> tuple[Ref, Runtime]:
-    """The file that a model is judged by, and the runtime: TorchScript, or else the first ONNX file.
+    """The file that a model is judged by, and the runtime: TorchScript, or else the first other file.
 
     Raises:
         ModelError: If there is neither.
     """
     if not is_refusal(artifact):
         return artifact, available.torch_runtime(engine)
-    for runtime, file in onnx:
+    for runtime, file in others:
         if not is_refusal(file):
             return file, runtime
-    store = shared.run.known((artifact, onnx))
-    reasons = [store.read_json(refusal)["reason"] for refusal in (artifact, *(file for _, file in onnx))]
+    store = shared.run.known((artifact, others))
+    reasons = [store.read_json(refusal)["reason"] for refusal in (artifact, *(file for _, file in others))]
     raise ModelError(f"No runtime can run the model. {' '.join(dict.fromkeys(reasons))}")
 
 
-def save_onnx_files(
+def save_files(
     shared: SharedStages, model: Ref, name: str, runtimes: tuple[Runtime, ...] | None = None
 ) -> tuple[tuple[Runtime, Ref], ...]:
-    """The ONNX file of a variant for each installed runtime, or for some, or why there is none."""
+    """The file of a variant for each runtime besides TorchScript, or for some, or why there is none."""
     return tuple(
-        (
-            runtime,
-            shared.run(
-                save_onnx,
-                shared.onnx_draft,
-                model,
-                shared.validation[0],
-                runtime,
-                shared.interface,
-                branch=f"{name}-{runtime.name}",
-            ),
-        )
-        for runtime in (shared.onnx_runtimes if runtimes is None else runtimes)
+        (runtime, _save_file(shared, model, runtime, f"{name}-{runtime.name}"))
+        for runtime in (shared.runtimes if runtimes is None else runtimes)
     )
+
+
+def _save_file(shared: SharedStages, model: Ref, runtime: Runtime, label: str) -> Ref:
+    images, interface = shared.validation[0], shared.interface
+    if runtime.suffix == ".onnx":
+        return shared.run(save_onnx, shared.onnx_draft, model, images, runtime, interface, branch=label)
+    return shared.run(save_program, model, images, runtime, interface, branch=label)
 
 
 def _evaluate(
@@ -104,7 +100,7 @@ def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
     return [
         *own,
         *(BenchmarkTarget(file, runtime) for runtime, file in refs.engines if not is_refusal(file)),
-        *(BenchmarkTarget(file, runtime) for file, runtimes in refs.onnx_files.items() for runtime in runtimes),
+        *(BenchmarkTarget(file, runtime) for file, runtimes in refs.other_files.items() for runtime in runtimes),
     ]
 
 
@@ -156,7 +152,7 @@ def evaluate_files(
     def evaluate_variant(refs: VariantRefs) -> VariantRefs:
         files = tuple(
             _evaluate_in(shared, refs, file, runtime_for(file), refs.variant.name)
-            for file in (refs.artifact, *refs.onnx_files)
+            for file in (refs.artifact, *refs.other_files)
             if file in allowed
         )
         return replace(refs, files=files)

@@ -33,7 +33,8 @@ class SharedStages:
     recipe: Recipe
     inputs: Inputs
     engine: str
-    onnx_runtimes: tuple[Runtime, ...]
+    runtimes: tuple[Runtime, ...]
+    """Those besides TorchScript."""
     float_model: Ref
     validation: tuple[Ref, ...]
     """Decoded shards."""
@@ -101,8 +102,8 @@ def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> Share
     )
     validation = _decode(run, recipe, inputs.validation, inputs.transform, "validation")
     held_out = _decode(run, recipe, inputs.held_out, inputs.transform, "held_out")
-    onnx_runtimes = available.find_onnx_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
-    return SharedStages(run, recipe, inputs, engine, onnx_runtimes, float_model, validation, held_out)
+    runtimes = available.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+    return SharedStages(run, recipe, inputs, engine, runtimes, float_model, validation, held_out)
 
 
 def train_transform(recipe: Recipe, inputs: Inputs) -> TrainTransform:

@@ -1,8 +1,9 @@
 """What a shipped file says about itself: one JSON document, inside the file and in a bundle's model.json.
 
-An ONNX file holds it as metadata "quantflow", a TorchScript file as extra file "quantflow.json", OpenVINO IR as runtime
-information "framework", "quantflow". It is added when a
-file leaves the store: an artifact is named by its content, and is written before anything of it is measured.
+An ONNX file holds it as metadata "quantflow", OpenVINO IR as runtime information "framework", "quantflow"; files of
+TorchScript and torch.export as extra file "quantflow.json"; those of ExecuTorch as a file of that name in a ZIP archive
+at their end. It is added when a file leaves the store: an artifact is named by its content, and is written before
+anything of it is measured.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _AGAIN = "Copy it again, or write it again with `quantflow resume RUN` or `quant
 
 _Positive = Annotated[float, Field(gt=0.0)]
 # A longer path could lead out of the bundle.
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|onnx|xml)$", max_length=255)]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\.(pt|pt2|pte|onnx|xml)$", max_length=255)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +145,9 @@ class FileInfo(_Part):
 
     name: _FileName
     """As it was written; it may have been renamed."""
-    runtime: Annotated[str, Field(pattern=r"^(torchscript(-[a-z0-9]+)?|onnxruntime|openvino)$")]
-    """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime or openvino."""
+    runtime: Annotated[str, Field(pattern=r"^(torchscript(-[a-z0-9]+)?|onnxruntime|openvino|executorch|torch_export)$")]
+    """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime, openvino,
+    executorch or torch_export."""
     runtime_version: str
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """SHA-256 of the file as it was before this document was added: the report's `artifact_sha256`."""
@@ -174,7 +176,7 @@ class ModelInfo(_Part):
     input_size: Annotated[list[Pixels], Field(min_length=3, max_length=3)]
     """Channels, height and width of the model's input."""
     interface: Interface = FLOAT
-    """What the files take, for any number of images, and what they give."""
+    """What the files take, for any number of images (executorch: one), and what they give."""
     preprocessing: Preprocessing
     float_accuracy: Accuracy
     """The float model's."""
@@ -204,13 +206,17 @@ def attach(content: bytes, kind: str, info: ModelInfo) -> bytes:
 
     Args:
         content: The file without a document.
-        kind: torchscript or onnx.
+        kind: torchscript, onnx, executorch or torch_export.
         info: What the document says.
     """
-    if kind == "torchscript":
-        from quantlib.export import torchscript  # It imports torch.
+    if kind == "executorch":
+        from quantlib.export import executorch
 
-        return torchscript.add_extra_file(content, _EXTRA_FILE, document(info))
+        return executorch.add_file(content, _EXTRA_FILE, document(info))
+    if kind != "onnx":
+        from quantlib.export import archive  # It imports torch.
+
+        return archive.add_extra_file(content, _EXTRA_FILE, document(info))
     import onnx
 
     entry = onnx.StringStringEntryProto(key=_KEY, value=document(info).decode())
@@ -222,7 +228,7 @@ def read(path: Path) -> ModelInfo:
     """The document of a file, or of a bundle.
 
     Args:
-        path: NAME.pt, NAME.onnx, NAME.xml or model.json.
+        path: NAME.pt, NAME.pt2, NAME.pte, NAME.onnx, NAME.xml or model.json.
 
     Raises:
         ModelError: If there is none, it is damaged, or a newer quantflow wrote it.
@@ -230,12 +236,14 @@ def read(path: Path) -> ModelInfo:
     """
     find: Callable[[bytes, Path], bytes | None] | None = {
         ".json": lambda content, _: content,
-        ".pt": _find_in_torchscript,
+        ".pt": _find_in_archive,
+        ".pt2": _find_in_archive,
+        ".pte": _find_in_executorch,
         ".onnx": _find_in_onnx,
         ".xml": _find_in_ir,
     }.get(path.suffix)
     if find is None:
-        raise ModelError(f"{path} is no model: give a bundle's folder, or a .pt, .onnx or .xml file of it or of a run.")
+        raise ModelError(f"{path} is no model: give a bundle's folder, or a file of it or of a run.")
     checksums.verify(path)
     try:
         content = find(read_file(path), path)
@@ -267,13 +275,19 @@ def _parse(content: bytes, path: Path) -> ModelInfo:
     raise ModelError(f"The quantflow document of {path} is damaged ({reason}). {_AGAIN}")
 
 
-def _find_in_torchscript(content: bytes, path: Path) -> bytes | None:
-    from quantlib.export import torchscript
+def _find_in_archive(content: bytes, path: Path) -> bytes | None:
+    from quantlib.export import archive
 
     try:
-        return torchscript.find_extra_file(content, _EXTRA_FILE)
+        return archive.find_extra_file(content, _EXTRA_FILE)
     except RuntimeError as error:
-        raise ModelError(f"{path} is damaged, or no TorchScript file: {reason_of(error)}. {_AGAIN}") from None
+        raise ModelError(f"{path} is damaged, or no file of torch's: {reason_of(error)}. {_AGAIN}") from None
+
+
+def _find_in_executorch(content: bytes, _: Path) -> bytes | None:
+    from quantlib.export import executorch
+
+    return executorch.find_file(content, _EXTRA_FILE)
 
 
 def _find_in_onnx(content: bytes, path: Path) -> bytes | None:

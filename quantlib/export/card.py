@@ -1,6 +1,7 @@
 """The model card of a bundle: what the model is, how good it is, what that was measured on, and how to run it."""
 
 from quantlib.export.bundle import Accuracy, FileInfo, ModelInfo
+from quantlib.runtimes.available import package_of
 
 _DATASETS = {
     "digits": "scikit-learn's handwritten digits, which are no image files: save one as a PNG to classify it",
@@ -12,7 +13,6 @@ _METHODS = {
     "ptq": "quantized to int8 after training",
     "qat": "trained for int8 (quantization-aware training)",
 }
-_PACKAGES = {"torchscript": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 _MAX_NAMES = 20
 
 
@@ -26,7 +26,7 @@ def write(info: ModelInfo, folder: str) -> str:
     names = ", ".join(info.classes[:_MAX_NAMES])
     more = "" if len(info.classes) <= _MAX_NAMES else ", …"
     model = info.recipe.get("model", {})
-    packages = list(dict.fromkeys(_PACKAGES[file.runtime.partition("-")[0]] for file in info.files))
+    packages = list(dict.fromkeys(package_of(file.runtime) for file in info.files))
     return "\n".join(
         [
             f"# {info.recipe.get('name', info.variant)}: {info.variant}",

@@ -12,6 +12,7 @@ from quantlib.data import shards
 from quantlib.errors import ModelError
 from quantlib.quantize.grids import Grid
 from quantlib.recipe.interface import FLOAT, Interface
+from quantlib.runtimes import available
 
 _NUM_CHECKED = 32
 # About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
@@ -25,7 +26,7 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, inte
     They are not bit-identical: runtimes round sums in different places, and int8 models amplify that.
 
     Args:
-        content: The file: TorchScript or ONNX.
+        content: The file.
         model: Fused float, or quantized.
         runtime: The runtime that the file runs in.
         shard: A file of decoded images; the first 32 are used.
@@ -37,7 +38,7 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, inte
         MachineError: If this machine lacks the runtime or the engine, or the helper was ended from outside.
     """
     with temporary.new_folder() as folder:
-        path = folder / ("model.pt" if runtime.startswith("torchscript") else "model.onnx")
+        path = folder / f"model{available.suffix_of(runtime)}"
         path.write_bytes(content)
         got = helper.run_file(path, runtime, shard, _NUM_CHECKED, interface)
     with torch.inference_mode():

@@ -29,11 +29,22 @@ class Ends:
 
     def add_to_script(self, model: torch.jit.ScriptModule, width: int) -> torch.jit.ScriptModule:
         """A scripted model with its ends, for images of a width in pixels."""
+        return model if self.interface == FLOAT else torch.jit.script(self.add_to_module(model, width))
+
+    def add_to_module(self, model: nn.Module, width: int) -> nn.Module:
+        """A model with its ends, for images of a width in pixels."""
         if self.interface == FLOAT:
             return model
         before = [Normalize(self.normalization, width, self.interface)] if self.interface.input == "uint8" else []
         after = [nn.Softmax(1)] if self.interface.softmax else []
-        return torch.jit.script(nn.Sequential(*before, model, *after).eval())
+        return nn.Sequential(*before, model, *after).eval()
+
+    def example(self, x: Tensor) -> Tensor:
+        """An input of the model, as the file takes one like it."""
+        if self.interface.input == "float":
+            return x
+        pixels = x.to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous() if self.interface.layout == "nhwc" else pixels
 
     def add_to_onnx(self, content: bytes) -> bytes:
         """An ONNX file with its ends; its input keeps its name, images."""

@@ -38,16 +38,24 @@ def answer(x: np.ndarray) -> np.ndarray:
     """Logits or probabilities [N, classes] of inputs [N, ...], from the first file whose runtime is installed."""
     os.environ["ORT_DISABLE_TELEMETRY"], sys.modules["openvino_telemetry"] = "1", None  # type: ignore[assignment]
     for file in MODEL["files"]:
-        name, _, engine = file["runtime"].replace("torchscript", "torch").partition("-")
-        if util.find_spec(name):
-            path, lib = str(Path(__file__).with_name(file["name"])), import_module(name)
+        name, _, engine = file["runtime"].partition("-")
+        package = {"torchscript": "torch", "torch_export": "torch"}.get(name, name)
+        if util.find_spec(package):
+            path, lib = str(Path(__file__).with_name(file["name"])), import_module(package)
             if name == "onnxruntime":
                 return lib.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": x})[0]
             if name == "openvino":
                 return lib.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
+            if name == "executorch":
+                program = import_module("executorch.runtime").Runtime.get().load_program(path)
+                run, images = program.load_method("forward").execute, import_module("torch").from_numpy(x).contiguous()
+                return np.concatenate([run([image])[0].numpy() for image in images.split(1)])
+            images = lib.from_numpy(x).contiguous(memory_format=lib.channels_last)
+            if name == "torch_export":
+                import_module("torch.ao.quantization.fx._decomposed")  # Registers the operations that round.
+                return import_module("torch.export").load(path).module()(images).detach().numpy()
             lib.backends.quantized.engine = engine or lib.backends.quantized.engine
-            script = lib.jit.optimize_for_inference(lib.jit.load(path).eval())
-            return script(lib.from_numpy(x).contiguous(memory_format=lib.channels_last)).detach().numpy()
+            return lib.jit.optimize_for_inference(lib.jit.load(path).eval())(images).detach().numpy()
     sys.exit(f"Install the runtime of one of the files: {', '.join(file['runtime'] for file in MODEL['files'])}.")
 
 

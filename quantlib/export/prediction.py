@@ -1,6 +1,5 @@
 """Using what was shipped: the likeliest classes of image files, from a bundle or a file of one."""
 
-import importlib.util
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from quantlib.export import bundle, checksums
 from quantlib.export.bundle import FileInfo, ModelInfo
 from quantlib.files import write_atomically
 from quantlib.progress import Progress, silent
-from quantlib.runtimes import classifiers
+from quantlib.runtimes import available, classifiers
 
 _BATCH_SIZE = 32
 _NUM_SHOWN = 5
@@ -94,16 +93,11 @@ def _find_file(place: Path) -> tuple[ModelInfo, FileInfo, Path]:
             "file that a run wrote."
         )
     info = bundle.read(folder / bundle.DOCUMENT)
-    file = next((file for file in info.files if _is_installed(file)), None)
+    file = next((file for file in info.files if available.is_installed(file.runtime)), None)
     if file is None:
-        packages = " or ".join(dict.fromkeys(file.runtime for file in info.files))
+        packages = " or ".join(dict.fromkeys(available.package_of(file.runtime) for file in info.files))
         raise MachineError(f"{folder} is for {packages}, which is not installed: pip install it.")
     return info, file, folder / file.name
-
-
-def _is_installed(file: FileInfo) -> bool:
-    # torch itself is always here.
-    return file.runtime.startswith("torchscript") or importlib.util.find_spec(file.runtime) is not None
 
 
 def find_images(places: Iterable[Path]) -> list[str]:

@@ -5,17 +5,15 @@ every model scripted so far, constants come in the order of a Python set, and de
 paths. A resumed run would give different bytes from an uninterrupted one.
 """
 
-import io
 import re
 from collections.abc import Iterable
 
 import torch
 
+from quantlib.export import archive
+
 _MANGLED = re.compile(rb"___torch_mangle_(\d+)")
 _FINAL = re.compile(rb"(?:^  \w+ : Final\[.*\n)+", re.MULTILINE)
-_EXTRA = "extra/"  # Where torch.jit.save puts `_extra_files`.
-# The writer adds these itself.
-_WRITTEN_BY_TORCH = ("version", "byteorder", ".data/serialization_id")
 
 
 def forget_classes() -> None:
@@ -30,49 +28,15 @@ def forget_classes() -> None:
 
 def canonical(content: bytes) -> bytes:
     """The same TorchScript file, with classes numbered by first use, constants sorted, and no debug records."""
-    records = {name: record for name, record in _read(content).items() if not name.endswith(".debug_pkl")}
+    records = {name: record for name, record in archive.read(content).items() if not name.endswith(".debug_pkl")}
     # data.pkl names every class in the order of the modules, which is the same each time.
     numbers = _first_uses([records["data.pkl"], *(records[name] for name in sorted(records, key=_without_numbers))])
-    return _write(
+    return archive.write(
         {
             _renumber(name.encode(), numbers).decode(): _rewrite(name, record, numbers)
             for name, record in records.items()
         }
     )
-
-
-def add_extra_file(content: bytes, name: str, extra: bytes) -> bytes:
-    """A TorchScript file with one of `torch.jit.save`'s `_extra_files` added.
-
-    Loading and saving it would pack the weights for this machine's engine; here they stay as they are.
-    """
-    return _write(_read(content) | {f"{_EXTRA}{name}": extra})
-
-
-def find_extra_file(content: bytes, name: str) -> bytes | None:
-    """One of the `_extra_files` of a TorchScript file, without loading its model; None if it has none of that name.
-
-    Raises:
-        RuntimeError: If it is no TorchScript file, or is damaged.
-    """
-    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
-    record = f"{_EXTRA}{name}"
-    return reader.get_record(record) if record in reader.get_all_records() else None
-
-
-def _read(content: bytes) -> dict[str, bytes]:
-    """The records of a file, without those that its writer adds itself."""
-    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
-    return {name: reader.get_record(name) for name in reader.get_all_records() if name not in _WRITTEN_BY_TORCH}
-
-
-def _write(records: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    writer = torch._C.PyTorchFileWriter(buffer)
-    for name in sorted(records):
-        writer.write_record(name, records[name], len(records[name]))
-    writer.write_end_of_file()
-    return buffer.getvalue()
 
 
 def _rewrite(name: str, record: bytes, numbers: dict[bytes, bytes]) -> bytes:

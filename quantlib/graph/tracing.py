@@ -8,6 +8,7 @@ import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -110,6 +111,9 @@ def _look_into_wrapped_functions() -> Iterator[None]:
 @contextmanager
 def _len_of_symbols() -> Iterator[None]:
     """Lets `len(x)` give a symbol for the number of images: Python takes nothing but a number from `__len__`."""
+    # It learns the builtins as it is imported, which torch does as soon as it finds the shape behind a BatchNorm: later
+    # it would not know Python's own len.
+    import_module("torch._dynamo")
     own, number = cast("Any", builtins), len
     own.len = lambda x: x.size(0) if isinstance(x, _Symbol) and _common(x, number) is None else number(x)
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantlib.errors import ModelError
+from quantlib.models import quantized_decomposed
 
 _Given = Mapping[str, Any]
 _Operation = Callable[[fx.Graph, _Given], Any]
@@ -28,6 +29,7 @@ _CHECKS = {
 _OF_MEMORY = {"as_strided", "as_strided_"}
 # The same under torch.nn.functional, which fusing and planning know; the others have one name everywhere.
 _ACTIVATIONS = {"hardswish", "hardsigmoid", "silu", "mish", "leaky_relu", "relu6"}
+_ROUNDING = {"quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"}
 _END = 2**63 - 1
 _HINT = 'Export it in eval mode and without run_decompositions(), or give it as "package.module:function".'
 
@@ -74,6 +76,23 @@ def add_operation(graph: fx.Graph, target: str, given: _Given) -> Any:
         and given.get(each.name, values[each.name]) != values[each.name]
     }
     return _add_by_name(graph, name, schema, tuple(args[:kept]), named, target)
+
+
+def add_rounding(graph: fx.Graph, target: str, given: _Given) -> fx.Node | None:
+    """Add an operation of `quantized_decomposed` to a graph; None if it is another one.
+
+    Args:
+        graph: Extended in place.
+        target: As the file names it, such as "torch.ops.quantized_decomposed.quantize_per_tensor.default".
+        given: Its arguments by name: nodes of the graph, or constants.
+
+    Raises:
+        ModelError: If this torch has no such operations.
+    """
+    found = re.fullmatch(rf"torch\.ops\.{quantized_decomposed.NAMESPACE}\.(\w+)\.default", target)
+    if found is None or found[1] not in _ROUNDING:
+        return None
+    return graph.call_function(getattr(quantized_decomposed.operations(), found[1]).default, (), dict(given))
 
 
 def _add_by_name(

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from quantlib.errors import ModelError, reason_of
-from quantlib.models.aten import add_operation
+from quantlib.models.aten import add_operation, add_rounding
 from quantlib.models.exported_batch import AnyBatch, refusal
 
 # As torch/_export/serde/schema.py numbers them.
@@ -44,17 +44,18 @@ _BATCH = "batch"
 _NUM_IMAGES = 3
 
 
-def build(program: str) -> fx.GraphModule:
+def build(program: str, *, quantized: bool = False) -> fx.GraphModule:
     """A model of an exported graph, in eval mode, its parameters and buffers all zero.
 
     Args:
         program: What `exported_file.read_program` returned.
+        quantized: Whether it may round, by the operations of `quantized_decomposed`.
 
     Raises:
         ModelError: If it is not a classifier of images alone, or does something that is not supported.
     """
     try:
-        return _Builder(json.loads(program)).build()
+        return _Builder(json.loads(program), quantized=quantized).build()
     except (AttributeError, IndexError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise ModelError(f"The exported model cannot be understood ({reason}). Export it again.") from None
@@ -97,7 +98,8 @@ def check_batch(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
 class _Builder:
     """Turns the nodes of a file into those of a graph, one by one."""
 
-    def __init__(self, program: Mapping[str, Any]) -> None:
+    def __init__(self, program: Mapping[str, Any], *, quantized: bool = False) -> None:
+        self._quantized = quantized
         self._saved, self._signature = program["graph"], program["signature"]
         self._sizes = {
             name: tuple(size.get("as_int") for size in meta["sizes"])
@@ -204,7 +206,8 @@ class _Builder:
         if target == "torch.ops.aten.add_.Tensor" and given["self"].op == "get_attr":
             result = given["self"]  # BatchNorm counts the batches of training.
         else:
-            result = add_operation(self._graph, target, given)
+            result = add_rounding(self._graph, target, given) if self._quantized else None
+            result = add_operation(self._graph, target, given) if result is None else result
         if kind == "as_tensors":
             for place, each in enumerate(first):
                 self._name(each["name"], self._graph.call_function(operator.getitem, (result, place)))

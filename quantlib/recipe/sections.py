@@ -21,7 +21,7 @@ EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
-RuntimeName = Literal["torchscript", "onnxruntime", "openvino"]
+RuntimeName = Literal["torchscript", "onnxruntime", "openvino", "executorch", "torch_export"]
 
 
 _BatchOfTwo = Annotated[int, Field(gt=1, le=MAX_INT, strict=True)]
@@ -213,7 +213,8 @@ class BenchmarkRecipe(Section):
     """Number of torch threads; 1 is always timed."""
     runtimes: _Runtimes | None = None
     """Runtimes that models are exported for and timed in; torchscript, on each of torch's engines, is always included;
-    absent: every installed ONNX runtime, too."""
+    absent: every installed ONNX runtime, too. executorch and torch_export are used only if they are named here or in
+    the gate."""
     num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
     """Timed calls per model and runtime, in turn, after a warm-up; at least ten, and for slow ones no more."""
 

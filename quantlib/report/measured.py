@@ -65,6 +65,7 @@ class Measured:
     onnx_paths: Sequence[str] = ()
     """One for every runtime, or one for each."""
     onnx_refusal: str | None = None
+    other_refusal: str | None = None
 
     @property
     def latencies_ms(self) -> dict[str, float]:

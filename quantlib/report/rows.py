@@ -78,8 +78,8 @@ class VariantRow:
     size_bytes: int
     """Size of the model: the file that is handed out also holds its document."""
     runtime: str | None = None
-    """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime or openvino.
-    Null in older runs: TorchScript on `engine`."""
+    """What `quantlib.api.load` takes as `runtime`: torchscript (float), torchscript-ENGINE, onnxruntime, openvino,
+    executorch or torch_export. Null in older runs: TorchScript on `engine`."""
     latency_p50_ms: float
     """A batch of one image, one thread."""
     speedup: float
@@ -117,6 +117,8 @@ class VariantRow:
     """Top-1 of the ONNX file in its fastest runtime; the table `files` says which."""
     onnx_refusal: str | None = None
     """Why there is no ONNX file, where there could be one."""
+    other_refusal: str | None = None
+    """Why there is no file for executorch or torch_export, where the recipe names them."""
     torch_version: str
     """Version of torch that the run used."""
     cpu_model: str
@@ -176,7 +178,7 @@ class FileRow:
     size_bytes: int
     """Size of the model, like the variant's."""
     runtime: str
-    """torchscript-ENGINE, onnxruntime or openvino."""
+    """torchscript-ENGINE, onnxruntime, openvino, executorch or torch_export."""
     top1: float
     """Fraction of the validation images."""
     top1_drop: float
@@ -281,7 +283,7 @@ class LatencyRow:
     variant: str
     """The branch's name; float for the baseline."""
     runtime: str
-    """torchscript (float), torchscript-ENGINE, onnxruntime or openvino."""
+    """torchscript (float), torchscript-ENGINE, onnxruntime, openvino, executorch or torch_export."""
     batch_size: int
     """Images per call."""
     num_threads: int

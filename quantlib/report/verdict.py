@@ -243,6 +243,7 @@ class _Entry:
             onnx_path=onnx.path if onnx else next(iter(measured.onnx_paths), None),
             onnx_top1=onnx.validation.top1 if onnx else None,
             onnx_refusal=measured.onnx_refusal,
+            other_refusal=measured.other_refusal,
             torch_version=run_info.torch_version,
             cpu_model=run_info.cpu_model,
             created_at=run_info.created_at,

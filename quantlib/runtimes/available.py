@@ -11,6 +11,8 @@ from pathlib import Path
 from quantlib.errors import MachineError
 from quantlib.recipe.scheme import ActivationBits
 
+_FOR_ONNX = ("openvino", "onnxruntime")
+
 
 def activation_bits(engine: str) -> ActivationBits:
     """How many bits of activations this CPU's int8 arithmetic takes without saturating.
@@ -32,32 +34,53 @@ class Runtime:
     """A runtime, which runs exported models."""
 
     name: str
-    """torchscript, torchscript-ENGINE, onnxruntime or openvino."""
+    """torchscript, torchscript-ENGINE, onnxruntime, openvino, executorch or torch_export."""
     version: str
 
     @property
     def kind(self) -> str:
-        """torchscript, onnxruntime or openvino."""
+        """The name without the engine."""
         return self.name.partition("-")[0]
 
+    @property
+    def suffix(self) -> str:
+        """How the names of its files end."""
+        return suffix_of(self.name)
 
-def find_onnx_runtimes(
+
+def package_of(runtime: str) -> str:
+    """The package that runs the files of a runtime."""
+    return {"torchscript": "torch", "torch_export": "torch"}.get(runtime.partition("-")[0], runtime)
+
+
+def is_installed(runtime: str) -> bool:
+    """Whether this machine has the package that runs the files of a runtime."""
+    return importlib.util.find_spec(package_of(runtime)) is not None
+
+
+def suffix_of(runtime: str) -> str:
+    """How the names of a runtime's files end: .pt, .pt2, .pte or .onnx."""
+    return {"torchscript": ".pt", "torch_export": ".pt2", "executorch": ".pte"}.get(runtime.partition("-")[0], ".onnx")
+
+
+def find_runtimes(
     wanted: Collection[str] | None = None, shipped_for: Collection[str] | None = None
 ) -> tuple[Runtime, ...]:
-    """The installed runtimes for ONNX files, the usually faster one first.
+    """The installed runtimes besides TorchScript, the usually faster ones first.
 
-    Empty without the packages `onnx` and `onnxscript`, which write the files.
+    Those for ONNX files, of which there are none without the packages `onnx` and `onnxscript`, which write them;
+    executorch and torch_export only if they are named.
 
     Args:
-        wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any will do.
+        wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any for ONNX.
         shipped_for: `gate.runtimes`: these must be installed, too.
 
     Raises:
         MachineError: If one of them is not installed.
     """
-    installed = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name) is not None]
+    installed = [name for name in (*_FOR_ONNX, "executorch", "torch_export") if is_installed(name)]
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
-        installed = []
+        installed = [name for name in installed if name not in _FOR_ONNX]
     for key, names in (("benchmark.runtimes", wanted), ("gate.runtimes", shipped_for)):
         missing = sorted(set(names or ()) - {"torchscript", *installed})
         if missing:
@@ -65,9 +88,8 @@ def find_onnx_runtimes(
                 f"{key} names {missing[0]}, which is not installed: pip install 'quantflow[{missing[0]}]', or leave it "
                 "out."
             )
-    return tuple(
-        Runtime(name, importlib.metadata.version(name)) for name in installed if wanted is None or name in wanted
-    )
+    chosen = {*(_FOR_ONNX if wanted is None else wanted), *(shipped_for or ())}
+    return tuple(Runtime(name, importlib.metadata.version(package_of(name))) for name in installed if name in chosen)
 
 
 def exporter() -> str:

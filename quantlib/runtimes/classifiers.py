@@ -1,21 +1,21 @@
-"""Classifiers that run an exported model: TorchScript on each of torch's int8 engines, ONNX Runtime, OpenVINO."""
+"""Classifiers that run an exported model, one for each runtime."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
 from quantlib.errors import MachineError, ModelError, reason_of
-from quantlib.runtimes.available import resolve_engine
+from quantlib.models import exported_file, exported_graph
+from quantlib.recipe.sections import RuntimeName
+from quantlib.runtimes import executorch
+from quantlib.runtimes.available import is_installed, package_of, resolve_engine
 from quantlib.runtimes.engine import use_engine
-
-ONNXRuntimeName = Literal["onnxruntime", "openvino"]
 
 
 class Classifier(Protocol):
@@ -30,6 +30,12 @@ class Classifier(Protocol):
         Args:
             images: [N, C, H, W] float32, normalized; or uint8 pixels, if the file was exported for them.
         """
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    # A file that takes pixels puts its own order on them.
+    kind = torch.channels_last if images.is_floating_point() else torch.contiguous_format
+    return images.contiguous(memory_format=kind)
 
 
 class TorchScriptClassifier:
@@ -51,9 +57,7 @@ class TorchScriptClassifier:
 
     def arrange(self, images: Tensor) -> Tensor:
         """Images in the memory layout that is fastest."""
-        # A file that takes pixels puts its own order on them.
-        kind = torch.channels_last if images.is_floating_point() else torch.contiguous_format
-        return images.contiguous(memory_format=kind)
+        return _channels_last(images)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images as the file takes them to its answers, [N, num_classes] float32."""
@@ -130,36 +134,82 @@ class OpenVINOClassifier:
         return torch.from_numpy(outputs[0].copy())  # The next output is written into the same memory.
 
 
+class TorchExportClassifier:
+    """A file of torch.export, whose operations run one by one. It runs on as many threads as torch is set to.
+
+    torch's own loader evaluates expressions that it finds in a file; here, no code of it runs.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.model = exported_graph.build(exported_file.read_program(str(path)), quantized=True)
+        self.model.load_state_dict(exported_file.read_state(str(path)))
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images in the memory layout that is fastest."""
+        return _channels_last(images)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images as the file takes them to its answers, [N, num_classes] float32."""
+        with torch.inference_mode():
+            return self.model(self.arrange(images))
+
+
+class ExecuTorchClassifier:
+    """A program of ExecuTorch, which takes one image at a time.
+
+    Args:
+        path: The file.
+        num_threads: Threads of all programs in this process; 0: as they are.
+    """
+
+    def __init__(self, path: Path, num_threads: int) -> None:
+        self.method = executorch.load_method(str(path), num_threads)
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images in the memory layout that is fastest."""
+        return images.contiguous()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images as the file takes them to its answers, [N, num_classes] float32."""
+        return torch.cat([self.method.execute([image])[0] for image in self.arrange(images).split(1)])
+
+
 def open_model(path: Path, runtime: str, num_threads: int = 0) -> Classifier:
     """Open an exported model in a runtime.
 
     Args:
-        path: A TorchScript or an ONNX file, or OpenVINO IR.
-        runtime: torchscript, torchscript-ENGINE, onnxruntime or openvino.
-        num_threads: Threads of an ONNX runtime; 0: as many as it likes. TorchScript runs on torch's.
+        path: A file for that runtime.
+        runtime: torchscript, torchscript-ENGINE, onnxruntime, openvino, executorch or torch_export.
+        num_threads: Its own threads; 0: as many as it likes. TorchScript and torch.export run on torch's.
 
     Raises:
         ModelError: If the file cannot be read, or is not for that runtime.
         MachineError: If the runtime is not installed, or this machine lacks the engine.
     """
     kind, _, engine = runtime.partition("-")
-    if kind not in {"torchscript", *get_args(ONNXRuntimeName)}:
+    if kind not in get_args(RuntimeName) or (engine and kind != "torchscript"):
         raise MachineError(
-            f"Runtime {runtime!r} is unknown: torchscript, torchscript-ENGINE, "
-            f"{' and '.join(get_args(ONNXRuntimeName))} are allowed."
+            f"Runtime {runtime!r} is unknown: torchscript-ENGINE, {', '.join(get_args(RuntimeName))} are allowed."
         )
-    if kind != "torchscript" and importlib.util.find_spec(kind) is None:
-        raise MachineError(f"Runtime {runtime!r} is not installed: pip install {kind}.")
+    if not is_installed(kind):
+        raise MachineError(f"Runtime {runtime!r} is not installed: pip install {package_of(kind)}.")
     try:
         if kind == "torchscript":
             return TorchScriptClassifier(path, engine or "auto")
         if kind == "openvino":
             return OpenVINOClassifier(path, num_threads)
+        if kind == "executorch":
+            return ExecuTorchClassifier(path, num_threads)
+        if kind == "torch_export":
+            return TorchExportClassifier(path)
         return ONNXRuntimeClassifier(path, num_threads)
     except Exception as error:
         if isinstance(error, MachineError):
             raise
         raise ModelError(
             f"{path} does not load in {runtime}: {reason_of(error)} A .pt file is TorchScript, an .onnx file ONNX, "
-            "and an .xml file OpenVINO IR."
+            "an .xml file OpenVINO IR, a .pte file for executorch, and a .pt2 file for torch_export."
         ) from None

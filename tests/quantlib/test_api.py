@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from quantlib import api
 from quantlib.errors import MachineError, ModelError
 from quantlib.graph.fusion import freeze_batch_norm
+from quantlib.models import exported_file
 from quantlib.quantize.fake_quantization import freeze_observers
 
 LAYERS = ["stem.0", "block.0", "head"]
@@ -350,6 +351,9 @@ def is_int8(path):
     if path.suffix == ".pt":
         graph = str(torch.jit.load(str(path)).inlined_graph)
         return len(re.findall(r"quantized::(?:conv2d|linear)\w*\(", graph)) == len(LAYERS)
+    if path.suffix == ".pt2":
+        state = exported_file.read_state(str(path))
+        return all(state[f"{layer}.weight"].dtype == torch.int8 for layer in LAYERS)
     import onnx
 
     initializers = {each.name: each for each in onnx.load(path).graph.initializer}
@@ -357,7 +361,7 @@ def is_int8(path):
     return {f"{path}.weight_int8" for path in LAYERS} <= int8
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt", ".onnx", ".pt2"])
 def test_a_file_saved_for_no_runtime_in_particular_answers_as_the_model(quantized, images, tmp_path, suffix):
     if suffix == ".onnx":
         needs("onnxruntime")
@@ -428,12 +432,13 @@ def test_saving_again_gives_the_same_bytes_and_changes_no_answer(quantized, imag
         ("model.pt", "openvino"),
         ("model.onnx", "torchscript"),
         ("model.onnx", "tensorrt"),
+        ("model.pt2", "onnxruntime"),
     ],
 )
 def test_a_file_that_is_not_for_the_runtime_is_one_clear_error(quantized, tmp_path, name, runtime):
     message = (
         f"'{name}' is not a file for {runtime or 'any runtime'}: NAME.pt is for torchscript-ENGINE, "
-        "NAME.onnx for onnxruntime and openvino."
+        "NAME.onnx for onnxruntime and openvino, NAME.pt2 for torch_export, NAME.pte for executorch."
     )
 
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
@@ -549,7 +554,7 @@ def test_training_can_go_on_after_a_look_at_the_quantized_model(quantized, after
     assert torch.equal(own(images), answers)
 
 
-@pytest.mark.parametrize(("name", "runtime"), [("model.pt", None), ("model.onnx", "onnxruntime")])
+@pytest.mark.parametrize(("name", "runtime"), [("model.pt", None), ("model.pt2", None), ("model.onnx", "onnxruntime")])
 def test_a_trained_model_is_saved_as_any_other(quantized, after_training, images, tmp_path, name, runtime):
     if runtime:
         needs(runtime)

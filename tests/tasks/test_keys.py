@@ -135,8 +135,18 @@ def test_how_a_model_is_quantized_or_written_is_in_no_key_of_an_evaluation_of_it
 
 
 def test_how_files_are_written_is_in_no_key_of_what_leads_to_the_quantized_model(code_of_edits):
-    written = {"script_and_save", "draft_onnx", "save_onnx"}
-    for module in ("scripting", "native", "torchscript", "onnx", "onnx_draft", "ends", "check"):
+    written = {"script_and_save", "draft_onnx", "save_onnx", "save_program"}
+    for module in (
+        "scripting",
+        "native",
+        "torchscript",
+        "archive",
+        "onnx",
+        "onnx_draft",
+        "torch_export",
+        "ends",
+        "check",
+    ):
         changed = _changed(code_of_edits, f"export.{module}")
         assert changed, module
         assert changed <= written, module

@@ -25,7 +25,7 @@ from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime, torch_runtime
 from tasks.data import decode
 from tasks.execution import start_run
-from tasks.export import draft_onnx, is_refusal, save_onnx, script_and_save, try_file
+from tasks.export import draft_onnx, is_refusal, save_onnx, save_program, script_and_save, try_file
 from tasks.model import fuse, load_float
 from tasks.quantize import calibrate, choose_epoch, has_stalled
 from tasks.refs import BenchmarkTarget, CandidateRefs, EpochRefs, FileRefs, VariantRefs
@@ -169,7 +169,7 @@ def _qat_variants(run, start, epoch, runtime):
             variant=variant,
             artifact=chosen.artifact,
             reference=chosen.reference,
-            onnx=((runtime, chosen.reference.file),) if chosen.reference.file.kind == "onnx" else (),
+            others=((runtime, chosen.reference.file),) if chosen.reference.file.kind == "onnx" else (),
             start=candidate,
             epochs=(of_epoch,),
             best_epoch=best_epoch,
@@ -207,7 +207,7 @@ def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run, kin
 # Files that there are, and those that there are not
 
 
-OPENVINO, ONNXRUNTIME = Runtime("openvino", "1"), Runtime("onnxruntime", "1")
+OPENVINO, ONNXRUNTIME, TORCH_EXPORT = (Runtime(name, "1") for name in ("openvino", "onnxruntime", "torch_export"))
 
 
 def _variant_refs(run, artifact, onnx, runtime=OPENVINO):
@@ -219,7 +219,7 @@ def _variant_refs(run, artifact, onnx, runtime=OPENVINO):
         variant=Variant(name="p", method="ptq", qconfig="accurate", engine="x86"),
         artifact=artifact,
         reference=FileRefs(file=file, runtime=own, validation=answers, selection=answers),
-        onnx=onnx,
+        others=onnx,
     )
 
 
@@ -227,7 +227,7 @@ def test_a_file_that_serves_several_runtimes_is_one_file_with_one_name(run):
     script, shared = run.store.put("torchscript", b"script"), run.store.put("onnx", b"shared")
     refs = _variant_refs(run, script, ((ONNXRUNTIME, shared), (OPENVINO, shared)))
     assert refs.torchscript_file == script
-    assert refs.onnx_files == {shared: [ONNXRUNTIME, OPENVINO]}
+    assert refs.other_files == {shared: [ONNXRUNTIME, OPENVINO]}
     samples = _samples(run, (script, torch_runtime("x86")), (shared, ONNXRUNTIME), (shared, OPENVINO))
     measured = _measured(run.store, refs, samples, run.home)
     assert measured.torchscript_path == str(run.home / "p.pt")
@@ -243,7 +243,7 @@ def test_a_file_that_serves_several_runtimes_is_one_file_with_one_name(run):
 def test_a_file_for_each_runtime_has_the_runtime_in_its_name(run):
     script, first, second = run.store.put("torchscript", b"s"), run.store.put("onnx", b"1"), run.store.put("onnx", b"2")
     refs = _variant_refs(run, script, ((ONNXRUNTIME, first), (OPENVINO, second)))
-    assert refs.onnx_files == {first: [ONNXRUNTIME], second: [OPENVINO]}
+    assert refs.other_files == {first: [ONNXRUNTIME], second: [OPENVINO]}
     samples = _samples(run, (script, torch_runtime("x86")), (first, ONNXRUNTIME), (second, OPENVINO))
     measured = _measured(run.store, refs, samples, run.home)
     assert measured.onnx_paths == (str(run.home / "p.onnxruntime.onnx"), str(run.home / "p.openvino.onnx"))
@@ -253,11 +253,24 @@ def test_a_variant_without_a_torchscript_file_is_reported_by_its_onnx_file_and_s
     refusal, file = _refusal(run), run.store.put("onnx", b"file")
     refs = _variant_refs(run, refusal, ((ONNXRUNTIME, _refusal(run, "wrong")), (OPENVINO, file)))
     assert refs.torchscript_file is None
-    assert refs.onnx_files == {file: [OPENVINO]}
+    assert refs.other_files == {file: [OPENVINO]}
     measured = _measured(run.store, refs, _samples(run, (file, OPENVINO)), run.home)
     assert (measured.torchscript_path, measured.torchscript_refusal) == (None, "too dynamic")
     assert (measured.onnx_paths, measured.onnx_refusal) == ((str(run.home / "p.onnx"),), "wrong")
     assert [(each.path, each.runtime) for each in measured.files] == [(str(run.home / "p.onnx"), "openvino")]
+
+
+def test_a_file_of_torch_export_has_its_own_ending_and_its_own_reason(run):
+    script, file, program = run.store.put("torchscript", b"s"), run.store.put("onnx", b"1"), _refusal(run)
+    refs = _variant_refs(run, script, ((OPENVINO, file), (TORCH_EXPORT, program)))
+    measured = _measured(run.store, refs, _samples(run, (script, torch_runtime("x86")), (file, OPENVINO)), run.home)
+    assert (measured.onnx_paths, measured.onnx_refusal) == ((str(run.home / "p.onnx"),), None)
+    assert measured.other_refusal == "too dynamic"
+    program = run.store.put("torch_export", b"p")
+    refs = _variant_refs(run, _refusal(run), ((TORCH_EXPORT, program),), TORCH_EXPORT)
+    measured = _measured(run.store, refs, _samples(run, (program, TORCH_EXPORT)), run.home)
+    assert [(each.path, each.runtime) for each in measured.files] == [(str(run.home / "p.pt2"), "torch_export")]
+    assert (measured.onnx_paths, measured.other_refusal) == ((), None)
 
 
 def test_a_reason_that_every_runtime_gives_is_given_once(run):
@@ -319,6 +332,9 @@ def test_a_model_that_torchscript_or_onnx_refuses_has_no_such_file_and_the_reaso
         reuse_or_compute(run, save_onnx, draft, model, shard, runtime, FLOAT, branch="x")
         for runtime in (OPENVINO, ONNXRUNTIME)
     ]
+    with monkeypatch.context() as refusing:
+        refusing.setattr("quantlib.export.torch_export.write", refuse)
+        files.append(reuse_or_compute(run, save_program, model, shard, TORCH_EXPORT, FLOAT, branch="x"))
     for refusal in (script, draft, *files):
         assert is_refusal(refusal)
         assert run.store.read_json(refusal) == {"reason": "it cannot be written"}
@@ -333,10 +349,11 @@ def test_a_file_that_fails_its_check_is_refused_with_the_reason(run, monkeypatch
     model = _stored(run, fused_model, replace(tiny_header, fused="eval"))
     shard = run.store.put("shard", val_shard.read_bytes())
     files = {"torchscript": reuse_or_compute(run, script_and_save, model, None, shard, FLOAT, branch="x")}
-    for runtime in available.find_onnx_runtimes():
+    for runtime in available.find_runtimes():
         draft = reuse_or_compute(run, draft_onnx, model, "exporter 1")
         draft = draft.result() if isinstance(draft, State) else draft
         files[runtime.name] = reuse_or_compute(run, save_onnx, draft, model, shard, runtime, FLOAT, branch="x")
+    files["torch_export"] = reuse_or_compute(run, save_program, model, shard, TORCH_EXPORT, FLOAT, branch="x")
     for name, file in files.items():
         assert is_refusal(file)
         assert run.store.read_json(file) == {"reason": f"it crashed in {name}"}

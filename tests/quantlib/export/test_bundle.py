@@ -13,7 +13,7 @@ from rows import file_info, model_info, preprocessing
 from quantlib.data.normalization import Normalization
 from quantlib.data.transforms import EvalTransform
 from quantlib.errors import ModelError
-from quantlib.export import bundle, onnx_draft, scripting
+from quantlib.export import bundle, onnx_draft, scripting, torch_export
 from quantlib.export.bundle import Preprocessing
 from quantlib.export.onnx import write_onnx
 from quantlib.recipe.interface import FLOAT, Interface
@@ -27,6 +27,7 @@ def contents(fused_model):
     return {
         "torchscript": scripting.script(fused_model, None, (3, 32, 32)),
         "onnx": write_onnx(draft, fused_model, "onnxruntime"),
+        "torch_export": torch_export.write(fused_model, (3, 32, 32)),
     }
 
 
@@ -34,12 +35,14 @@ KINDS = [
     ("torchscript", "a.pt", "torchscript"),
     ("onnx", "a.onnx", "onnxruntime"),
     ("onnx", "a.onnx", "openvino"),
+    ("torch_export", "a.pt2", "torch_export"),
 ]
+NAMES = {"a.pt": "torchscript", "a.onnx": "onnx", "a.pt2": "torch_export"}
 
 
 @pytest.mark.parametrize(("kind", "name", "runtime"), KINDS)
 def test_a_file_says_what_it_is_and_answers_as_it_did_without(kind, name, runtime, contents, val_inputs, tmp_path):
-    if runtime != "torchscript":
+    if kind == "onnx":
         pytest.importorskip(runtime, reason=f"needs {runtime}")
     info = model_info(classes=["blå", "grün", "red"])
     (tmp_path / name).write_bytes(bundle.attach(contents[kind], kind, info))
@@ -49,11 +52,20 @@ def test_a_file_says_what_it_is_and_answers_as_it_did_without(kind, name, runtim
     assert torch.equal(classifiers.open_model(tmp_path / name, runtime)(val_inputs), expected)
 
 
+def test_a_program_of_executorch_holds_its_document_at_its_end(tmp_path):
+    (tmp_path / "a.pte").write_bytes(bundle.attach(b"program", "executorch", model_info()))
+    assert bundle.read(tmp_path / "a.pte") == model_info()
+    assert (tmp_path / "a.pte").read_bytes().startswith(b"program")
+
+
 def test_each_format_keeps_the_document_where_its_own_tools_find_it(contents):
     document = bundle.document(model_info()).decode()
     extra = {"quantflow.json": ""}
     torch.jit.load(io.BytesIO(bundle.attach(contents["torchscript"], "torchscript", model_info())), _extra_files=extra)
     assert extra["quantflow.json"].decode() == document
+    program = bundle.attach(contents["torch_export"], "torch_export", model_info())
+    torch.export.load(io.BytesIO(program), extra_files=extra)
+    assert extra["quantflow.json"] == document
     model = onnx.load_from_string(bundle.attach(contents["onnx"], "onnx", model_info()))
     onnx.checker.check_model(model)
     assert {entry.key: entry.value for entry in model.metadata_props}["quantflow"] == document
@@ -138,18 +150,17 @@ def test_what_a_later_release_added_is_passed_over(tmp_path):
     assert bundle.read(tmp_path / "model.json") == model_info()
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.onnx"])
-def test_a_file_that_is_cut_short_is_named(name, contents, tmp_path):
-    kind = "torchscript" if name == "a.pt" else "onnx"
+@pytest.mark.parametrize(("name", "kind"), NAMES.items())
+def test_a_file_that_is_cut_short_is_named(name, kind, contents, tmp_path):
     content = bundle.attach(contents[kind], kind, model_info())
     (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(ModelError, match=f"{name} is damaged, or no"):
         bundle.read(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.onnx"])
-def test_a_file_without_a_document_is_named_with_what_to_do(name, contents, tmp_path):
-    (tmp_path / name).write_bytes(contents["torchscript" if name == "a.pt" else "onnx"])
+@pytest.mark.parametrize(("name", "kind"), [*NAMES.items(), ("a.pte", "torch_export")])
+def test_a_file_without_a_document_is_named_with_what_to_do(name, kind, contents, tmp_path):
+    (tmp_path / name).write_bytes(contents[kind])
     with pytest.raises(ModelError, match="has no quantflow document.*quantflow resume RUN"):
         bundle.read(tmp_path / name)
 

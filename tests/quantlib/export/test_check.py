@@ -9,7 +9,7 @@ from torch import nn
 
 from quantlib import helper
 from quantlib.errors import ModelError
-from quantlib.export import check, native, onnx_draft, scripting
+from quantlib.export import check, executorch, native, onnx_draft, scripting, torch_export
 from quantlib.export.check import check_file
 from quantlib.quantize import conversion
 from quantlib.quantize.grids import Grid
@@ -18,8 +18,9 @@ from quantlib.runtimes import available
 
 SHAPE = (3, 32, 32)
 SCHEME = scheme("fbgemm")
-ONNX_RUNTIMES = [found.name for found in available.find_onnx_runtimes()]
-RUNTIMES = ["torchscript", *ONNX_RUNTIMES]
+ONNX_RUNTIMES = [found.name for found in available.find_runtimes()]
+NAMED = [name for name in ("torch_export", "executorch") if available.is_installed(name)]
+RUNTIMES = ["torchscript", *NAMED, *ONNX_RUNTIMES]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,10 @@ def write(fused_model):
         if runtime == "torchscript":
             engine = available.default_engine() if any(isinstance(each, Grid) for each in model.modules()) else None
             return scripting.script(model, engine, SHAPE), available.torchscript_on(engine)
+        if runtime == "torch_export":
+            return torch_export.write(model, SHAPE), runtime
+        if runtime == "executorch":
+            return executorch.write(model, SHAPE), runtime
         from quantlib.export import onnx
 
         return onnx.write_onnx(draft, model, runtime), runtime

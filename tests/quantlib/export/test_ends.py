@@ -8,7 +8,7 @@ from quantlib.data import shards
 from quantlib.data.feeding import feed
 from quantlib.data.normalization import Normalization
 from quantlib.errors import ModelError
-from quantlib.export import check, onnx_draft, scripting
+from quantlib.export import check, executorch, onnx_draft, scripting, torch_export
 from quantlib.export.ends import Ends
 from quantlib.measure import evaluation
 from quantlib.quantize import conversion
@@ -16,7 +16,9 @@ from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.runtimes import available, classifiers
 
 SHAPE = (3, 32, 32)
-RUNTIMES = ["torchscript", *(found.name for found in available.find_onnx_runtimes())]
+ONNX_RUNTIMES = [found.name for found in available.find_runtimes()]
+PROGRAMS = {"torch_export": torch_export.write, "executorch": executorch.write}
+RUNTIMES = ["torchscript", *filter(available.is_installed, PROGRAMS), *ONNX_RUNTIMES]
 PIXELS = [Interface(input="uint8", layout=layout) for layout in ("nchw", "nhwc")]
 PROBABILITIES = Interface(softmax=True)
 EVERYTHING = Interface(input="uint8", layout="nhwc", softmax=True)
@@ -33,7 +35,7 @@ def write(models, val_shard, tmp_path_factory):
     """Writes a model's file: (path, the runtime's full name)."""
     normalization = shards.open_shard(val_shard).normalization
     folder = tmp_path_factory.mktemp("files")
-    draft = onnx_draft.draft(models["float"], SHAPE) if len(RUNTIMES) > 1 else b""
+    draft = onnx_draft.draft(models["float"], SHAPE) if ONNX_RUNTIMES else b""
 
     def write(kind, runtime, interface):
         ends = Ends(interface, normalization)
@@ -42,6 +44,9 @@ def write(models, val_shard, tmp_path_factory):
             engine = None if kind == "float" else available.default_engine()
             path, runtime = folder / f"{name}.pt", available.torchscript_on(engine)
             path.write_bytes(scripting.script(models[kind], engine, SHAPE, ends))
+        elif runtime in PROGRAMS:
+            path = folder / f"{name}{available.suffix_of(runtime)}"
+            path.write_bytes(PROGRAMS[runtime](models[kind], SHAPE, ends))
         else:
             from quantlib.export import onnx
 
@@ -92,6 +97,8 @@ def test_a_file_that_normalizes_wrongly_is_refused(runtime, write, models, val_s
     other = Ends(EVERYTHING, Normalization((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)))
     if runtime == "torchscript":
         content, full_name = scripting.script(models["float"], None, SHAPE, other), runtime
+    elif runtime in PROGRAMS:
+        content, full_name = PROGRAMS[runtime](models["float"], SHAPE, other), runtime
     else:
         path, full_name = write("float", runtime, FLOAT)
         content = other.add_to_onnx(path.read_bytes())

@@ -21,7 +21,7 @@ from quantlib.export.onnx_draft import draft  # noqa: E402
 SHAPE = (3, 32, 32)
 # 7 bits of activations: no runtime saturates on any CPU.
 SCHEME = Scheme(observer="minmax", weights="per_channel", activation_bits=7)
-RUNTIMES = [found.name for found in available.find_onnx_runtimes()]
+RUNTIMES = [found.name for found in available.find_runtimes()]
 needs_runtime = pytest.mark.skipif(not RUNTIMES, reason="no runtime for ONNX is installed")
 
 

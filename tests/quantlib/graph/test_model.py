@@ -1,6 +1,8 @@
 """A model as it is, as a graph: the same answers and parameters."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -431,3 +433,16 @@ def test_a_model_may_overwrite_its_images():
 def test_a_model_for_a_fixed_number_of_images_is_refused(number):
     with pytest.raises(ModelError, match="InOne"):
         trace_model(InOne(number).eval(), SHAPE)
+
+
+_AFTER_TRACING = """
+import torch
+from quantlib.graph.model import trace_model
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 2))
+trace_model(net.eval(), (3, 4, 4))
+torch.export.export(net, (torch.zeros(2, 3, 4, 4),), strict=True)
+"""
+
+
+def test_what_torch_compiles_after_tracing_still_knows_len():
+    subprocess.run([sys.executable, "-c", _AFTER_TRACING], check=True, capture_output=True)
