@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,7 +45,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int], *, whole: bool = 
     while True:
         tracer = _Tracer(model, leaves, input_shape)
         try:
-            with _look_into_wrapped_functions(), _len_of_symbols():
+            with _look_into_wrapped_functions(), _len_of_symbols(model):
                 graph = tracer.trace(model)
         except Exception:
             failed = tracer.failed
@@ -109,17 +107,18 @@ def _look_into_wrapped_functions() -> Iterator[None]:
 
 
 @contextmanager
-def _len_of_symbols() -> Iterator[None]:
-    """Lets `len(x)` give a symbol for the number of images: Python takes nothing but a number from `__len__`."""
-    # It learns the builtins as it is imported, which torch does as soon as it finds the shape behind a BatchNorm: later
-    # it would not know Python's own len.
-    import_module("torch._dynamo")
-    own, number = cast("Any", builtins), len
-    own.len = lambda x: x.size(0) if isinstance(x, _Symbol) and _common(x, number) is None else number(x)
+def _len_of_symbols(model: nn.Module) -> Iterator[None]:
+    """Lets `len(x)` in a model give a symbol for the number of images: Python takes only a number from `__len__`."""
+    # Where its classes stand, and not in Python itself, whose own len others look for.
+    found = [getattr(type(each).forward, "__globals__", {}) for each in model.modules()]
+    places = [names for names in found if "len" not in names]
+    for names in places:
+        names["len"] = lambda x: x.size(0) if isinstance(x, _Symbol) and _common(x, len) is None else len(x)
     try:
         yield
     finally:
-        own.len = number
+        for names in places:
+            names.pop("len", None)
 
 
 @contextmanager
