@@ -15,11 +15,11 @@ from torch.fx import _symbolic_trace
 
 from quantlib.graph import rewriting, surgery
 from quantlib.graph.nodes import call
+from quantlib.graph.symbols import EXAMPLES, Symbol, common, len_of_symbols
 
 WHOLE = "model"
 """Path of a model whose own forward() cannot be traced."""
 _USING_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_EXAMPLES = "examples"
 # What a tensor's shape has in common for both is a constant of the graph; the rest depends on the number of images.
 _BATCHES = (2, 3)
 NUM_IMAGES = _BATCHES[0]
@@ -45,7 +45,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int], *, whole: bool = 
     while True:
         tracer = _Tracer(model, leaves, input_shape)
         try:
-            with _look_into_wrapped_functions(), _len_of_symbols(model):
+            with _look_into_wrapped_functions(), len_of_symbols(model):
                 graph = tracer.trace(model)
         except Exception:
             failed = tracer.failed
@@ -107,21 +107,6 @@ def _look_into_wrapped_functions() -> Iterator[None]:
 
 
 @contextmanager
-def _len_of_symbols(model: nn.Module) -> Iterator[None]:
-    """Lets `len(x)` in a model give a symbol for the number of images: Python takes only a number from `__len__`."""
-    # Where its classes stand, and not in Python itself, whose own len others look for.
-    found = [getattr(type(each).forward, "__globals__", {}) for each in model.modules()]
-    places = [names for names in found if "len" not in names]
-    for names in places:
-        names["len"] = lambda x: x.size(0) if isinstance(x, _Symbol) and _common(x, len) is None else len(x)
-    try:
-        yield
-    finally:
-        for names in places:
-            names.pop("len", None)
-
-
-@contextmanager
 def _real_modules() -> Iterator[None]:
     """Lets modules compute while torch.fx has replaced how they are called."""
     replaced = nn.Module.__call__, nn.Module.__getattr__
@@ -171,33 +156,33 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The symbol for a node."""
-        return _Symbol(node, self)
+        return Symbol(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, and find what it would be."""
         node = super().create_node(*args, **kwargs)
         try:
             with torch.no_grad(), _real_modules():
-                node.meta[_EXAMPLES] = tuple(self._run(node, place) for place in range(len(_BATCHES)))
+                node.meta[EXAMPLES] = tuple(self._run(node, place) for place in range(len(_BATCHES)))
         except Exception:
-            node.meta.pop(_EXAMPLES, None)
+            node.meta.pop(EXAMPLES, None)
         return node
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Unpack a symbol."""
-        length = _common(obj, len)
+        length = common(obj, len)
         symbol: Any = obj
         return iter([symbol[place] for place in range(length)]) if isinstance(length, int) else super().iter(obj)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A symbol as a condition: a number of images other than those tried may decide otherwise."""
-        found = _common(obj, lambda value: value if isinstance(value, bool | int) else None)
+        found = common(obj, lambda value: value if isinstance(value, bool | int) else None)
         return super().to_bool(obj) if found is None else bool(found)
 
     def _run(self, node: fx.Node, place: int) -> Any:
         if node.op == "placeholder":
             return torch.empty(_BATCHES[place], *self._input_shape, device="meta")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta[_EXAMPLES][place])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta[EXAMPLES][place])
         target: Any = node.target
         if node.op == "get_attr":
             value = operator.attrgetter(target)(self.root)
@@ -205,92 +190,6 @@ class _Tracer(fx.Tracer):
         if node.op == "call_module":
             return self._shadow.get_submodule(target)(*args, **kwargs)
         return call(node, args, kwargs)
-
-
-class _Symbol(fx.Proxy):
-    """Stands for a value while tracing; its shape is known, except for the number of images."""
-
-    def _overwrite(self, operation: Any, other: Any) -> Any:
-        if _common(self, lambda value: value.dim()) is None:
-            return NotImplemented  # A number: the name gets another value.
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._overwrite(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._overwrite(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._overwrite(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._overwrite(operator.itruediv, other)
-
-    @property
-    def shape(self) -> Any:
-        """Numbers, and a symbol for each dimension that depends on the number of images."""
-        dims = _common(self, lambda value: value.dim())
-        return super().__getattr__("shape") if dims is None else tuple(map(self.size, range(dims)))
-
-    def size(self, dim: int | None = None) -> Any:
-        """The shape, or one dimension."""
-        if dim is None:
-            return self.shape
-        found = _common(self, lambda value: value.shape[dim])
-        return super().__getattr__("size")(dim) if found is None else found
-
-    def dim(self) -> Any:
-        """Number of dimensions."""
-        found = _common(self, lambda value: value.dim())
-        return super().__getattr__("dim")() if found is None else found
-
-    @property
-    def ndim(self) -> Any:
-        """Number of dimensions."""
-        return self.dim()
-
-    @property
-    def dtype(self) -> Any:
-        """Its type, as it is in the end."""
-        found = _common(self, lambda value: value.dtype)
-        return super().__getattr__("dtype") if found is None else found
-
-    @property
-    def device(self) -> Any:
-        """Where everything is."""
-        return (
-            torch.device("cpu")
-            if _common(self, lambda value: value.dim()) is not None
-            else super().__getattr__("device")
-        )
-
-    def new_zeros(self, *size: Any, **settings: Any) -> Any:
-        """Zeros, which are a constant if their number is."""
-        dims = size[0] if len(size) == 1 and isinstance(size[0], tuple | list) else size
-        if all(isinstance(dim, int) for dim in dims) and isinstance(self.dtype, torch.dtype):
-            return torch.zeros(*dims, dtype=settings.get("dtype", self.dtype))
-        return super().__getattr__("new_zeros")(*size, **settings)
-
-    def __len__(self) -> int:
-        found = _common(self, len)
-        return super().__len__() if found is None else found
-
-    def __index__(self) -> int:
-        found = _common(self, lambda value: value if isinstance(value, int) else None)
-        if found is None:
-            raise fx.proxy.TraceError("a number that depends on the number of images is used as an index")
-        return int(found)
-
-
-def _common(symbol: fx.Proxy, of: Any) -> Any:
-    """What a function gives for a symbol whatever the number of images; None if it differs or is not known."""
-    examples = symbol.node.meta.get(_EXAMPLES, ())
-    try:
-        found = [of(example) for example in examples]
-    except (TypeError, AttributeError, IndexError):
-        return None
-    return found[0] if found and all(each == found[0] for each in found) else None
 
 
 class _Shapes(fx.Interpreter):
@@ -341,12 +240,12 @@ def _note_shapes(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> N
     """Write the shape of each floating-point tensor, for two images, into its node's `meta["shape"]`."""
     nodes = [node for node in traced.graph.nodes if node.op != "output"]
     for node in nodes:
-        example = node.meta.get(_EXAMPLES, (None,))[0]
+        example = node.meta.get(EXAMPLES, (None,))[0]
         if isinstance(example, Tensor) and example.is_floating_point():
             node.meta["shape"] = example.shape
-    if not all(_EXAMPLES in node.meta for node in nodes):
+    if not all(EXAMPLES in node.meta for node in nodes):
         # What was taken as a whole has to be run: it may look at values.
         with torch.inference_mode(), _count_inside(traced):
             _Shapes(traced).run(torch.zeros(_BATCHES[0], *input_shape))
     for node in nodes:
-        node.meta.pop(_EXAMPLES, None)
+        node.meta.pop(EXAMPLES, None)
