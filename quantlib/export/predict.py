@@ -13,12 +13,11 @@ MODEL = json.loads(Path(__file__).with_name("model.json").read_text(encoding="ut
 
 
 def prepare(path: str) -> np.ndarray:
-    """An image file as a batch of one for the model, as `interface` in model.json says."""
+    """An image file as a batch of one, as `interface` in model.json says; 16 bits per pixel become 8."""
     how, end, (_, height, width) = MODEL["preprocessing"], MODEL["interface"], MODEL["input_size"]
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-    if image.mode[0] in "IF":  # 16 bits per pixel; a TypeError for floating-point numbers.
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)) if image.mode[0] in "IF" else image
     image = image.convert("RGB").convert(how["channel_order"])
     resampling, (*other, side) = Image.Resampling[how["interpolation"].upper()], how["resize"]
     size = [side, *other] if other else [side * each // min(image.size) for each in image.size]
@@ -28,9 +27,8 @@ def prepare(path: str) -> np.ndarray:
         image = image.resize((width, height), resampling, (left * x, top * y, (left + width) * x, (top + height) * y))
     else:
         image = image.resize(size, resampling).crop((left, top, left + width, top + height))
-    x = np.asarray(image).reshape(1, height, width, -1)
-    if end["input"] == "float":
-        x = (x.astype(np.float32) / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
+    x = np.asarray(image, np.float32 if end["input"] == "float" else np.uint8).reshape(1, height, width, -1)
+    x = (x / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"]) if end["input"] == "float" else x
     return x if end["layout"] == "nhwc" else x.transpose(0, 3, 1, 2)
 
 
@@ -38,31 +36,25 @@ def answer(x: np.ndarray) -> np.ndarray:
     """Logits or probabilities [N, classes] of inputs [N, ...], from the first file whose runtime is installed."""
     os.environ["ORT_DISABLE_TELEMETRY"], sys.modules["openvino_telemetry"] = "1", None  # type: ignore[assignment]
     for file in MODEL["files"]:
-        name, _, engine = file["runtime"].partition("-")
-        package = {"torchscript": "torch", "torch_export": "torch"}.get(name, name)
-        if util.find_spec(package):
+        name, _, engine = file["runtime"].partition("-")  # executorch is for phones.
+        if name != "executorch" and util.find_spec(package := "torch" if name.startswith("torch") else name):
             path, lib = str(Path(__file__).with_name(file["name"])), import_module(package)
             if name == "onnxruntime":
                 return lib.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": x})[0]
             if name == "openvino":
                 return lib.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
-            if name == "executorch":
-                program = import_module("executorch.runtime").Runtime.get().load_program(path)
-                run, images = program.load_method("forward").execute, import_module("torch").from_numpy(x).contiguous()
-                return np.concatenate([run([image])[0].numpy() for image in images.split(1)])
             images = lib.from_numpy(x).contiguous(memory_format=lib.channels_last)
             if name == "torch_export":
                 import_module("torch.ao.quantization.fx._decomposed")  # Registers the operations that round.
-                return import_module("torch.export").load(path).module()(images).detach().numpy()
+                return lib.export.load(path).module()(images).detach().numpy()
             lib.backends.quantized.engine = engine or lib.backends.quantized.engine
             return lib.jit.optimize_for_inference(lib.jit.load(path).eval())(images).detach().numpy()
     sys.exit(f"Install the runtime of one of the files: {', '.join(file['runtime'] for file in MODEL['files'])}.")
 
 
 if __name__ == "__main__":
-    sys.tracebacklimit = 0  # An error is one line.
-    paths = sys.argv[1:] or sys.exit(__doc__)
+    sys.tracebacklimit, paths = 0, sys.argv[1:] or sys.exit(__doc__)  # An error is one line.
     for path, scores in zip(paths, answer(np.concatenate([prepare(path) for path in paths])), strict=True):
-        shares = scores if MODEL["interface"]["softmax"] else np.exp(scores - scores.max())
-        best = np.argsort(-scores, kind="stable")[:5]
-        print(path, *(f"{shares[n] / shares.sum():8.2%}  {MODEL['classes'][n]}" for n in best), sep="\n")
+        p = scores if MODEL["interface"]["softmax"] else np.exp(scores - scores.max())
+        best = (f"{p[n] / p.sum():8.2%}  {MODEL['classes'][n]}" for n in np.argsort(-scores, kind="stable")[:5])
+        print(path, *best, sep="\n")
