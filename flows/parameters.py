@@ -28,6 +28,29 @@ def find_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return load_recipe(path, overrides)
 
 
+def find_recipes(names: tuple[str, ...], overrides: tuple[str, ...] = ()) -> tuple[Recipe, ...]:
+    """The recipes with these names, in these files, and in the files NAME.toml of these folders.
+
+    Raises:
+        RecipeError: If one does not exist or is wrong, a folder has none, or two have the same name.
+    """
+    found: dict[str, Recipe] = {}
+    for given in names:
+        folder = Path(given).expanduser()
+        is_folder = given not in packaged_recipes() and folder.is_dir()
+        files = sorted(map(str, folder.glob("*.toml"))) if is_folder else [given]
+        if not files:
+            raise RecipeError(f"The folder {given!r} has no recipe: put files NAME.toml in it, or name a file.")
+        for name in files:
+            recipe = find_recipe(name, overrides)
+            if recipe.name in found:
+                raise RecipeError(
+                    f"Two of the recipes are named {recipe.name!r}, the second in {name}: give each its own `name`."
+                )
+            found[recipe.name] = recipe
+    return tuple(found.values())
+
+
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with quantflow, by name."""
     folder = Path(str(files("recipes")))

@@ -69,6 +69,8 @@ class LiveRun:
     journal: Journal
     listener: Listener
     executor: Executor = field(default_factory=LocalExecutor)
+    prefix: str = ""
+    """Put before the labels that users see, where several runs share a flow run."""
     stages: list[StageRow] = field(default_factory=list)
     """The stages met so far, in order."""
     makers: dict[int, Maker] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class LiveRun:
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Report how far the stage with this label is."""
-        self.listener.stage_progressed(label, done, total)
+        self.listener.stage_progressed(self.prefix + label, done, total)
 
     def call_task(self, name: str, label: str, work: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         """Call a function as a Prefect task, with one edge from each task whose artifacts it uses.
@@ -126,7 +128,9 @@ class LiveRun:
             return work()
 
         task_function.__name__ = task_function.__qualname__ = name
-        task = Task(task_function, name=name, task_run_name=label, persist_result=False, cache_policy=NO_CACHE)
+        task = Task(
+            task_function, name=name, task_run_name=self.prefix + label, persist_result=False, cache_policy=NO_CACHE
+        )
         state: State[Any] = task(wait_for=list(states.values()), return_state=True)
         outputs: Any = state.result()
         # Prefect must not look inside the state either: True is the only result that it mistakes for no other.
@@ -150,7 +154,7 @@ class LiveRun:
         with FileLock(self.store.lock_file(key)):
             record = self.store.find_record(key)
             if record is None:
-                self.listener.stage_started(label)
+                self.listener.stage_started(self.prefix + label)
                 # The wait for the lock does not count.
                 started, clock = datetime.now(UTC), time.perf_counter()
                 job = Job(self.store, functools.partial(self.progress, label))
@@ -162,7 +166,7 @@ class LiveRun:
                 seconds = time.perf_counter() - clock
         self.stages.append(StageRow(label, key, record is not None, seconds, started))
         self.journal.stage_finished(label, key, cached=record is not None)
-        self.listener.stage_finished(label, cached=record is not None, seconds=seconds)
+        self.listener.stage_finished(self.prefix + label, cached=record is not None, seconds=seconds)
         if record is None:
             return outputs
         return Completed(name="Cached", message=f"Reused from {record.created_at}", data=stage.outputs_of(record))
@@ -181,6 +185,7 @@ def start_run(
     home: Path,
     listener: Listener | None = None,
     run_id: str | None = None,
+    prefix: str = "",
 ) -> Iterator[LiveRun]:
     """Start a run or resume one.
 
@@ -193,18 +198,20 @@ def start_run(
         home: The home folder.
         listener: Notified of each stage, if given.
         run_id: The run to resume; None: the run of the flow run, or a new one.
+        prefix: Put before the labels that users see.
     """
     temporary.remove_abandoned(home)
     store = Store(home / "store")
     journal = Journal(home / "runs" / (run_id or _run_id(home, recipe, flow_run_id)))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):
-        yield LiveRun(home, store, journal, ProgressArtifacts(listener or NullListener()))
+        yield LiveRun(home, store, journal, ProgressArtifacts(listener or NullListener()), prefix=prefix)
 
 
 def _run_id(home: Path, recipe: Recipe, flow_run_id: str | None) -> str:
-    identity = (flow_run_id or str(uuid.uuid4()))[:8]
-    retried = next((home / "runs").glob(f"*-{identity}"), None)
-    return retried.name if retried else f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{recipe.name}-{identity}"
+    named = f"{recipe.name}-{(flow_run_id or str(uuid.uuid4()))[:8]}"
+    # A flow run has one run for each of its recipes, and one recipe's name may end with another's.
+    retried = next((found.name for found in (home / "runs").glob(f"*-{named}") if found.name[16:] == named), None)
+    return retried or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{named}"
 
 
 @functools.cache

@@ -15,8 +15,8 @@ import click
 from flows.cli.cache import cache
 from flows.cli.comparing import compare
 from flows.cli.init import init
-from flows.cli.options import home_option, recipe_argument, set_option, verbose_option
-from flows.cli.outcome import NO_WINNER, REGRESSION, reports_errors, warn
+from flows.cli.options import home_option, recipe_argument, recipes_argument, set_option, verbose_option
+from flows.cli.outcome import reports_errors, status_of, warn
 from flows.cli.reporting import report
 from flows.cli.shipping import export, predict
 from flows.hosting import processes
@@ -42,19 +42,25 @@ main.add_command(report)
 
 
 @main.command()
-@recipe_argument
+@recipes_argument
 @set_option
 @home_option
 @verbose_option
 @reports_errors
-def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:
-    """Quantize the model of RECIPE.
+def run(recipes: tuple[str, ...], overrides: tuple[str, ...], home: Path, verbose: bool) -> int:
+    """Quantize the model of RECIPE, or of each of several.
 
-    RECIPE is a TOML file, or a name that `quantflow recipes` lists; the default is the embedded digits.
+    RECIPE is a TOML file, a folder of them, or a name that `quantflow recipes` lists; the default is the embedded
+    digits. Several are one flow run that ends with one table; stages that they share are computed once.
     """
-    from flows.parameters import find_recipe
+    from flows.parameters import find_recipes
 
-    return _run("quantize", find_recipe(recipe, overrides), home, run_id=None, verbose=verbose)
+    found = find_recipes(recipes or ("digits",), overrides)
+    if len(found) > 1:
+        from flows.cli.many import run_many
+
+        return run_many(found, home, verbose=verbose)
+    return _run("quantize", found[0], home, run_id=None, verbose=verbose)
 
 
 @main.command()
@@ -181,9 +187,7 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
     console.print(result_table(found.variants, console.width))
     console.print(conclusion(found, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
     console.print(f"  report  {home.resolve() / 'reports'}  (run {found.run_id})", highlight=False, soft_wrap=True)
-    if found.winner is None:
-        return NO_WINNER
-    return REGRESSION if found.regression else 0
+    return status_of(found)
 
 
 def command() -> NoReturn:

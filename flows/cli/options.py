@@ -17,6 +17,9 @@ home_option = click.option(
 recipe_argument = click.argument("recipe", default="digits")
 
 
+recipes_argument = click.argument("recipes", metavar="[RECIPE]...", nargs=-1)
+
+
 set_option = click.option(
     "--set",
     "overrides",

@@ -31,7 +31,12 @@ from tasks.run import NotYetKnownError, Run
 
 
 def run_flow(
-    name: str, recipe: Recipe, home: Path, listener: Listener | None = None, run_id: str | None = None
+    name: str,
+    recipe: Recipe,
+    home: Path,
+    listener: Listener | None = None,
+    run_id: str | None = None,
+    prefix: str = "",
 ) -> Report:
     """Body of every flow.
 
@@ -41,13 +46,14 @@ def run_flow(
         home: The home folder.
         listener: Notified of each stage, if given.
         run_id: The run to resume; None starts a new one.
+        prefix: Put before the labels that users see.
 
     Raises:
         RecipeError: If the recipe has no branch of the flow's method.
     """
     if name != "quantize":
         recipe = only(recipe, name)
-    with start_run(name, recipe, flow_run.id, home, listener, run_id) as run:
+    with start_run(name, recipe, flow_run.id, home, listener, run_id, prefix) as run:
         inputs = find_inputs(recipe, home / "splits", partial(run.progress, ""))
         measured = measure_branches(run, recipe, inputs)
         write = partial(write_report, run, recipe, inputs, measured)

@@ -357,3 +357,16 @@ def test_a_file_that_fails_its_check_is_refused_with_the_reason(run, monkeypatch
     for name, file in files.items():
         assert is_refusal(file)
         assert run.store.read_json(file) == {"reason": f"it crashed in {name}"}
+
+
+def test_a_retried_flow_run_resumes_the_run_of_each_of_its_recipes(tmp_path):
+    """One recipe's name may end with another's."""
+    first, second = (RECIPE.model_copy(update={"name": name}) for name in ("wide-tiny", "tiny"))
+    flow_run_id = "0000000a-0000-4000-8000-000000000000"
+    met = {}
+    for _ in range(2):
+        for recipe in (first, second):
+            with start_run("quantize", recipe, flow_run_id, tmp_path / "home") as run:
+                met.setdefault(recipe.name, set()).add(run.run_id)
+    assert {name: len(runs) for name, runs in met.items()} == {"wide-tiny": 1, "tiny": 1}
+    assert met["tiny"] != met["wide-tiny"]
