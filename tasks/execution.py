@@ -26,16 +26,21 @@ from quantlib.report.rows import StageRow
 from quantlib.store.artifacts import Record, Ref
 from quantlib.store.journal import Journal
 from quantlib.store.local import Store
+from tasks.calls import Calls
 from tasks.listener import Listener, NullListener
 from tasks.stage import Job, Stage, find_inside, key_of
 from tasks.tracking import ProgressArtifacts
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref | tuple[Ref, ...])
+T = TypeVar("T")
 
 
 class Executor(Protocol):
     """Computes stages."""
+
+    at_once: bool
+    """Whether it computes stages that are asked for in several threads."""
 
     def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
         """The stage's outputs, which are then in the job's store."""
@@ -43,6 +48,8 @@ class Executor(Protocol):
 
 class LocalExecutor:
     """Computes in this process."""
+
+    at_once = False
 
     def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
         """The stage's outputs, which are then in the job's store."""
@@ -71,10 +78,16 @@ class LiveRun:
     executor: Executor = field(default_factory=LocalExecutor)
     prefix: str = ""
     """Put before the labels that users see, where several runs share a flow run."""
-    stages: list[StageRow] = field(default_factory=list)
-    """The stages met so far, in order."""
     makers: dict[int, Maker] = field(default_factory=dict)
     """The maker of every artifact of this run, by id() of its Ref: two with equal content are two."""
+
+    def __post_init__(self) -> None:
+        self._calls: Calls[StageRow] = Calls(at_once=self.executor.at_once)
+
+    @property
+    def stages(self) -> list[StageRow]:
+        """The stages met so far, in the order of the flow."""
+        return self._calls.notes
 
     @property
     def run_id(self) -> str:
@@ -93,9 +106,22 @@ class LiveRun:
 
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The stage's outputs, reused or computed."""
+        self._calls.check()
         arguments = stage.bind(*args, **kwargs)
         work = functools.partial(self.reuse_or_compute, stage, arguments)
         return cast("R", self.call_task(stage.name, stage.label_for(arguments), work, arguments))
+
+    def begin(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Begin a call, in a thread if the executor computes stages at once; return what waits for its result."""
+        return self._calls.begin(call)
+
+    def once(self, name: str, call: Callable[[], T]) -> T:
+        """The result of a call that several branches need; only the first one makes it."""
+        return self._calls.once(name, call)
+
+    def end(self) -> None:
+        """Stop the calls that were begun, and wait until they have stopped."""
+        self._calls.end()
 
     def known(self, refs: object) -> Store:  # noqa: ARG002 (a run that computes has all of them)
         """The store."""
@@ -164,7 +190,7 @@ class LiveRun:
                 self.store.add_record(Record(key, stage.name, ingredients, refs, seconds, started.isoformat()))
             else:
                 seconds = time.perf_counter() - clock
-        self.stages.append(StageRow(label, key, record is not None, seconds, started))
+        self._calls.note(StageRow(label, key, record is not None, seconds, started))
         self.journal.stage_finished(label, key, cached=record is not None)
         self.listener.stage_finished(self.prefix + label, cached=record is not None, seconds=seconds)
         if record is None:
@@ -204,7 +230,11 @@ def start_run(
     store = Store(home / "store")
     journal = Journal(home / "runs" / (run_id or _run_id(home, recipe, flow_run_id)))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):
-        yield LiveRun(home, store, journal, ProgressArtifacts(listener or NullListener()), prefix=prefix)
+        run = LiveRun(home, store, journal, ProgressArtifacts(listener or NullListener()), prefix=prefix)
+        try:
+            yield run
+        finally:
+            run.end()
 
 
 def _run_id(home: Path, recipe: Recipe, flow_run_id: str | None) -> str:

@@ -8,6 +8,9 @@ from quantlib.store.artifacts import Ref
 from tasks.refs import BenchmarkTarget
 from tasks.stage import Job, stage
 
+Rounded = Literal["both", "weights", "activations"]
+"""What a simulation rounds."""
+
 
 @stage("evaluate_baseline-{branch}")
 def evaluate_baseline(
@@ -39,7 +42,7 @@ def simulate(
     model: Ref,
     images: Ref,
     batch_size: int,
-    parts: Literal["both", "weights", "activations"],
+    parts: Rounded,
     *,
     branch: str,
 ) -> Ref:

@@ -1,7 +1,7 @@
 """What a run would do: walks its flow with a planner in place of its stages."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -12,6 +12,7 @@ from tasks.stage import Stage, find_inside, key_of
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref | tuple[Ref, ...])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,22 @@ class Plan:
         self._finished = finished
         self.stages: list[PlannedStage] = []
         self.keys: list[str] = []
+        self._made: dict[str, Any] = {}
 
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The stage's outputs if they can be reused, else stand-ins for them."""
         return cast("R", self._visit(stage, stage.bind(*args, **kwargs)))
+
+    def begin(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Make the call."""
+        result = call()
+        return lambda: result
+
+    def once(self, name: str, call: Callable[[], T]) -> T:
+        """The result of the first call of this name."""
+        if name not in self._made:
+            self._made[name] = call()
+        return cast("T", self._made[name])
 
     def known(self, refs: object) -> Store:
         """The store.

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ def start_run(
     hold_at: str | None = None,
     run_id: str | None = None,
     recipe: dict[str, Any] = RECIPE,
+    at_once: bool = False,
 ) -> Any:
     """Start a run in its own process.
 
@@ -103,9 +105,10 @@ def start_run(
         hold_at: Let it hang at the first point of this name; `process.held` then exists.
         run_id: The run to resume.
         recipe: The recipe to run.
+        at_once: Run independent stages in threads; they compute one at a time.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
-    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id, recipe))
+    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id, recipe, at_once))
     process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
@@ -161,7 +164,13 @@ def run(home: Path, **options: Any) -> Outcome:
 
 
 def _work(
-    home: str, result: str, kill_at: int | None, hold_at: str | None, run_id: str | None, recipe: dict[str, Any]
+    home: str,
+    result: str,
+    kill_at: int | None,
+    hold_at: str | None,
+    run_id: str | None,
+    recipe: dict[str, Any],
+    at_once: bool,
 ) -> None:
     os.environ["QUANTFLOW_HOME"] = home
     points: list[str] = []
@@ -175,6 +184,8 @@ def _work(
         points.append(name)
 
     _hook_points(pass_point)
+    if at_once:
+        _compute_in_threads()
     found: dict[str, Any] = {"points": points}
     try:
         found |= _run_flow(run_id, recipe)
@@ -214,6 +225,19 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
         "variants": [{k: v for k, v in vars(row).items() if k not in timed} for row in report.variants],
         "stages": {row.stage: row.cached for row in report.stages},
     }
+
+
+def _compute_in_threads() -> None:
+    from tasks.execution import LocalExecutor
+
+    turn, compute = threading.Lock(), LocalExecutor.compute
+
+    def compute_in_turn(*arguments: Any) -> Any:
+        with turn:
+            return compute(*arguments)
+
+    LocalExecutor.at_once = True
+    LocalExecutor.compute = compute_in_turn  # type: ignore[method-assign]
 
 
 def _hook_points(pass_point: Callable[[str], None]) -> None:

@@ -27,7 +27,7 @@ from tasks.measure import pick_examples
 from tasks.planning import Pending
 from tasks.refs import BenchmarkTarget, Measurements, VariantRefs
 from tasks.report import find_reported, write_report
-from tasks.run import NotYetKnownError, Run
+from tasks.run import NotYetKnownError, Run, together
 
 
 def run_flow(
@@ -90,11 +90,12 @@ def make_flow(
 def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
     """Wire every stage of a run; with a `Plan` as `run`, nothing is computed."""
     shared = share_stages(run, recipe, inputs, available.find_engine(recipe.engine))
-    baseline = float_branch(shared)
-    named = [
-        *(ptq_branch(shared, branch) for branch in recipe.ptq),
-        *(qat_branch(shared, branch) for branch in recipe.qat),
+    branches: list[Callable[[], VariantRefs]] = [
+        partial(float_branch, shared),
+        *(partial(ptq_branch, shared, branch) for branch in recipe.ptq),
+        *(partial(qat_branch, shared, branch) for branch in recipe.qat),
     ]
+    baseline, *named = together(run, branches)
     found, search_best, conclusion = search_branches(shared, baseline)
     variants = (baseline, *named, *found)
     targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(variant)))
