@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from flows.hosting.cluster import ENGINE
 from quantlib.errors import RecipeError, suggest
 from quantlib.recipe.fields import MAX_ITEMS, PathName
 from quantlib.recipe.file import load_recipe
@@ -63,6 +64,9 @@ def _load_where_named(value: Any) -> Any:
 
 RecipeParameter = Annotated[Recipe, BeforeValidator(_load_where_named, json_schema_input_type=PathName | Recipe)]
 """The flow gets a Recipe; who starts it may give the name or file of one, which is read again for each run."""
+
+EngineParameter = Annotated[str, Field(max_length=300, pattern=ENGINE)]
+"""What computes the stages, in the form of `--engine`."""
 
 Changes = Annotated[tuple[PathName, ...], Field(max_length=MAX_ITEMS)]
 """Changes to a recipe, each in the form "KEY=VALUE", like those of `--set`."""

@@ -15,7 +15,10 @@ _own: contextvars.ContextVar[_Notes | None] = contextvars.ContextVar("notes", de
 
 
 class StoppedError(Exception):
-    """This call was stopped because another one failed."""
+    """This call was stopped, because another one failed or the run ends."""
+
+    def __str__(self) -> str:
+        return "Stopped, because another stage failed or the run was interrupted."
 
 
 class Calls(Generic[N]):

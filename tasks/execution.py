@@ -4,7 +4,6 @@ A reused stage returns Prefect's own `Cached` state.
 """
 
 import functools
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,8 @@ from prefect.states import Completed
 from quantlib import temporary
 from quantlib.recipe.schema import Recipe
 from quantlib.report.rows import StageRow
+from quantlib.runtimes import available
+from quantlib.runtimes.available import Machine
 from quantlib.store.artifacts import Record, Ref
 from quantlib.store.journal import Journal
 from quantlib.store.local import Store
@@ -42,8 +43,39 @@ class Executor(Protocol):
     at_once: bool
     """Whether it computes stages that are asked for in several threads."""
 
-    def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
-        """The stage's outputs, which are then in the job's store."""
+    @property
+    def machine(self) -> Machine:
+        """The machine that files are timed on."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise an error if a recipe asks for what the machine lacks.
+
+        Raises:
+            MachineError: If it does.
+        """
+
+    def compute(
+        self,
+        stage: Stage[..., Any],
+        arguments: Mapping[str, Any],
+        ingredients: Mapping[str, str],
+        job: Job,
+        started: Callable[[], None],
+        check: Callable[[], None],
+    ) -> Any:
+        """The stage's outputs, which are then in the job's store.
+
+        Args:
+            stage: The stage.
+            arguments: Its arguments, by name.
+            ingredients: Everything that decides its outputs.
+            job: Its store and its progress.
+            started: Called when it begins to compute.
+            check: Raises an error once the outputs are no longer wanted.
+        """
+
+    def close(self) -> None:
+        """End what still computes."""
 
 
 class LocalExecutor:
@@ -51,10 +83,32 @@ class LocalExecutor:
 
     at_once = False
 
-    def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """This machine."""
+        return available.this_machine()
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise an error if a recipe asks for what this machine lacks."""
+        available.find_engine(recipe.engine)
+        self.machine.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+
+    def compute(
+        self,
+        stage: Stage[..., Any],
+        arguments: Mapping[str, Any],
+        ingredients: Mapping[str, str],  # noqa: ARG002 (they were found here)
+        job: Job,
+        started: Callable[[], None],
+        check: Callable[[], None],  # noqa: ARG002 (nothing runs beside it that could fail)
+    ) -> Any:
         """The stage's outputs, which are then in the job's store."""
+        started()
         _prepare_process()
         return stage.work(job, **arguments)
+
+    def close(self) -> None:
+        """Nothing: what it computes is done when `compute` returns."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +137,11 @@ class LiveRun:
 
     def __post_init__(self) -> None:
         self._calls: Calls[StageRow] = Calls(at_once=self.executor.at_once)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that files are timed on."""
+        return self.executor.machine
 
     @property
     def stages(self) -> list[StageRow]:
@@ -180,11 +239,17 @@ class LiveRun:
         with FileLock(self.store.lock_file(key)):
             record = self.store.find_record(key)
             if record is None:
-                self.listener.stage_started(self.prefix + label)
-                # The wait for the lock does not count.
-                started, clock = datetime.now(UTC), time.perf_counter()
+                begun: list[tuple[datetime, float]] = []
+
+                def begin() -> None:
+                    begun.append((datetime.now(UTC), time.perf_counter()))
+                    if len(begun) == 1:
+                        self.listener.stage_started(self.prefix + label)
+
                 job = Job(self.store, functools.partial(self.progress, label))
-                outputs = self.executor.compute(stage, arguments, job)
+                outputs = self.executor.compute(stage, arguments, ingredients, job, begin, self._calls.check)
+                # The wait for the lock, or for a machine, does not count.
+                started, clock = begun[-1]
                 seconds = time.perf_counter() - clock
                 refs = outputs if isinstance(outputs, tuple) else (outputs,)
                 self.store.add_record(Record(key, stage.name, ingredients, refs, seconds, started.isoformat()))
@@ -198,11 +263,6 @@ class LiveRun:
         return Completed(name="Cached", message=f"Reused from {record.created_at}", data=stage.outputs_of(record))
 
 
-def home_folder() -> Path:
-    """The folder that holds everything: `$QUANTFLOW_HOME`, else `.quantflow` in the current folder."""
-    return Path(os.environ.get("QUANTFLOW_HOME", ".quantflow")).expanduser().resolve()
-
-
 @contextmanager
 def start_run(
     flow: str,
@@ -212,6 +272,7 @@ def start_run(
     listener: Listener | None = None,
     run_id: str | None = None,
     prefix: str = "",
+    executor: Executor | None = None,
 ) -> Iterator[LiveRun]:
     """Start a run or resume one.
 
@@ -225,12 +286,14 @@ def start_run(
         listener: Notified of each stage, if given.
         run_id: The run to resume; None: the run of the flow run, or a new one.
         prefix: Put before the labels that users see.
+        executor: Computes the stages; None: this process.
     """
     temporary.remove_abandoned(home)
     store = Store(home / "store")
     journal = Journal(home / "runs" / (run_id or _run_id(home, recipe, flow_run_id)))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):
-        run = LiveRun(home, store, journal, ProgressArtifacts(listener or NullListener()), prefix=prefix)
+        progress = ProgressArtifacts(listener or NullListener())
+        run = LiveRun(home, store, journal, progress, executor or LocalExecutor(), prefix)
         try:
             yield run
         finally:

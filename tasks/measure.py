@@ -69,7 +69,7 @@ def measure_layers(job: Job, fused: Ref, model: Ref, images: Ref, start: int, st
     return job.store.put_json("layers", sums)
 
 
-@stage("benchmark-{branch}")
+@stage("benchmark-{branch}", alone=True)
 def benchmark(
     job: Job,
     targets: tuple[BenchmarkTarget, ...],

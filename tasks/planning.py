@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
-from quantlib.store.artifacts import Record, Ref
+from quantlib.runtimes import available
+from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
 from tasks.run import NotYetKnownError
 from tasks.stage import Stage, find_inside, key_of
@@ -44,6 +45,7 @@ class Plan:
 
     def __init__(self, store: Store, last_run: Mapping[str, str], finished: Collection[str]) -> None:
         self.store = store
+        self.machine = available.this_machine()
         self._last_run = last_run
         self._finished = finished
         self.stages: list[PlannedStage] = []
@@ -103,15 +105,17 @@ class Plan:
         if last_key == key_of(ingredients):
             return "its record or artifact is missing or damaged"
         before = self.store.read_record(last_key)
-        return "the last run's record is gone" if before is None else explain_change(before, ingredients)
+        return (
+            "the last run's record is gone" if before is None else explain_difference(before.ingredients, ingredients)
+        )
 
 
-def explain_change(before: Record, ingredients: Mapping[str, str]) -> str:
-    """Differences between a record's ingredients and new ones, in the form "qconfig: default -> fbgemm"."""
+def explain_difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Differences between the ingredients of two stages, in the form "qconfig: default -> fbgemm"."""
     changes = [
-        _describe(name, before.ingredients.get(name), ingredients.get(name))
-        for name in sorted(before.ingredients.keys() | ingredients.keys())
-        if before.ingredients.get(name) != ingredients.get(name)
+        _describe(name, before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     ]
     return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 

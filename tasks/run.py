@@ -1,8 +1,11 @@
 """What a flow works with: something that runs stages, or finds out what running them would do."""
 
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+from quantlib.runtimes.available import Machine
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
 from tasks.stage import Stage
@@ -22,6 +25,10 @@ class Run(Protocol):
     @property
     def store(self) -> Store:
         """The store of artifacts and records."""
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that times the files and runs them: what its CPU and its runtimes are decides about stages."""
 
     @property
     def keys(self) -> list[str]:
@@ -48,6 +55,11 @@ class Run(Protocol):
 
     def copy_out(self, ref: Ref, name: str) -> None:
         """Copy an artifact to a file among the run's models; a plan writes nothing."""
+
+
+def home_folder() -> Path:
+    """The folder that holds everything: `$QUANTFLOW_HOME`, else `.quantflow` in the current folder."""
+    return Path(os.environ.get("QUANTFLOW_HOME", ".quantflow")).expanduser().resolve()
 
 
 def together(run: Run, calls: Iterable[Callable[[], T]]) -> tuple[T, ...]:

@@ -200,8 +200,8 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
     from flows.graphs.run import make_flow
     from quantlib.measure import significance
     from quantlib.recipe.schema import parse_recipe
-    from tasks.execution import home_folder
     from tasks.listener import NullListener
+    from tasks.run import home_folder
 
     significance.is_slower = lambda *_: False  # type: ignore[assignment]
     # As in conftest.py: on a busy machine the threads of a tiny net only wait for each other.

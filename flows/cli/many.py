@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 _BY_WEIGHT = (FAILURE, WRONG_INPUT, NO_WINNER, REGRESSION)
 
 
-def run_many(recipes: Sequence[Recipe], home: Path, *, verbose: bool) -> int:
+def run_many(recipes: Sequence[Recipe], home: Path, *, engine: str, verbose: bool) -> int:
     """Run several recipes as one flow run; print their table, and why those that failed did; return the exit status."""
     from flows.cli.running import run_many_here
 
     console = Console()
     with StageDisplay(console) as display:
-        outcomes = run_many_here(recipes, home, display, warn, verbose=verbose)
+        outcomes = run_many_here(recipes, home, display, warn, engine=engine, verbose=verbose)
     console.print(outcomes_table(outcomes))
     statuses = set()
     for outcome in outcomes:

@@ -29,4 +29,15 @@ set_option = click.option(
 )
 
 
+engine_option = click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    metavar="local|dask|dask://HOST:PORT",
+    help="What computes the stages: this process, a cluster on this machine, or that of a Dask scheduler; append "
+    "?benchmark=WORKER to name the worker that times files. (The recipe's `engine` is another thing: torch's int8 "
+    "kernels.)",
+)
+
+
 verbose_option = click.option("--verbose", is_flag=True, help="Show Prefect's log, and the traceback if it fails.")

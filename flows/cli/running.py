@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.hosting.cluster import LOCAL, parse_engine
 from flows.hosting.processes import gc_paused
 from flows.hosting.server import prefect_server
 from quantlib.errors import MachineError, QuantflowError, explain_full_disk, reason_of
@@ -33,6 +34,7 @@ def run_here(
     say: Callable[[str], None],
     *,
     run_id: str | None = None,
+    engine: str = LOCAL,
     verbose: bool = False,
 ) -> Report:
     """Run a flow to its end.
@@ -44,6 +46,7 @@ def run_here(
         listener: Notified of each stage.
         say: Called with messages for the user that are not errors.
         run_id: The run to resume; None starts a new one.
+        engine: What computes the stages, as `--engine` takes it.
         verbose: Show Prefect's own log.
     """
     finished: list[Report] = []
@@ -51,14 +54,20 @@ def run_here(
     def start() -> None:
         from flows.graphs.run import make_flow
 
-        make_flow(name, home.resolve(), listener, run_id, finished.append)(recipe)
+        make_flow(name, home.resolve(), listener, run_id, finished.append, engine, say)(recipe)
 
-    _run_in_prefect(start, finished, [recipe], home, say, verbose=verbose)
+    _run_in_prefect(start, finished, [recipe], home, say, engine, verbose=verbose)
     return finished[0]
 
 
 def run_many_here(
-    recipes: Sequence[Recipe], home: Path, listener: Listener, say: Callable[[str], None], *, verbose: bool = False
+    recipes: Sequence[Recipe],
+    home: Path,
+    listener: Listener,
+    say: Callable[[str], None],
+    *,
+    engine: str = LOCAL,
+    verbose: bool = False,
 ) -> list[Outcome]:
     """Run several recipes as one flow run.
 
@@ -67,6 +76,7 @@ def run_many_here(
         home: The home folder.
         listener: Notified of each stage.
         say: Called with messages for the user that are not errors.
+        engine: What computes the stages, as `--engine` takes it.
         verbose: Show Prefect's own log.
     """
     finished: list[Outcome] = []
@@ -74,9 +84,9 @@ def run_many_here(
     def start() -> None:
         from flows.graphs.many import make_flow
 
-        make_flow(home.resolve(), listener, finished.append)(list(recipes))
+        make_flow(home.resolve(), listener, finished.append, engine, say)(list(recipes))
 
-    _run_in_prefect(start, finished, recipes, home, say, verbose=verbose)
+    _run_in_prefect(start, finished, recipes, home, say, engine, verbose=verbose)
     return finished
 
 
@@ -86,6 +96,7 @@ def _run_in_prefect(
     recipes: Sequence[Recipe],
     home: Path,
     say: Callable[[str], None],
+    engine: str,
     *,
     verbose: bool,
 ) -> None:
@@ -97,8 +108,10 @@ def _run_in_prefect(
         recipes: The recipes that the flow runs.
         home: The home folder.
         say: Called with messages for the user that are not errors.
+        engine: What computes the stages.
         verbose: Show Prefect's own log.
     """
+    computes_here = parse_engine(engine) is None
     home = home.resolve()
     os.environ["QUANTFLOW_HOME"] = str(home)
     with prefect_server(home, say, verbose=verbose) as wait_for_server:
@@ -106,7 +119,7 @@ def _run_in_prefect(
             import httpx
 
             for recipe in recipes:
-                _check(recipe, home)
+                _check(recipe, home, computes_here=computes_here)
 
             from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -135,14 +148,15 @@ def _run_in_prefect(
                 raise
 
 
-def _check(recipe: Recipe, home: Path) -> None:
+def _check(recipe: Recipe, home: Path, *, computes_here: bool) -> None:
     """Find wrong input while the server starts; the flow checks again, which takes no time."""
     from quantlib.inputs import find_inputs
     from quantlib.runtimes import available
 
     find_inputs(recipe, home / "splits")
-    available.find_engine(recipe.engine)
-    available.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+    if computes_here:
+        available.find_engine(recipe.engine)
+        available.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
 
 
 def _reach_server() -> None:

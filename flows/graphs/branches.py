@@ -20,7 +20,6 @@ from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
 from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
 from quantlib.recipe.variant import Variant
-from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
 from tasks.export import script_and_save
 from tasks.measure import evaluate_baseline, measure_layers
@@ -48,7 +47,14 @@ def float_branch(shared: SharedStages) -> VariantRefs:
     run, model = shared.run, shared.fused_eval
     saving = run.begin(lambda: save_files(shared, model, "float"))
     scripting = run.begin(
-        lambda: run(script_and_save, model, None, shared.validation[0], shared.interface, branch="float")
+        lambda: run(
+            script_and_save,
+            model,
+            run.machine.torch_runtime(None),
+            shared.validation[0],
+            shared.interface,
+            branch="float",
+        )
     )
     others, artifact = saving(), scripting()
     file, runtime = find_reference(shared, artifact, others, None)
@@ -91,7 +97,7 @@ def _correct(shared: SharedStages, branch: BranchRecipe, calibrated: Ref) -> Ref
 
 
 def _scheme(shared: SharedStages, branch: BranchRecipe) -> Scheme:
-    return branch.scheme(available.activation_bits(shared.engine))
+    return branch.scheme(shared.run.machine.activation_bits(shared.engine))
 
 
 def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:

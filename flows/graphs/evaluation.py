@@ -6,11 +6,9 @@ from functools import partial
 from typing import cast, get_args
 
 from flows.graphs.shared_stages import SharedStages
-from quantlib import machine
 from quantlib.errors import ModelError
 from quantlib.report.choice import fastest_runtime
-from quantlib.runtimes import available
-from quantlib.runtimes.available import Runtime
+from quantlib.runtimes.available import Machine, Runtime
 from quantlib.store.artifacts import Ref
 from tasks.export import is_refusal, save_onnx, save_program, script_and_save, try_file
 from tasks.measure import Rounded, benchmark, evaluate, simulate
@@ -28,7 +26,8 @@ def evaluate_candidate(shared: SharedStages, prepared: Ref, name: str) -> Candid
 
 def evaluate_model(shared: SharedStages, model: Ref, name: str) -> CandidateRefs:
     """The file that a quantized model would be shipped as, evaluated."""
-    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], shared.interface, branch=name)
+    own = shared.run.machine.torch_runtime(shared.engine)
+    artifact = shared.run(script_and_save, model, own, shared.validation[0], shared.interface, branch=name)
     others = save_files(shared, model, name, shared.runtimes[:1]) if is_refusal(artifact) else ()
     file, runtime = find_reference(shared, artifact, others, shared.engine)
     validation, selection = _evaluate(shared, file, runtime, name)
@@ -45,7 +44,7 @@ def find_reference(
         ModelError: If there is neither.
     """
     if not is_refusal(artifact):
-        return artifact, available.torch_runtime(engine)
+        return artifact, shared.run.machine.torch_runtime(engine)
     for runtime, file in others:
         if not is_refusal(file):
             return file, runtime
@@ -94,14 +93,15 @@ def try_engines(shared: SharedStages, artifact: Ref, name: str) -> tuple[tuple[R
         images, label = shared.validation[0], f"{name}-{runtime.name}"
         return runtime, shared.run(try_file, artifact, images, runtime, shared.interface, branch=label)
 
-    runtimes = [available.torch_runtime(engine) for engine in available.engines() if engine != shared.engine]
+    machine = shared.run.machine
+    runtimes = [machine.torch_runtime(engine) for engine in machine.engines if engine != shared.engine]
     return together(shared.run, [partial(try_in, runtime) for runtime in runtimes])
 
 
-def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
-    """A variant's files in every runtime that this machine has for them; its own engine first."""
+def targets_of(refs: VariantRefs, machine: Machine) -> list[BenchmarkTarget]:
+    """A variant's files in every runtime that a machine has for them; its own engine first."""
     script = refs.torchscript_file
-    own = [] if script is None else [BenchmarkTarget(script, available.torch_runtime(refs.variant.engine))]
+    own = [] if script is None else [BenchmarkTarget(script, machine.torch_runtime(refs.variant.engine))]
     return [
         *own,
         *(BenchmarkTarget(file, runtime) for runtime, file in refs.engines if not is_refusal(file)),
@@ -127,7 +127,7 @@ def time_files(
         benchmark,
         targets,
         shared.validation[0],
-        machine.cpu_model(),
+        shared.run.machine.cpu_model,
         batch_sizes,
         num_threads,
         shared.recipe.benchmark.num_samples,

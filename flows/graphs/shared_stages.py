@@ -10,7 +10,6 @@ from quantlib.data.transforms import TrainTransform, Transform
 from quantlib.inputs import Inputs
 from quantlib.recipe.interface import Interface
 from quantlib.recipe.schema import Recipe
-from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.data import decode
@@ -59,7 +58,7 @@ class SharedStages:
     @property
     def onnx_draft(self) -> Ref:
         """The ONNX graph that every variant's files are filled into."""
-        return self.run.once("draft_onnx", lambda: self.run(draft_onnx, self.fused_eval, available.exporter()))
+        return self.run.once("draft_onnx", lambda: self.run(draft_onnx, self.fused_eval, self.run.machine.exporter))
 
     @property
     def calibration(self) -> tuple[Ref, ...]:
@@ -101,7 +100,7 @@ def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> Share
     )
     validation = run.begin(lambda: _decode(run, recipe, inputs.validation, inputs.transform, "validation"))
     held_out = run.begin(lambda: _decode(run, recipe, inputs.held_out, inputs.transform, "held_out"))
-    runtimes = available.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+    runtimes = run.machine.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
     return SharedStages(run, recipe, inputs, engine, runtimes, float_model(), validation(), held_out())
 
 
