@@ -86,6 +86,8 @@ class Outcome:
     stages: dict[str, bool]
     """Whether each stage was reused, by label."""
     error: str
+    said: list[str]
+    """Messages to the user."""
 
 
 def start_run(
@@ -96,6 +98,7 @@ def start_run(
     run_id: str | None = None,
     recipe: dict[str, Any] = RECIPE,
     at_once: bool = False,
+    engine: str = "local",
 ) -> Any:
     """Start a run in its own process.
 
@@ -106,9 +109,11 @@ def start_run(
         run_id: The run to resume.
         recipe: The recipe to run.
         at_once: Run independent stages in threads; they compute one at a time.
+        engine: What computes the stages, as `--engine` takes it.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
-    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id, recipe, at_once))
+    arguments = (str(home), str(result), kill_at, hold_at, run_id, recipe, at_once, engine)
+    process = _forks.Process(target=_work, args=arguments)
     process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
@@ -155,6 +160,7 @@ def finish(process: Any, timeout: float = 240) -> Outcome:
         found.get("points", []),
         found.get("stages", {}),
         found.get("error", ""),
+        found.get("said", []),
     )
 
 
@@ -171,6 +177,7 @@ def _work(
     run_id: str | None,
     recipe: dict[str, Any],
     at_once: bool,
+    engine: str,
 ) -> None:
     os.environ["QUANTFLOW_HOME"] = home
     points: list[str] = []
@@ -186,15 +193,16 @@ def _work(
     _hook_points(pass_point)
     if at_once:
         _compute_in_threads()
-    found: dict[str, Any] = {"points": points}
+    said: list[str] = []
+    found: dict[str, Any] = {"points": points, "said": said}
     try:
-        found |= _run_flow(run_id, recipe)
+        found |= _run_flow(run_id, recipe, engine, said.append)
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     Path(result).write_text(json.dumps(found, default=str))
 
 
-def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
+def _run_flow(run_id: str | None, recipe: dict[str, Any], engine: str, say: Callable[[str], None]) -> dict[str, Any]:
     import torch
 
     from flows.graphs.run import make_flow
@@ -207,7 +215,7 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
     # As in conftest.py: on a busy machine the threads of a tiny net only wait for each other.
     torch.set_num_threads(1)
     try:
-        flow = make_flow("quantize", home_folder(), NullListener(), run_id, lambda _: None)
+        flow = make_flow("quantize", home_folder(), NullListener(), run_id, lambda _: None, engine, say)
         report = flow(parse_recipe(recipe))
     finally:
         drain()  # A forked process skips what Prefect does at exit.

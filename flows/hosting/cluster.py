@@ -105,8 +105,6 @@ def require_dask() -> None:
     """
     if importlib.util.find_spec("distributed") is None:
         raise MachineError("--engine dask needs Dask, which is not installed: pip install 'quantflow[dask]'.")
-    # Otherwise importing it writes its default settings into the user's home.
-    os.environ.setdefault("DASK_CONFIG", os.devnull)
     import dask
 
     # It would log each worker that comes and goes, and each one that is killed.
@@ -120,7 +118,9 @@ def _local_cluster(home: Path) -> Iterator[str]:
 
     num_cores = len(os.sched_getaffinity(0))
     threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None, silence_logs=False) as cluster:
+    # No dashboard; but Dask's port for its own health checks cannot be turned off.
+    own = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(n_workers=0, host="127.0.0.1", scheduler_kwargs=own, silence_logs=False) as cluster:
         address = cluster.scheduler_address
         command = [sys.executable, "-m", "flows.hosting.cluster", address, str(home), str(max(1, num_cores // threads))]
         log = home / "dask" / "worker.log"

@@ -233,7 +233,9 @@ class DaskExecutor:
         """Look for workers that come and go."""
         while not self._closed.wait(_LOOK_SECONDS / 2):
             try:
-                found = self._client.scheduler_info(n_workers=-1)["workers"]
+                # Not `scheduler_info`: the client's own periodic look replaces what it returns, and sees no workers.
+                assert self._client.scheduler is not None
+                found = self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"]
             except Exception as error:
                 if not self._closed.is_set():
                     self._machines.stop(_scheduler_is_gone(self._client, error))
@@ -245,14 +247,12 @@ class DaskExecutor:
             self._met &= found.keys()
             for worker, paths in self._machines.unknown():
                 answer = self._call_now(worker.address, remote.find_paths, json.dumps(paths))
-                if answer is not None:
+                if answer is not None and "error" not in answer:
                     self._machines.learn(worker, answer)
 
     def _meet(self, address: str, info: Mapping[str, Any]) -> None:
         """Ask a new worker what it is."""
-        answer = self._call_now(address, remote.describe, self._probe)
-        if answer is None:
-            return
+        answer = self._call_now(address, remote.describe, self._probe) or {"error": "It does not answer"}
         name = str(info.get("name") or address)
         name = answer["machine"]["name"] if name == address and "machine" in answer else name
         fields = answer.get("machine", vars(_UNKNOWN))
@@ -260,8 +260,10 @@ class DaskExecutor:
         machine = Machine(**{**fields, "engines": tuple(fields["engines"]), "runtimes": runtimes})
         worker = Worker(address, name, int(info["nthreads"]), machine)
         if not answer.get("holds"):
-            why = answer.get("error") or f"its home {answer['home']} does not show what this machine stores"
-            worker.fault = f"{why.rstrip('.')}: give both the same home folder, or the same shared store"
+            worker.fault = answer.get("error", "").rstrip(".") or (
+                f"its home {answer['home']} does not show what this machine stores: give both the same home folder, or "
+                "the same shared store"
+            )
             self._say(f"{name} gets no stages: {worker.fault}.")
         self._machines.join(worker)
 
@@ -271,9 +273,8 @@ class DaskExecutor:
             answer = self._client.run(function, argument, workers=[address], on_error="return")[address]
         except Exception:
             return None  # It is gone, or will be.
-        if isinstance(answer, Exception):
-            self._say(f"The worker at {address} cannot be used: {errors.reason_of(answer)}.")
-            return None
+        if isinstance(answer, Exception):  # Such as an import that fails there.
+            return {"error": errors.reason_of(answer)}
         return json.loads(answer)
 
 

@@ -64,6 +64,7 @@ class Machines:
         self._changed = threading.Condition()
         self._end: BaseException | None = None
         self._last_left = -math.inf
+        self._connected: set[str] = set()
 
     def join(self, worker: Worker) -> None:
         """Add a worker."""
@@ -72,8 +73,9 @@ class Machines:
             self._assign()
 
     def keep(self, addresses: Mapping[str, object]) -> None:
-        """Remove all workers but those at these addresses."""
+        """Remove all workers but those at these addresses; those that have not joined yet are waited for."""
         with self._changed:
+            self._connected = set(addresses)
             for address in self._workers.keys() - addresses.keys():
                 self._workers.pop(address).is_gone = True
                 self._last_left = time.monotonic()
@@ -89,7 +91,8 @@ class Machines:
         """The paths that stages wait for, and on which workers it is not known whether they exist."""
         with self._changed:
             wanted = {path for ticket in self._tickets for path in ticket.needs.paths}
-            found = [(worker, sorted(wanted - worker.paths.keys())) for worker in self._workers.values()]
+            asked = [worker for worker in self._workers.values() if not worker.fault]
+            found = [(worker, sorted(wanted - worker.paths.keys())) for worker in asked]
         return [(worker, paths) for worker, paths in found if paths]
 
     def set_aside(self, worker: Worker, fault: str) -> None:
@@ -120,11 +123,12 @@ class Machines:
             while True:
                 self.check()
                 found = self._timing_worker()
-                if found is not None:
+                # Once all have said what they are, the choice does not depend on who was first.
+                if found is not None and self._connected <= self._workers.keys():
                     return found
                 if time.monotonic() > deadline:
                     raise MachineError(self._explain_absence())
-                self._changed.wait(0.5)
+                self._changed.wait(0.1)
 
     @contextmanager
     def slot(self, what: str, needs: Needs, *, alone: bool) -> Iterator[Worker]:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import queue
+import sysconfig
 import tempfile
 import threading
 import time
@@ -187,8 +188,9 @@ def _end_idle() -> None:
 
 
 def _sources() -> str:
-    """The state of quantflow's own files, without reading them."""
-    state = []
+    """The state of quantflow's own files, and of the folder of installed libraries, without reading them."""
+    libraries = Path(sysconfig.get_path("purelib"))
+    state = [f"{libraries} {libraries.stat().st_mtime_ns}"]
     for package in (quantlib, tasks):
         for path in sorted(Path(str(package.__path__[0])).rglob("*.py")):
             status = path.stat()
