@@ -202,7 +202,7 @@ def worker(scheduler: str, name: str | None, slots: int, host: str | None, home:
     found = parse_engine(scheduler)
     if found is None or found.scheduler is None:
         raise RecipeError(f"{scheduler!r} names no scheduler: give dask://HOST:PORT.")
-    serve_worker(found.scheduler, home, name, slots, host)
+    serve_worker(found.scheduler, home, name, slots, host, click.echo)
     return 0
 
 

@@ -7,8 +7,9 @@ import os
 import re
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ ENGINE = r"^(local|dask|dask(\+tls)?://[A-Za-z0-9.:\[\]_-]+(\?benchmark=[A-Za-z0
 """What may be given as the engine."""
 _CONNECT_SECONDS = 30
 _STOP_SECONDS = 10
+_WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def parse_engine(engine: str) -> Address | None:
     Raises:
         RecipeError: If it is none of the allowed forms.
     """
-    if re.match(ENGINE, engine) is None:
+    if re.fullmatch(ENGINE, engine) is None:
         raise RecipeError(
             f"--engine {engine!r} is not known. Allowed: local (this process), dask (a cluster on this machine), "
             "dask://HOST:PORT (that of a scheduler), dask://HOST:PORT?benchmark=WORKER (and the worker that times)."
@@ -125,13 +127,27 @@ def _local_cluster(home: Path) -> Iterator[str]:
         command = [sys.executable, "-m", "flows.hosting.cluster", address, str(home), str(max(1, num_cores // threads))]
         log = home / "dask" / "worker.log"
         worker = Child("worker", command, {**os.environ, "OMP_NUM_THREADS": str(threads)}, log)
+        stopped = threading.Event()
+        keeper = threading.Thread(target=_keep, args=(worker, stopped), daemon=True)
+        keeper.start()
         try:
             yield address
         finally:
+            stopped.set()
+            keeper.join()
             worker.stop(_STOP_SECONDS)
 
 
-def serve_worker(scheduler: str, home: Path, name: str | None, num_slots: int, host: str | None) -> None:
+def _keep(worker: Child, stopped: threading.Event) -> None:
+    """Restart a worker that dies; one that keeps dying is given up, and the run says that there is none."""
+    with suppress(MachineError):
+        while not stopped.wait(_WATCH_SECONDS):
+            worker.watch()
+
+
+def serve_worker(
+    scheduler: str, home: Path, name: str | None, num_slots: int, host: str | None, say: Callable[[str], None] = print
+) -> None:
     """Be a worker until the process is stopped; connect again if the scheduler is restarted.
 
     Args:
@@ -140,6 +156,10 @@ def serve_worker(scheduler: str, home: Path, name: str | None, num_slots: int, h
         name: Its name in messages; None: the machine's.
         num_slots: How many stages it computes at once; each uses an equal share of the cores.
         host: The address that it listens on; None: the one by which this machine reaches the scheduler.
+        say: Called with messages for the user.
+
+    Raises:
+        MachineError: If the scheduler does not let it join.
     """
     require_dask()
     import asyncio
@@ -164,10 +184,17 @@ def serve_worker(scheduler: str, home: Path, name: str | None, num_slots: int, h
                 dashboard=False,
             )
             await worker
+            say(f"{worker.name} computes {num_slots} stages at once for {scheduler}, with the home {home.resolve()}.")
             await worker.finished()
+            say(f"The scheduler at {scheduler} is gone; waiting for it.")
 
     while True:
-        asyncio.run(serve())
+        try:
+            asyncio.run(serve())
+        except (OSError, ValueError) as error:
+            raise MachineError(
+                f"The worker cannot join {scheduler}: {reason_of(error)} Give it a --name of its own if another has it."
+            ) from None
 
 
 if __name__ == "__main__":

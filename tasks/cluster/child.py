@@ -21,6 +21,7 @@ from quantlib.models.source import ModelInput
 from quantlib.process import begin_to_answer
 from quantlib.progress import Progress
 from quantlib.runtimes import available
+from quantlib.runtimes.available import Machine
 from quantlib.store.local import Store
 from tasks.cluster.codec import decode
 from tasks.cluster.needs import find_needs
@@ -77,13 +78,18 @@ def _check_here(arguments: Mapping[str, Any], home: Path, run: str) -> None:
     Raises:
         MachineError: If it is not.
     """
-    lacking = find_needs(arguments).lacking(available.this_machine())
+    lacking = find_needs(arguments).lacking(_this_machine())
     if lacking:
         raise MachineError(f"The stage needs {lacking}.")
     for split in find_inside(arguments, SplitInput):
         _check_split(split, home / "splits", run)
     for model in find_inside(arguments, ModelInput):
         _check_model(model, run)
+
+
+@functools.cache  # A worker ends the process when a library was installed.
+def _this_machine() -> Machine:
+    return available.this_machine()
 
 
 @functools.lru_cache(maxsize=16)

@@ -208,19 +208,21 @@ class Machines:
     def _is_busy(self, machine: str) -> bool:
         return any(worker.num_running for worker in self._workers.values() if worker.machine.name == machine)
 
-    def _timing_worker(self) -> Worker | None:
+    def _timing_worker(self, needs: Needs | None = None) -> Worker | None:
         fit = [w for w in self._workers.values() if not w.fault and self._timed_on in {None, w.name}]
+        # Another one may have joined since the run began.
+        fit = [worker for worker in fit if needs is None or not needs.lacking(worker.machine)]
         return min(fit, key=lambda worker: (worker.name, worker.address), default=None)
 
     def _obstacle(self, worker: Worker, ticket: _Ticket) -> str | None:
         """Why a worker cannot compute a stage; "" if it can; None if that is not known yet."""
         if worker.fault:
             return worker.fault
-        if ticket.alone and worker is not self._timing_worker():
-            return "it is not the one that times files"
         lacking = ticket.needs.lacking(worker.machine)
         if lacking:
             return f"it lacks {lacking}"
+        if ticket.alone and worker is not self._timing_worker(ticket.needs):
+            return "it is not the one that times files"
         missing = [path for path in ticket.needs.paths if not worker.paths.get(path, True)]
         if missing:
             return f"it lacks {missing[0]}"

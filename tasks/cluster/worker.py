@@ -11,10 +11,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import quantlib
 import tasks
@@ -108,16 +108,21 @@ class _Child:
         self.sources = sources
         """The state of the code that it has loaded, or will load."""
         self.process = start_child("tasks.cluster.child", keep_log=True)
+        assert self.process.stdin is not None
+        self._requests = self.process.stdin
         self.lines: queue.Queue[tuple[str, str]] = queue.Queue()
-        for name, file in (("answer", self.process.stdout), ("log", self.process.stderr)):
-            threading.Thread(target=self._read, args=(name, file), daemon=True).start()
+        self._readers = [
+            threading.Thread(target=self._read, args=(name, cast("IO[str]", file)), daemon=True)
+            for name, file in (("answer", self.process.stdout), ("log", self.process.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
 
     def ask(self, request: dict[str, Any], call: _Call) -> dict[str, Any]:
         """The child's answer, or `died`; it is killed if the call is cancelled."""
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
+            self._requests.write(json.dumps(request) + "\n")
+            self._requests.flush()
         except BrokenPipeError:
             return {"died": self.end()}
         num_lines, looked = 0, time.monotonic()
@@ -144,11 +149,16 @@ class _Child:
     def end(self) -> int:
         """Kill the process, if it still runs; return its exit status, negative for a signal."""
         self.process.kill()
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        for reader in self._readers:
+            reader.join()
         return self.process.wait()
 
-    def _read(self, name: str, file: Any) -> None:
-        for line in file:
-            self.lines.put((name, line.rstrip("\n")))
+    def _read(self, name: str, file: IO[str]) -> None:
+        with file:
+            for line in file:
+                self.lines.put((name, line.rstrip("\n")))
         self.lines.put((name, ""))
 
 
