@@ -32,15 +32,15 @@ OTHER_CODE = "other code"
 _EVERY_SECONDS = 0.25
 
 
-def answer(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def answer(request: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Compute a stage.
 
     Args:
         request: Its name, arguments, ingredients as the driver found them, and the home folder of this machine.
-        progress: Called with (steps done, total steps).
+        tell: Called with `began` when the stage begins to compute, then with its `progress`.
 
     Returns:
-        `outputs` and `seconds`, or `error` (the name of its class) and `message`.
+        `outputs`, or `error` (the name of its class) and `message`.
     """
     home = Path(request["home"])
     try:
@@ -49,9 +49,8 @@ def answer(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         if key_of(own) != key_of(request["ingredients"]):
             return {"error": OTHER_CODE, "message": explain_difference(own, request["ingredients"])}
         _check_here(arguments, home, request["run"])
-        clock = time.perf_counter()
-        outputs = stage.work(Job(Store(home / "store"), progress), **arguments)
-        seconds = time.perf_counter() - clock
+        tell({"began": True})
+        outputs = stage.work(Job(Store(home / "store"), _reporter(tell)), **arguments)
     except QuantflowError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception as error:
@@ -60,7 +59,7 @@ def answer(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             return {"error": "MachineError", "message": str(refusal)}
         return {"error": "", "message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     found = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {"outputs": [asdict(ref) for ref in found], "seconds": seconds}
+    return {"outputs": [asdict(ref) for ref in found]}
 
 
 def _find_stage(name: str) -> Stage[..., Any]:
@@ -122,7 +121,7 @@ def _serve() -> None:
         print(json.dumps(message), file=answers, flush=True)
 
     for line in sys.stdin:
-        tell(answer(json.loads(line), _reporter(tell)))
+        tell(answer(json.loads(line), tell))
 
 
 if __name__ == "__main__":

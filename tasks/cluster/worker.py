@@ -70,7 +70,6 @@ def compute(request: str) -> str:
     asked = json.loads(request) | {"home": str(home_folder())}
     call = _Call(asked["id"])
     with _room(call, alone=asked["alone"]):
-        call.tell({"began": True})
         answer = _ask(asked, call)
         if answer.get("error") == OTHER_CODE and not call.is_cancelled():
             # The child may have read a module of the user's before it was changed.
@@ -141,10 +140,10 @@ class _Child:
                     call.tell({"log": line})
             elif not line:
                 return {"died": self.end()}
-            elif "progress" in (message := json.loads(line)):
-                call.tell(message)
+            elif {"outputs", "error"} & (message := json.loads(line)).keys():
+                return cast("dict[str, Any]", message)
             else:
-                return message
+                call.tell(message)
 
     def end(self) -> int:
         """Kill the process, if it still runs; return its exit status, negative for a signal."""
