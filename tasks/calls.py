@@ -2,12 +2,15 @@
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
 N = TypeVar("N")
+
+_END_SECONDS = 10.0
 
 _Notes: TypeAlias = list[Any]
 """What a call noted, and the notes of the calls that it began."""
@@ -88,8 +91,10 @@ class Calls(Generic[N]):
     def end(self) -> None:
         """Stop all calls, and wait until they have."""
         self._stopped.set()
+        deadline = time.monotonic() + _END_SECONDS
         for thread in self._threads:
-            thread.join()
+            # One that waits for a stage of another run notices only when that is done.
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _current(self) -> _Notes:
         own = _own.get()

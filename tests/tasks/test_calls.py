@@ -97,3 +97,12 @@ def test_calls_that_nobody_waits_for_are_stopped_at_the_end(calls):
     calls.begin(go_on)
     calls.end()
     assert stopped.is_set()
+
+
+def test_the_end_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr("tasks.calls._END_SECONDS", 0.1)
+    calls, release = Calls(at_once=True), threading.Event()
+    calls.begin(lambda: release.wait(60))
+    calls.end()
+    assert not release.is_set()
+    release.set()
