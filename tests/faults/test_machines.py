@@ -1,17 +1,21 @@
 """Runs on several machines, which are processes here: the same results as on one, whatever dies."""
 
+import json
+import os
 import random
 import shutil
+import signal
 import time
 
 import harness
 import pytest
-from dashboard_driver import PROJECT, until
+from dashboard_driver import PROJECT, find_processes, until
 from machines import Cluster
 
 from flows.hosting.processes import is_alive
+from tasks.cluster import worker
 
-pytest.importorskip("distributed", reason="several machines need quantflow[dask]")
+distributed = pytest.importorskip("distributed", reason="several machines need quantflow[dask]")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,24 @@ def test_the_stages_of_a_machine_that_dies_are_computed_by_the_other(cluster, un
     outcome = harness.finish(run)
     assert_same(cluster, outcome, undisturbed)
     until(lambda: sum(map(is_alive, children)) <= 1, 30, lambda: "a child outlived its worker")
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_a_stage_that_nobody_waits_for_any_more_is_ended(how, cluster):
+    def request(identity):
+        stage = {"stage": "tasks.quantize:choose_epoch", "arguments": {}, "ingredients": {}, "run": "", "alone": False}
+        return json.dumps(stage | {"id": identity})
+
+    with distributed.Client(cluster.engine.replace("dask", "tcp"), set_as_default=False) as client:
+        # It does not get as far as computing, but there is a process now.
+        client.submit(worker.compute, request("first"), pure=False, workers=["a"]).result(timeout=120)
+        (child,) = find_processes(cluster.workers["a"].pid, "tasks.cluster.child")
+        os.kill(child, signal.SIGSTOP)
+        waiting = client.submit(worker.compute, request("second"), pure=False, workers=["a"])
+        time.sleep(1)
+        assert is_alive(child)
+        waiting.cancel() if how == "cancel" else client.close()
+        until(lambda: not is_alive(child), 60, cluster.logs)
 
 
 def test_a_driver_that_dies_takes_its_stages_along_and_the_run_is_resumed(cluster, undisturbed):
