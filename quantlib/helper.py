@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -26,7 +24,7 @@ from torch import Tensor
 from quantlib.data import shards
 from quantlib.data.feeding import feed
 from quantlib.errors import MachineError, ModelError, QuantflowError, reason_of
-from quantlib.process import prepare_process
+from quantlib.process import begin_to_answer, start_child
 from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.runtimes import classifiers
 
@@ -135,22 +133,12 @@ atexit.register(_HELPER.stop)
 
 
 def _start() -> subprocess.Popen[str]:
-    own = {
-        "PYTHONPATH": os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    return start_child(
+        "quantlib.helper",
+        OMP_NUM_THREADS=str(torch.get_num_threads()),
         # TorchScript's interpreter prints warnings past Python's filters. What a file warns of is seen when it is
         # evaluated, too.
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    # -P: a module of the user's in the working folder is not one of Python's.
-    command = [sys.executable, "-P", "-m", "quantlib.helper"]
-    return subprocess.Popen(  # noqa: S603 (our own module)
-        command,
-        env={**os.environ, **own},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        process_group=0,  # Ctrl-C is for the parent, which decides.
+        TORCH_CPP_LOG_LEVEL="ERROR",
     )
 
 
@@ -184,11 +172,7 @@ def _serve() -> None:
     """Answer requests until the parent is gone."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # A crash is expected, and leaves no file in the working folder.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    # What a library prints must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    prepare_process()
+    answers = begin_to_answer()
     for line in sys.stdin:
         request = json.loads(line)
         # The kernel ends a file that hangs, even one that keeps Python from running.
@@ -196,13 +180,6 @@ def _serve() -> None:
         answer = _answer(**request)
         signal.alarm(0)
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def _exit_with_parent() -> None:
-    hung_up = select.poll()
-    hung_up.register(0, 0)
-    hung_up.poll()
-    os._exit(0)
 
 
 def _answer(path: str, runtime: str, shard: str, num_images: int, interface: dict[str, Any]) -> dict[str, Any]:

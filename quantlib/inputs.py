@@ -1,34 +1,23 @@
-"""A run's inputs from outside: found, checked and identified by content before any stage starts.
-
-A dataset's files are hashed once; afterwards their names, sizes and times show that nothing has changed.
-"""
+"""A run's inputs from outside: found, checked and identified by content before any stage starts."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from quantlib.data.folders import split_folder
 from quantlib.data.normalization import Normalization
-from quantlib.data.split import SplitInput, SplitName, Subset
+from quantlib.data.split import SplitInput, Subset
 from quantlib.data.transforms import EvalTransform, Size
 from quantlib.errors import DataError, ModelError, RecipeError, suggest
-from quantlib.files import read_file, seal, unseal, write_atomically
-from quantlib.imports import check_module
+from quantlib.identity import find_split, hash_model_file, user_code
 from quantlib.models import preprocessing
 from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
 from quantlib.recipe.schema import Recipe
-from quantlib.recipe.sections import FILE, TIMM, TORCHVISION, DataRecipe, is_import_path, is_model_name, is_weights_file
-from quantlib.store import codehash
+from quantlib.recipe.sections import FILE, is_model_name, is_weights_file
 
 ARCHITECTURES = ("mobilenet_v2",)
 """Registered names; quantlib.models builds the models, which needs torch."""
@@ -78,7 +67,7 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
     """
     model = find_model(recipe)
     transform = _find_transform(recipe)
-    train, val = (_find_split(recipe.data, name, cache, progress) for name in ("train", "val"))
+    train, val = (find_split(recipe.data, name, cache, progress) for name in ("train", "val"))
     check_classes(train.classes, val.classes)
     wanted = recipe.model.arguments.get("num_classes")
     if wanted is not None and wanted != val.num_classes:
@@ -200,7 +189,7 @@ def find_model(recipe: Recipe) -> ModelInput:
     weights = section.weights or ""
     fingerprint = weights
     if weights and is_weights_file(weights):
-        fingerprint = _hash_model_file(
+        fingerprint = hash_model_file(
             weights,
             f"No weights file {weights!r}: set model.weights to a state_dict file (.pth or .safetensors), "
             'to "torchvision:NAME", "timm:TAG", or "train".',
@@ -212,19 +201,11 @@ def find_model(recipe: Recipe) -> ModelInput:
         arguments=json.dumps(section.arguments, sort_keys=True),
         weights=weights,
         fingerprint=fingerprint,
-        code=_hash_model_file(exported, f"No file {exported!r}: set model.architecture to {FILE!r} and its path.")
+        code=hash_model_file(exported, f"No file {exported!r}: set model.architecture to {FILE!r} and its path.")
         if exported
-        else _user_code(section.architecture, "model.architecture"),
+        else user_code(section.architecture, "model.architecture"),
         file=exported,
     )
-
-
-def _hash_model_file(name: str, missing: str) -> str:
-    path = Path(name)
-    if not path.is_file():
-        raise ModelError(missing)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_transform(recipe: Recipe) -> EvalTransform:
@@ -247,102 +228,3 @@ def _find_transform(recipe: Recipe) -> EvalTransform:
 
 def _both_sides(size: int | Size) -> Size:
     return (size, size) if isinstance(size, int) else size
-
-
-def _find_split(recipe: DataRecipe, name: SplitName, cache: Path, progress: Progress) -> SplitInput:
-    """Identify a split; it is opened and hashed only if its files have changed since the last time."""
-    code = _user_code(recipe.format, "data.format")
-    _, state = _look(recipe, name, code)
-    try:
-        found = unseal(read_file(cache / f"{state}.json"), unsealed_too=False)
-        return SplitInput(root=recipe.root, **(found | {"classes": tuple(found["classes"])}))
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # Not seen before, or its note is damaged: read the files themselves.
-
-    from quantlib.data import datasets
-
-    split = datasets.open_split(recipe.format, recipe.root, name)
-    # Look again: opening may create the files, as when torchvision unpacks ImageNet's archives.
-    paths, state = _look(recipe, name, code)
-    content = hashlib.sha256(repr((recipe.format, code, "" if paths else state)).encode())
-    root = Path(recipe.root or "")
-    with ThreadPoolExecutor(2) as pool:
-        for done, (path, sha256) in enumerate(zip(paths, pool.map(_hash_file, paths), strict=True), start=1):
-            content.update(f"{Path(path).relative_to(root)}\0{sha256}\n".encode())
-            if done % 256 == 0 or done == len(paths):
-                progress(done, len(paths))
-    found_input = SplitInput(
-        recipe.format, name, recipe.root, content.hexdigest(), len(split), split.classes, split.num_skipped
-    )
-    kept = {key: value for key, value in asdict(found_input).items() if key != "root"}
-    write_atomically(cache / f"{state}.json", seal(kept))
-    return found_input
-
-
-def _look(recipe: DataRecipe, name: SplitName, code: str) -> tuple[list[str], str]:
-    """A split's files, and a hash that shows whether they have changed, without reading them."""
-    files = sorted(_files(recipe, name))
-    state = hashlib.sha256(repr((recipe.format, name, code, _library(recipe.format))).encode())
-    for path, status in files:
-        state.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return [path for path, _ in files], state.hexdigest()
-
-
-def _files(recipe: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_result]]:
-    """The files that a split is made of; none for data that ships with a library."""
-    if recipe.root is None or recipe.format == "digits":
-        return
-    folder = Path(recipe.root)
-    if recipe.format == "imagefolder":
-        folder = split_folder(folder, name)
-    elif recipe.format == "imagenet":
-        folder = folder / name
-    elif recipe.format == "cifar10":
-        folder = folder / "cifar-10-batches-py"
-    if folder.is_dir():  # Otherwise `open_split` says what is missing.
-        yield from _walk(str(folder))
-
-
-def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(entry.path)
-            else:
-                try:
-                    yield entry.path, entry.stat()
-                except OSError as error:  # A broken link, for example.
-                    raise _unreadable(entry.path, error) from None
-
-
-def _library(data_format: str) -> str:
-    return importlib.metadata.version("scikit-learn") if data_format == "digits" else ""
-
-
-def _user_code(name: str, key: str) -> str:
-    """A hash of the user's module that "package.module:function" names; "" for a registered name."""
-    if name.startswith(TIMM):
-        return f"timm {importlib.metadata.version('timm')}" if importlib.util.find_spec("timm") else ""
-    if name.startswith(TORCHVISION) or not is_import_path(name):
-        return ""
-    module = name.partition(":")[0]
-    check_module(module, key)
-    try:
-        return hashlib.sha256(repr(sorted(codehash.module_hashes(module).items())).encode()).hexdigest()
-    except ModuleNotFoundError as error:
-        raise RecipeError(
-            f"{key} = {name!r} cannot be imported: {error}. Modules are looked up on Python's path, "
-            "and in the folder that quantflow is started in."
-        ) from None
-
-
-def _hash_file(path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: str, error: OSError) -> DataError:
-    return DataError(f"Image file {path} cannot be read: {error.strerror}. Fix it, or remove it from the dataset.")

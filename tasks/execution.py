@@ -4,7 +4,6 @@ A reused stage returns Prefect's own `Cached` state.
 """
 
 import functools
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -23,31 +22,93 @@ from prefect.states import Completed
 from quantlib import temporary
 from quantlib.recipe.schema import Recipe
 from quantlib.report.rows import StageRow
+from quantlib.runtimes import available
+from quantlib.runtimes.available import Machine
 from quantlib.store.artifacts import Record, Ref
 from quantlib.store.journal import Journal
 from quantlib.store.local import Store
+from tasks.calls import Calls
 from tasks.listener import Listener, NullListener
 from tasks.stage import Job, Stage, find_inside, key_of
 from tasks.tracking import ProgressArtifacts
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref | tuple[Ref, ...])
+T = TypeVar("T")
 
 
 class Executor(Protocol):
     """Computes stages."""
 
-    def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
-        """The stage's outputs, which are then in the job's store."""
+    at_once: bool
+    """Whether it computes stages that are asked for in several threads."""
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that files are timed on."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise an error if a recipe asks for what the machine lacks.
+
+        Raises:
+            MachineError: If it does.
+        """
+
+    def compute(
+        self,
+        stage: Stage[..., Any],
+        arguments: Mapping[str, Any],
+        ingredients: Mapping[str, str],
+        job: Job,
+        started: Callable[[], None],
+        check: Callable[[], None],
+    ) -> Any:
+        """The stage's outputs, which are then in the job's store.
+
+        Args:
+            stage: The stage.
+            arguments: Its arguments, by name.
+            ingredients: Everything that decides its outputs.
+            job: Its store and its progress.
+            started: Called when it begins to compute.
+            check: Raises an error once the outputs are no longer wanted.
+        """
+
+    def close(self) -> None:
+        """End what still computes."""
 
 
 class LocalExecutor:
     """Computes in this process."""
 
-    def compute(self, stage: Stage[..., R], arguments: Mapping[str, Any], job: Job) -> R:
+    at_once = False
+
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """This machine."""
+        return available.this_machine()
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise an error if a recipe asks for what this machine lacks."""
+        available.find_engine(recipe.engine)
+        self.machine.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+
+    def compute(
+        self,
+        stage: Stage[..., Any],
+        arguments: Mapping[str, Any],
+        ingredients: Mapping[str, str],  # noqa: ARG002 (they were found here)
+        job: Job,
+        started: Callable[[], None],
+        check: Callable[[], None],  # noqa: ARG002 (nothing runs beside it that could fail)
+    ) -> Any:
         """The stage's outputs, which are then in the job's store."""
+        started()
         _prepare_process()
         return stage.work(job, **arguments)
+
+    def close(self) -> None:
+        """Nothing: what it computes is done when `compute` returns."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +130,23 @@ class LiveRun:
     journal: Journal
     listener: Listener
     executor: Executor = field(default_factory=LocalExecutor)
-    stages: list[StageRow] = field(default_factory=list)
-    """The stages met so far, in order."""
+    prefix: str = ""
+    """Put before the labels that users see, where several runs share a flow run."""
     makers: dict[int, Maker] = field(default_factory=dict)
     """The maker of every artifact of this run, by id() of its Ref: two with equal content are two."""
+
+    def __post_init__(self) -> None:
+        self._calls: Calls[StageRow] = Calls(at_once=self.executor.at_once)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that files are timed on."""
+        return self.executor.machine
+
+    @property
+    def stages(self) -> list[StageRow]:
+        """The stages met so far, in the order of the flow."""
+        return self._calls.notes
 
     @property
     def run_id(self) -> str:
@@ -91,9 +165,22 @@ class LiveRun:
 
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The stage's outputs, reused or computed."""
+        self._calls.check()
         arguments = stage.bind(*args, **kwargs)
         work = functools.partial(self.reuse_or_compute, stage, arguments)
         return cast("R", self.call_task(stage.name, stage.label_for(arguments), work, arguments))
+
+    def begin(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Begin a call, in a thread if the executor computes stages at once; return what waits for its result."""
+        return self._calls.begin(call)
+
+    def once(self, name: str, call: Callable[[], T]) -> T:
+        """The result of a call that several branches need; only the first one makes it."""
+        return self._calls.once(name, call)
+
+    def end(self) -> None:
+        """Stop the calls that were begun, and wait until they have stopped."""
+        self._calls.end()
 
     def known(self, refs: object) -> Store:  # noqa: ARG002 (a run that computes has all of them)
         """The store."""
@@ -105,7 +192,7 @@ class LiveRun:
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Report how far the stage with this label is."""
-        self.listener.stage_progressed(label, done, total)
+        self.listener.stage_progressed(self.prefix + label, done, total)
 
     def call_task(self, name: str, label: str, work: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         """Call a function as a Prefect task, with one edge from each task whose artifacts it uses.
@@ -126,7 +213,9 @@ class LiveRun:
             return work()
 
         task_function.__name__ = task_function.__qualname__ = name
-        task = Task(task_function, name=name, task_run_name=label, persist_result=False, cache_policy=NO_CACHE)
+        task = Task(
+            task_function, name=name, task_run_name=self.prefix + label, persist_result=False, cache_policy=NO_CACHE
+        )
         state: State[Any] = task(wait_for=list(states.values()), return_state=True)
         outputs: Any = state.result()
         # Prefect must not look inside the state either: True is the only result that it mistakes for no other.
@@ -150,27 +239,28 @@ class LiveRun:
         with FileLock(self.store.lock_file(key)):
             record = self.store.find_record(key)
             if record is None:
-                self.listener.stage_started(label)
-                # The wait for the lock does not count.
-                started, clock = datetime.now(UTC), time.perf_counter()
+                begun: list[tuple[datetime, float]] = []
+
+                def begin() -> None:
+                    begun.append((datetime.now(UTC), time.perf_counter()))
+                    if len(begun) == 1:
+                        self.listener.stage_started(self.prefix + label)
+
                 job = Job(self.store, functools.partial(self.progress, label))
-                outputs = self.executor.compute(stage, arguments, job)
+                outputs = self.executor.compute(stage, arguments, ingredients, job, begin, self._calls.check)
+                # The wait for the lock, or for a machine, does not count.
+                started, clock = begun[-1]
                 seconds = time.perf_counter() - clock
                 refs = outputs if isinstance(outputs, tuple) else (outputs,)
                 self.store.add_record(Record(key, stage.name, ingredients, refs, seconds, started.isoformat()))
             else:
                 seconds = time.perf_counter() - clock
-        self.stages.append(StageRow(label, key, record is not None, seconds, started))
+        self._calls.note(StageRow(label, key, record is not None, seconds, started))
         self.journal.stage_finished(label, key, cached=record is not None)
-        self.listener.stage_finished(label, cached=record is not None, seconds=seconds)
+        self.listener.stage_finished(self.prefix + label, cached=record is not None, seconds=seconds)
         if record is None:
             return outputs
         return Completed(name="Cached", message=f"Reused from {record.created_at}", data=stage.outputs_of(record))
-
-
-def home_folder() -> Path:
-    """The folder that holds everything: `$QUANTFLOW_HOME`, else `.quantflow` in the current folder."""
-    return Path(os.environ.get("QUANTFLOW_HOME", ".quantflow")).expanduser().resolve()
 
 
 @contextmanager
@@ -181,6 +271,8 @@ def start_run(
     home: Path,
     listener: Listener | None = None,
     run_id: str | None = None,
+    prefix: str = "",
+    executor: Executor | None = None,
 ) -> Iterator[LiveRun]:
     """Start a run or resume one.
 
@@ -193,18 +285,26 @@ def start_run(
         home: The home folder.
         listener: Notified of each stage, if given.
         run_id: The run to resume; None: the run of the flow run, or a new one.
+        prefix: Put before the labels that users see.
+        executor: Computes the stages; None: this process.
     """
     temporary.remove_abandoned(home)
     store = Store(home / "store")
     journal = Journal(home / "runs" / (run_id or _run_id(home, recipe, flow_run_id)))
     with store.in_use(), journal.record(flow, recipe, flow_run_id):
-        yield LiveRun(home, store, journal, ProgressArtifacts(listener or NullListener()))
+        progress = ProgressArtifacts(listener or NullListener())
+        run = LiveRun(home, store, journal, progress, executor or LocalExecutor(), prefix)
+        try:
+            yield run
+        finally:
+            run.end()
 
 
 def _run_id(home: Path, recipe: Recipe, flow_run_id: str | None) -> str:
-    identity = (flow_run_id or str(uuid.uuid4()))[:8]
-    retried = next((home / "runs").glob(f"*-{identity}"), None)
-    return retried.name if retried else f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{recipe.name}-{identity}"
+    named = f"{recipe.name}-{(flow_run_id or str(uuid.uuid4()))[:8]}"
+    # A flow run has one run for each of its recipes, and one recipe's name may end with another's.
+    retried = next((found.name for found in (home / "runs").glob(f"*-{named}") if found.name[16:] == named), None)
+    return retried or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{named}"
 
 
 @functools.cache

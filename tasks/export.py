@@ -1,7 +1,7 @@
 """Stages that export: script_and_save, try_file, draft_onnx, save_onnx, save_program."""
 
 from quantlib.recipe.interface import Interface
-from quantlib.runtimes.available import Runtime, torchscript_on
+from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.stage import Job, stage
 
@@ -9,7 +9,7 @@ _REFUSAL = "refusal"
 
 
 @stage("script_and_save-{branch}")
-def script_and_save(job: Job, model: Ref, engine: str | None, images: Ref, interface: Interface, *, branch: str) -> Ref:
+def script_and_save(job: Job, model: Ref, runtime: Runtime, images: Ref, interface: Interface, *, branch: str) -> Ref:
     """The TorchScript file of a quantized model for an engine, or of a fused float model, once it answers as the model.
 
     Or why there is none.
@@ -24,8 +24,8 @@ def script_and_save(job: Job, model: Ref, engine: str | None, images: Ref, inter
     ends = Ends(interface, shards.open_shard(shard).normalization)
     module, header = stored.open_model(job.store.read(model))
     try:
-        content = scripting.script(module, engine, header.input_shape, ends)
-        check.check_file(content, module, torchscript_on(engine), shard, interface)
+        content = scripting.script(module, runtime.engine, header.input_shape, ends)
+        check.check_file(content, module, runtime.name, shard, interface)
     except ModelError as error:
         return job.store.put_json(_REFUSAL, {"reason": str(error)})
     return job.store.put("torchscript", content)

@@ -8,6 +8,9 @@ from quantlib.store.artifacts import Ref
 from tasks.refs import BenchmarkTarget
 from tasks.stage import Job, stage
 
+Rounded = Literal["both", "weights", "activations"]
+"""What a simulation rounds."""
+
 
 @stage("evaluate_baseline-{branch}")
 def evaluate_baseline(
@@ -39,7 +42,7 @@ def simulate(
     model: Ref,
     images: Ref,
     batch_size: int,
-    parts: Literal["both", "weights", "activations"],
+    parts: Rounded,
     *,
     branch: str,
 ) -> Ref:
@@ -66,7 +69,7 @@ def measure_layers(job: Job, fused: Ref, model: Ref, images: Ref, start: int, st
     return job.store.put_json("layers", sums)
 
 
-@stage("benchmark-{branch}")
+@stage("benchmark-{branch}", alone=True)
 def benchmark(
     job: Job,
     targets: tuple[BenchmarkTarget, ...],

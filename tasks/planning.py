@@ -1,17 +1,19 @@
 """What a run would do: walks its flow with a planner in place of its stages."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
-from quantlib.store.artifacts import Record, Ref
+from quantlib.runtimes import available
+from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
 from tasks.run import NotYetKnownError
 from tasks.stage import Stage, find_inside, key_of
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Ref | tuple[Ref, ...])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,27 @@ class Plan:
 
     def __init__(self, store: Store, last_run: Mapping[str, str], finished: Collection[str]) -> None:
         self.store = store
+        self.machine = available.this_machine()
         self._last_run = last_run
         self._finished = finished
         self.stages: list[PlannedStage] = []
         self.keys: list[str] = []
+        self._made: dict[str, Any] = {}
 
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The stage's outputs if they can be reused, else stand-ins for them."""
         return cast("R", self._visit(stage, stage.bind(*args, **kwargs)))
+
+    def begin(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Make the call."""
+        result = call()
+        return lambda: result
+
+    def once(self, name: str, call: Callable[[], T]) -> T:
+        """The result of the first call of this name."""
+        if name not in self._made:
+            self._made[name] = call()
+        return cast("T", self._made[name])
 
     def known(self, refs: object) -> Store:
         """The store.
@@ -90,15 +105,17 @@ class Plan:
         if last_key == key_of(ingredients):
             return "its record or artifact is missing or damaged"
         before = self.store.read_record(last_key)
-        return "the last run's record is gone" if before is None else explain_change(before, ingredients)
+        return (
+            "the last run's record is gone" if before is None else explain_difference(before.ingredients, ingredients)
+        )
 
 
-def explain_change(before: Record, ingredients: Mapping[str, str]) -> str:
-    """Differences between a record's ingredients and new ones, in the form "qconfig: default -> fbgemm"."""
+def explain_difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Differences between the ingredients of two stages, in the form "qconfig: default -> fbgemm"."""
     changes = [
-        _describe(name, before.ingredients.get(name), ingredients.get(name))
-        for name in sorted(before.ingredients.keys() | ingredients.keys())
-        if before.ingredients.get(name) != ingredients.get(name)
+        _describe(name, before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     ]
     return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quantlib import machine
 from quantlib.data import loading
 from quantlib.export import bundle, checksums
 from quantlib.export.bundle import Preprocessing
@@ -41,7 +40,7 @@ def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Mea
         recipe=recipe.name,
         selected_on=recipe.evaluation.select_on,
         torch_version=importlib.metadata.version("torch"),
-        cpu_model=machine.cpu_model(),
+        cpu_model=run.machine.cpu_model,
         created_at=datetime.now(UTC),
     )
     judged = verdict.judge(measured, recipe.gate)

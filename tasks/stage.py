@@ -52,9 +52,10 @@ class Stage(Generic[P, R]):
     must not compute.
     """
 
-    def __init__(self, work: Callable[Concatenate[Job, P], R], label: str) -> None:
+    def __init__(self, work: Callable[Concatenate[Job, P], R], label: str, *, alone: bool = False) -> None:
         self.work = work
         self.label = label
+        self.alone = alone
         self.name = work.__name__
         signature = inspect.signature(work)
         self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -108,13 +109,14 @@ class Stage(Generic[P, R]):
         return found
 
 
-def stage(label: str) -> Callable[[Callable[Concatenate[Job, P], R]], Stage[P, R]]:
+def stage(label: str, *, alone: bool = False) -> Callable[[Callable[Concatenate[Job, P], R]], Stage[P, R]]:
     """Turn a function into a stage.
 
     Args:
         label: Names its task runs; may contain the function's arguments, as in "calibrate-{branch}".
+        alone: Nothing else may run on the machine meanwhile.
     """
-    return lambda work: Stage(work, label)
+    return lambda work: Stage(work, label, alone=alone)
 
 
 def key_of(ingredients: Mapping[str, str]) -> str:

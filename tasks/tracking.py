@@ -14,6 +14,7 @@ from uuid import UUID
 from quantlib.errors import QuantflowError
 from quantlib.report import summary
 from quantlib.report.results import Report
+from tasks.calls import StoppedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,7 @@ class _ErrorsInALine(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, QuantflowError):
+        if isinstance(error, QuantflowError | StoppedError):
             record.msg, record.args, record.exc_info, record.exc_text = str(error), (), None, None
         return True
 

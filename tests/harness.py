@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ class Outcome:
     stages: dict[str, bool]
     """Whether each stage was reused, by label."""
     error: str
+    said: list[str]
+    """Messages to the user."""
 
 
 def start_run(
@@ -94,6 +97,8 @@ def start_run(
     hold_at: str | None = None,
     run_id: str | None = None,
     recipe: dict[str, Any] = RECIPE,
+    at_once: bool = False,
+    engine: str = "local",
 ) -> Any:
     """Start a run in its own process.
 
@@ -103,9 +108,12 @@ def start_run(
         hold_at: Let it hang at the first point of this name; `process.held` then exists.
         run_id: The run to resume.
         recipe: The recipe to run.
+        at_once: Run independent stages in threads; they compute one at a time.
+        engine: What computes the stages, as `--engine` takes it.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
-    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id, recipe))
+    arguments = (str(home), str(result), kill_at, hold_at, run_id, recipe, at_once, engine)
+    process = _forks.Process(target=_work, args=arguments)
     process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
@@ -152,6 +160,7 @@ def finish(process: Any, timeout: float = 240) -> Outcome:
         found.get("points", []),
         found.get("stages", {}),
         found.get("error", ""),
+        found.get("said", []),
     )
 
 
@@ -161,7 +170,14 @@ def run(home: Path, **options: Any) -> Outcome:
 
 
 def _work(
-    home: str, result: str, kill_at: int | None, hold_at: str | None, run_id: str | None, recipe: dict[str, Any]
+    home: str,
+    result: str,
+    kill_at: int | None,
+    hold_at: str | None,
+    run_id: str | None,
+    recipe: dict[str, Any],
+    at_once: bool,
+    engine: str,
 ) -> None:
     os.environ["QUANTFLOW_HOME"] = home
     points: list[str] = []
@@ -175,28 +191,31 @@ def _work(
         points.append(name)
 
     _hook_points(pass_point)
-    found: dict[str, Any] = {"points": points}
+    if at_once:
+        _compute_in_threads()
+    said: list[str] = []
+    found: dict[str, Any] = {"points": points, "said": said}
     try:
-        found |= _run_flow(run_id, recipe)
+        found |= _run_flow(run_id, recipe, engine, said.append)
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     Path(result).write_text(json.dumps(found, default=str))
 
 
-def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
+def _run_flow(run_id: str | None, recipe: dict[str, Any], engine: str, say: Callable[[str], None]) -> dict[str, Any]:
     import torch
 
     from flows.graphs.run import make_flow
     from quantlib.measure import significance
     from quantlib.recipe.schema import parse_recipe
-    from tasks.execution import home_folder
     from tasks.listener import NullListener
+    from tasks.run import home_folder
 
     significance.is_slower = lambda *_: False  # type: ignore[assignment]
     # As in conftest.py: on a busy machine the threads of a tiny net only wait for each other.
     torch.set_num_threads(1)
     try:
-        flow = make_flow("quantize", home_folder(), NullListener(), run_id, lambda _: None)
+        flow = make_flow("quantize", home_folder(), NullListener(), run_id, lambda _: None, engine, say)
         report = flow(parse_recipe(recipe))
     finally:
         drain()  # A forked process skips what Prefect does at exit.
@@ -214,6 +233,19 @@ def _run_flow(run_id: str | None, recipe: dict[str, Any]) -> dict[str, Any]:
         "variants": [{k: v for k, v in vars(row).items() if k not in timed} for row in report.variants],
         "stages": {row.stage: row.cached for row in report.stages},
     }
+
+
+def _compute_in_threads() -> None:
+    from tasks.execution import LocalExecutor
+
+    turn, compute = threading.Lock(), LocalExecutor.compute
+
+    def compute_in_turn(*arguments: Any) -> Any:
+        with turn:
+            return compute(*arguments)
+
+    LocalExecutor.at_once = True
+    LocalExecutor.compute = compute_in_turn  # type: ignore[method-assign]
 
 
 def _hook_points(pass_point: Callable[[str], None]) -> None:

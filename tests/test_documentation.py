@@ -15,6 +15,7 @@ import duckdb
 import harness
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -30,7 +31,7 @@ from quantlib.store.local import Store
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 # In plain blocks stand output and maps of folders.
-LANGUAGES = {"", "python", "sh", "sql", "toml", "nginx"}
+LANGUAGES = {"", "python", "sh", "sql", "toml", "nginx", "ini", "yaml"}
 RECIPE = {"name": "fragment", "model": {"weights": "train"}, "data": {"format": "digits"}, "ptq": [{"name": "ptq"}]}
 
 
@@ -87,6 +88,18 @@ def test_every_command_is_one_that_quantflow_takes(page, parts, monkeypatch):
             parse(arguments)
         for target in re.findall(r"^make (\S+)", part, re.MULTILINE):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_every_service_and_every_container_starts_what_there_is():
+    manifests = [each for page in PAGES for part in blocks_of(page, "yaml") for each in yaml.safe_load_all(part)]
+    pods = [each["spec"]["template"]["spec"] for each in manifests if each["kind"] == "Deployment"]
+    commands = [container["command"] for pod in pods for container in pod["containers"]]
+    units = "".join(part for page in PAGES for part in blocks_of(page, "ini"))
+    commands += [shlex.split(line) for line in re.findall(r"^ExecStart=(.*)$", units, re.MULTILINE)]
+    assert {Path(program).name for program, *_ in commands} == {"quantflow", "dask"}
+    for program, *arguments in commands:
+        if Path(program).name == "quantflow":
+            parse(arguments)
 
 
 def test_a_command_that_quantflow_does_not_take_is_noticed():

@@ -31,7 +31,7 @@ qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(resize=8,
 @pytest.mark.parametrize(
     ("source", "unwanted"),
     [
-        pytest.param("import flows.cli.commands", "pydantic pyarrow prefect torch", id="help"),
+        pytest.param("import flows.cli.commands", "pydantic pyarrow prefect torch distributed dask", id="help"),
         pytest.param(
             "import flows.parameters, flows.cli.console, flows.cli.running",
             "pyarrow prefect torch",
@@ -40,7 +40,9 @@ qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(resize=8,
         pytest.param("import quantlib.inputs", "pyarrow prefect torch", id="finding inputs"),
         pytest.param(_READ_IMAGES, "torch torchvision", id="reading images"),
         # Importing torchvision, or using torch.optim's optimizers, also imports torch's compiler.
-        pytest.param("import flows.quantize, quantlib.api", "torchvision torch._dynamo", id="before the stages"),
+        pytest.param(
+            "import flows.quantize, quantlib.api", "torchvision torch._dynamo distributed dask", id="before the stages"
+        ),
         pytest.param(_TRAIN, "torchvision torch._dynamo", id="training"),
     ],
 )

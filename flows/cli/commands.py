@@ -15,8 +15,8 @@ import click
 from flows.cli.cache import cache
 from flows.cli.comparing import compare
 from flows.cli.init import init
-from flows.cli.options import home_option, recipe_argument, set_option, verbose_option
-from flows.cli.outcome import NO_WINNER, REGRESSION, reports_errors, warn
+from flows.cli.options import engine_option, home_option, recipe_argument, recipes_argument, set_option, verbose_option
+from flows.cli.outcome import reports_errors, status_of, warn
 from flows.cli.reporting import report
 from flows.cli.shipping import export, predict
 from flows.hosting import processes
@@ -42,19 +42,26 @@ main.add_command(report)
 
 
 @main.command()
-@recipe_argument
+@recipes_argument
 @set_option
+@engine_option
 @home_option
 @verbose_option
 @reports_errors
-def run(recipe: str, overrides: tuple[str, ...], home: Path, verbose: bool) -> int:
-    """Quantize the model of RECIPE.
+def run(recipes: tuple[str, ...], overrides: tuple[str, ...], engine: str, home: Path, verbose: bool) -> int:
+    """Quantize the model of RECIPE, or of each of several.
 
-    RECIPE is a TOML file, or a name that `quantflow recipes` lists; the default is the embedded digits.
+    RECIPE is a TOML file, a folder of them, or a name that `quantflow recipes` lists; the default is the embedded
+    digits. Several are one flow run that ends with one table; stages that they share are computed once.
     """
-    from flows.parameters import find_recipe
+    from flows.parameters import find_recipes
 
-    return _run("quantize", find_recipe(recipe, overrides), home, run_id=None, verbose=verbose)
+    found = find_recipes(recipes or ("digits",), overrides)
+    if len(found) > 1:
+        from flows.cli.many import run_many
+
+        return run_many(found, home, engine=engine, verbose=verbose)
+    return _run("quantize", found[0], home, run_id=None, engine=engine, verbose=verbose)
 
 
 @main.command()
@@ -104,16 +111,18 @@ def inspect(recipe: str, overrides: tuple[str, ...], home: Path) -> int:
 
 @main.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
+@engine_option
 @home_option
 @verbose_option
 @reports_errors
-def resume(run_id: str | None, home: Path, verbose: bool) -> int:
+def resume(run_id: str | None, engine: str, home: Path, verbose: bool) -> int:
     """Resume RUN, or the newest unfinished run, with the recipe it was started with."""
     from quantlib.store.journal import find_unfinished
 
     unfinished = find_unfinished(home / "runs", run_id)
     click.echo(f"Resuming run {unfinished.file.run_id} ({unfinished.state} at {unfinished.stage or 'its start'}).")
-    return _run(unfinished.file.flow, unfinished.recipe, home, run_id=unfinished.file.run_id, verbose=verbose)
+    name, found = unfinished.file.run_id, unfinished.recipe
+    return _run(unfinished.file.flow, found, home, run_id=name, engine=engine, verbose=verbose)
 
 
 @main.command()
@@ -169,7 +178,35 @@ def recipes() -> int:
     return 0
 
 
-def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose: bool) -> int:
+@main.command()
+@click.argument("scheduler", metavar="dask://HOST:PORT")
+@click.option("--name", help="Its name in messages, and for ?benchmark=NAME; the machine's by default.")
+@click.option(
+    "--slots",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="How many stages it computes at once, each on an equal share of the cores.",
+)
+@click.option("--host", help="The address to listen on; by default that by which it reaches the scheduler.")
+@home_option
+@reports_errors
+def worker(scheduler: str, name: str | None, slots: int, host: str | None, home: Path) -> int:
+    """Compute stages for the runs that use a Dask scheduler, until Ctrl-C.
+
+    HOME must be the folder that the machines which start runs use: they exchange artifacts through it.
+    """
+    from flows.hosting.cluster import parse_engine, serve_worker
+    from quantlib.errors import RecipeError
+
+    found = parse_engine(scheduler)
+    if found is None or found.scheduler is None:
+        raise RecipeError(f"{scheduler!r} names no scheduler: give dask://HOST:PORT.")
+    serve_worker(found.scheduler, home, name, slots, host, click.echo)
+    return 0
+
+
+def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, engine: str, verbose: bool) -> int:
     from rich.console import Console
 
     from flows.cli.console import StageDisplay, conclusion, result_table
@@ -177,13 +214,11 @@ def _run(name: str, recipe: "Recipe", home: Path, *, run_id: str | None, verbose
 
     console = Console()
     with StageDisplay(console) as display:
-        found = run_here(name, recipe, home, display, warn, run_id=run_id, verbose=verbose)
+        found = run_here(name, recipe, home, display, warn, run_id=run_id, engine=engine, verbose=verbose)
     console.print(result_table(found.variants, console.width))
     console.print(conclusion(found, recipe.gate.max_top1_drop), highlight=False, soft_wrap=True)
     console.print(f"  report  {home.resolve() / 'reports'}  (run {found.run_id})", highlight=False, soft_wrap=True)
-    if found.winner is None:
-        return NO_WINNER
-    return REGRESSION if found.regression else 0
+    return status_of(found)
 
 
 def command() -> NoReturn:

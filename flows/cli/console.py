@@ -91,7 +91,7 @@ def result_table(variants: Sequence[VariantRow], width: int = 80) -> Table:
         variants: One row per variant.
         width: Width of the terminal, in characters.
     """
-    table = _narrow_table()
+    table = narrow_table()
     table.add_column("variant", overflow="fold")  # A name is never cut short.
     table.add_column("runtime")
     for name in ("top-1", "change", "MB", "ms", "speed-up"):
@@ -100,7 +100,7 @@ def result_table(variants: Sequence[VariantRow], width: int = 80) -> Table:
     for row in variants:
         table.add_row(
             _in_lines(row.title, width - _FIGURES_WIDTH),
-            _short(row.runtime),
+            short_runtime(row.runtime),
             f"{row.top1:.2%}",
             "" if row.method == "float" else row.change,
             f"{row.size_bytes / 1e6:.2f}",
@@ -124,7 +124,7 @@ def _in_lines(name: str, width: int) -> Text:
 
 def interval_table(variants: Sequence[VariantRow]) -> Table:
     """How certain each variant's change is, in points of top-1."""
-    table = _narrow_table()
+    table = narrow_table()
     table.add_column("variant", overflow="fold")
     for name in ("change", "95% interval", "McNemar p", "images"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -141,12 +141,12 @@ def interval_table(variants: Sequence[VariantRow]) -> Table:
     return table
 
 
-def _narrow_table() -> Table:
+def narrow_table() -> Table:
     """A table without borders: a terminal has 80 columns."""
     return Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
-def _short(runtime: str | None) -> str:
+def short_runtime(runtime: str | None) -> str:
     """A runtime's name, shortened so that the table fits a terminal."""
     return (runtime or "torchscript").replace("torchscript", "torch").replace("-", " ")
 
@@ -208,7 +208,7 @@ def runs_table(runs: Sequence[RunStatus], width: int = 80) -> Table:
         runs: One row per run.
         width: Width of the terminal, in characters.
     """
-    table = _narrow_table()
+    table = narrow_table()
     rows = [
         (
             run.file.run_id,
@@ -278,7 +278,7 @@ def layers_table(layers: Sequence[LayerPlan]) -> Table:
 
 def predictions_table(predictions: Sequence[Prediction]) -> Table:
     """The likeliest class of each image; of a single image, the five likeliest."""
-    table = _narrow_table()
+    table = narrow_table()
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right", no_wrap=True)

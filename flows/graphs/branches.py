@@ -1,10 +1,13 @@
 """How a variant is made: which stage feeds which. Called by the flows."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from flows.graphs.evaluation import (
     evaluate_candidate,
+    evaluate_model,
     evaluate_simulated,
     find_reference,
     label_shards,
@@ -17,14 +20,22 @@ from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
 from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
 from quantlib.recipe.variant import Variant
-from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
 from tasks.export import script_and_save
 from tasks.measure import evaluate_baseline, measure_layers
 from tasks.model import plan_layers
-from tasks.quantize import calibrate, choose_epoch, choose_ranges, correct_bias, has_stalled, qat_epoch, start_qat
+from tasks.quantize import (
+    calibrate,
+    choose_epoch,
+    choose_ranges,
+    convert,
+    correct_bias,
+    has_stalled,
+    qat_epoch,
+    start_qat,
+)
 from tasks.refs import CandidateRefs, EpochRefs, FileRefs, VariantRefs
-from tasks.run import NotYetKnownError
+from tasks.run import NotYetKnownError, together
 
 # Each layer costs two passes over these images. A stage takes only some of them, to finish within minutes.
 _LAYER_IMAGES = 256
@@ -33,9 +44,19 @@ _LAYER_IMAGES_PER_STAGE = 64
 
 def float_branch(shared: SharedStages) -> VariantRefs:
     """The baseline: fused, exported, evaluated."""
-    model = shared.fused_eval
-    others = save_files(shared, model, "float")
-    artifact = shared.run(script_and_save, model, None, shared.validation[0], shared.interface, branch="float")
+    run, model = shared.run, shared.fused_eval
+    saving = run.begin(lambda: save_files(shared, model, "float"))
+    scripting = run.begin(
+        lambda: run(
+            script_and_save,
+            model,
+            run.machine.torch_runtime(None),
+            shared.validation[0],
+            shared.interface,
+            branch="float",
+        )
+    )
+    others, artifact = saving(), scripting()
     file, runtime = find_reference(shared, artifact, others, None)
     batch_size = shared.recipe.evaluation.batch_size
     validation, selection = measure_shards(
@@ -76,49 +97,37 @@ def _correct(shared: SharedStages, branch: BranchRecipe, calibrated: Ref) -> Ref
 
 
 def _scheme(shared: SharedStages, branch: BranchRecipe) -> Scheme:
-    return branch.scheme(available.activation_bits(shared.engine))
+    return branch.scheme(shared.run.machine.activation_bits(shared.engine))
 
 
 def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
     """A PTQ variant: calibrated, corrected, converted, exported, evaluated."""
+    run, name = shared.run, branch.name
     calibrated = _calibrate(shared, branch)
-    candidate = evaluate_candidate(shared, _correct(shared, branch, calibrated), branch.name)
+    model = run(convert, _correct(shared, branch, calibrated), branch=name)
+    uncorrected = calibrated if branch.corrects_bias else None
+    candidate = run.begin(lambda: evaluate_model(shared, model, name))
+    plan = run.begin(lambda: _plan(shared, branch))
+    engines = run.begin(lambda: try_engines(shared, candidate().artifact, name))
+    others = run.begin(lambda: save_files(shared, model, name))
+    simulated = run.begin(lambda: evaluate_simulated(shared, model, name, uncorrected=uncorrected))
+    layers = run.begin(lambda: _layers(shared, model, branch))
     return VariantRefs(
         variant=_variant(shared, branch, "ptq", bias_corrected=branch.corrects_bias),
-        artifact=candidate.artifact,
-        reference=candidate.reference,
-        model=candidate.model,
-        plan=_plan(shared, branch),
-        engines=try_engines(shared, candidate.artifact, branch.name),
-        others=save_files(shared, candidate.model, branch.name),
-        simulated=evaluate_simulated(
-            shared, candidate.model, branch.name, uncorrected=calibrated if branch.corrects_bias else None
-        ),
-        layers=_layers(shared, candidate.model, branch),
+        artifact=candidate().artifact,
+        reference=candidate().reference,
+        model=model,
+        plan=plan(),
+        engines=engines(),
+        others=others(),
+        simulated=simulated(),
+        layers=layers(),
     )
 
 
 def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     """A QAT variant: each epoch trained, converted, scripted, evaluated; the best is kept, or else the start."""
-    schedule = _schedule(branch, shared.recipe.seed)
-    images, scheme = shared.inputs.training, _scheme(shared, branch)
-    transform = replace(train_transform(shared.recipe, shared.inputs), scale=branch.train_scale)
-    teacher = shared.fused_eval if branch.distill else None
-    state = _fused(shared, branch, "qat")
-    candidates: list[CandidateRefs] = []
-    if branch.start == "calibrated":
-        calibrated = _correct(shared, branch, _calibrate(shared, branch))
-        state = shared.run(start_qat, state, calibrated, branch=branch.name)
-        candidates = [evaluate_candidate(shared, state, f"{branch.name}-start")]
-    metrics: list[Ref] = []
-    for epoch in range(branch.epochs):
-        state, found = shared.run(
-            qat_epoch, state, epoch, scheme, schedule, images, transform, teacher, branch=branch.name
-        )
-        metrics.append(found)
-        candidates.append(evaluate_candidate(shared, state, f"{branch.name}-{epoch}"))
-        if branch.patience is not None and _has_stalled(shared, candidates, branch.patience):
-            break
+    candidates, metrics = _train(shared, branch)
     best_model, best_artifact, best_reference, choice = shared.run(
         choose_epoch,
         tuple(candidate.model for candidate in candidates),
@@ -136,24 +145,56 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     else:
         best = candidates[place]
         best_epoch = None if best is start else place - bool(start)
+    run, name = shared.run, branch.name
+    plan = run.begin(lambda: _plan(shared, branch))
+    engines = run.begin(lambda: try_engines(shared, best_artifact, name))
+    others = run.begin(lambda: save_files(shared, best_model, name))
+    simulated = run.begin(lambda: evaluate_simulated(shared, best_model, name))
+    layers = run.begin(lambda: _layers(shared, best_model, branch))
     return VariantRefs(
         variant=_variant(shared, branch, "qat", bias_corrected=branch.start == "calibrated" and branch.corrects_bias),
         artifact=best_artifact,
         model=best_model,
-        plan=_plan(shared, branch),
+        plan=plan(),
         reference=best.reference
         if best
         else FileRefs(file=best_reference, runtime=candidates[0].reference.runtime, validation=(), selection=()),
         best_epoch=best_epoch,
         start=start,
-        engines=try_engines(shared, best_artifact, branch.name),
-        others=save_files(shared, best_model, branch.name),
-        simulated=evaluate_simulated(shared, best_model, branch.name),
-        layers=_layers(shared, best_model, branch),
+        engines=engines(),
+        others=others(),
+        simulated=simulated(),
+        layers=layers(),
         epochs=tuple(
             EpochRefs(metrics=found, **vars(candidate)) for found, candidate in zip(metrics, epochs, strict=True)
         ),
     )
+
+
+def _train(shared: SharedStages, branch: QATRecipe) -> tuple[list[CandidateRefs], list[Ref]]:
+    """The candidates of QAT, evaluated: the start, if it is a calibrated model, and each epoch; and epochs' metrics.
+
+    The epochs are trained in order. An epoch need not wait for the evaluation of those before it, unless a stall ends
+    the training.
+    """
+    run, schedule = shared.run, _schedule(branch, shared.recipe.seed)
+    images, scheme = shared.inputs.training, _scheme(shared, branch)
+    transform = replace(train_transform(shared.recipe, shared.inputs), scale=branch.train_scale)
+    teacher = shared.fused_eval if branch.distill else None
+    state = _fused(shared, branch, "qat")
+    candidates: list[Callable[[], CandidateRefs]] = []
+    if branch.start == "calibrated":
+        calibrated = _correct(shared, branch, _calibrate(shared, branch))
+        state = run(start_qat, state, calibrated, branch=branch.name)
+        candidates.append(run.begin(partial(evaluate_candidate, shared, state, f"{branch.name}-start")))
+    metrics: list[Ref] = []
+    for epoch in range(branch.epochs):
+        state, found = run(qat_epoch, state, epoch, scheme, schedule, images, transform, teacher, branch=branch.name)
+        metrics.append(found)
+        candidates.append(run.begin(partial(evaluate_candidate, shared, state, f"{branch.name}-{epoch}")))
+        if branch.patience is not None and _has_stalled(shared, [wait() for wait in candidates], branch.patience):
+            break
+    return [wait() for wait in candidates], metrics
 
 
 def _plan(shared: SharedStages, branch: BranchRecipe) -> Ref:
@@ -211,15 +252,14 @@ def layers_of(shared: SharedStages, model: Ref, branch: BranchRecipe) -> tuple[R
     images = shared.inputs.held_out if shared.held_out else shared.inputs.validation
     shard = (shared.held_out or shared.validation)[0]
     num_images = min(_LAYER_IMAGES, images.stop - images.start, shard_size(shared.inputs.transform.input_shape))
-    return tuple(
-        shared.run(
-            measure_layers,
-            reference,
-            model,
-            shard,
-            start,
-            min(start + _LAYER_IMAGES_PER_STAGE, num_images),
-            branch=f"{branch.name}-{n}",
-        )
-        for n, start in enumerate(range(0, num_images, _LAYER_IMAGES_PER_STAGE))
+    parts = [
+        (start, min(start + _LAYER_IMAGES_PER_STAGE, num_images))
+        for start in range(0, num_images, _LAYER_IMAGES_PER_STAGE)
+    ]
+    return together(
+        shared.run,
+        [
+            partial(shared.run, measure_layers, reference, model, shard, *part, branch=f"{branch.name}-{n}")
+            for n, part in enumerate(parts)
+        ],
     )

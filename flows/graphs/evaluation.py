@@ -2,28 +2,32 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from typing import cast, get_args
 
 from flows.graphs.shared_stages import SharedStages
-from quantlib import machine
 from quantlib.errors import ModelError
 from quantlib.report.choice import fastest_runtime
-from quantlib.runtimes import available
-from quantlib.runtimes.available import Runtime
+from quantlib.runtimes.available import Machine, Runtime
 from quantlib.store.artifacts import Ref
 from tasks.export import is_refusal, save_onnx, save_program, script_and_save, try_file
-from tasks.measure import benchmark, evaluate, simulate
+from tasks.measure import Rounded, benchmark, evaluate, simulate
 from tasks.planning import Pending
 from tasks.quantize import convert
 from tasks.refs import BenchmarkTarget, CandidateRefs, FileRefs, VariantRefs
 from tasks.report import read_samples
-from tasks.run import NotYetKnownError
+from tasks.run import NotYetKnownError, together
 
 
 def evaluate_candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
     """The file that a calibrated model or a QAT state would ship, evaluated."""
-    model = shared.run(convert, prepared, branch=name)
-    artifact = shared.run(script_and_save, model, shared.engine, shared.validation[0], shared.interface, branch=name)
+    return evaluate_model(shared, shared.run(convert, prepared, branch=name), name)
+
+
+def evaluate_model(shared: SharedStages, model: Ref, name: str) -> CandidateRefs:
+    """The file that a quantized model would be shipped as, evaluated."""
+    own = shared.run.machine.torch_runtime(shared.engine)
+    artifact = shared.run(script_and_save, model, own, shared.validation[0], shared.interface, branch=name)
     others = save_files(shared, model, name, shared.runtimes[:1]) if is_refusal(artifact) else ()
     file, runtime = find_reference(shared, artifact, others, shared.engine)
     validation, selection = _evaluate(shared, file, runtime, name)
@@ -40,7 +44,7 @@ def find_reference(
         ModelError: If there is neither.
     """
     if not is_refusal(artifact):
-        return artifact, available.torch_runtime(engine)
+        return artifact, shared.run.machine.torch_runtime(engine)
     for runtime, file in others:
         if not is_refusal(file):
             return file, runtime
@@ -53,9 +57,12 @@ def save_files(
     shared: SharedStages, model: Ref, name: str, runtimes: tuple[Runtime, ...] | None = None
 ) -> tuple[tuple[Runtime, Ref], ...]:
     """The file of a variant for each runtime besides TorchScript, or for some, or why there is none."""
-    return tuple(
-        (runtime, _save_file(shared, model, runtime, f"{name}-{runtime.name}"))
-        for runtime in (shared.runtimes if runtimes is None else runtimes)
+
+    def save(runtime: Runtime) -> tuple[Runtime, Ref]:
+        return runtime, _save_file(shared, model, runtime, f"{name}-{runtime.name}")
+
+    return together(
+        shared.run, [partial(save, runtime) for runtime in (shared.runtimes if runtimes is None else runtimes)]
     )
 
 
@@ -81,22 +88,20 @@ def try_engines(shared: SharedStages, artifact: Ref, name: str) -> tuple[tuple[R
     """A variant's TorchScript file on each engine but the one that it was checked on, or why it does not run there."""
     if is_refusal(artifact):
         return ()
-    runtimes = [available.torch_runtime(engine) for engine in available.engines() if engine != shared.engine]
-    return tuple(
-        (
-            runtime,
-            shared.run(
-                try_file, artifact, shared.validation[0], runtime, shared.interface, branch=f"{name}-{runtime.name}"
-            ),
-        )
-        for runtime in runtimes
-    )
+
+    def try_in(runtime: Runtime) -> tuple[Runtime, Ref]:
+        images, label = shared.validation[0], f"{name}-{runtime.name}"
+        return runtime, shared.run(try_file, artifact, images, runtime, shared.interface, branch=label)
+
+    machine = shared.run.machine
+    runtimes = [machine.torch_runtime(engine) for engine in machine.engines if engine != shared.engine]
+    return together(shared.run, [partial(try_in, runtime) for runtime in runtimes])
 
 
-def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
-    """A variant's files in every runtime that this machine has for them; its own engine first."""
+def targets_of(refs: VariantRefs, machine: Machine) -> list[BenchmarkTarget]:
+    """A variant's files in every runtime that a machine has for them; its own engine first."""
     script = refs.torchscript_file
-    own = [] if script is None else [BenchmarkTarget(script, available.torch_runtime(refs.variant.engine))]
+    own = [] if script is None else [BenchmarkTarget(script, machine.torch_runtime(refs.variant.engine))]
     return [
         *own,
         *(BenchmarkTarget(file, runtime) for runtime, file in refs.engines if not is_refusal(file)),
@@ -122,7 +127,7 @@ def time_files(
         benchmark,
         targets,
         shared.validation[0],
-        machine.cpu_model(),
+        shared.run.machine.cpu_model,
         batch_sizes,
         num_threads,
         shared.recipe.benchmark.num_samples,
@@ -150,14 +155,14 @@ def evaluate_files(
         return fastest_runtime({runtime: samples[file][runtime.name, 1, 1] for runtime in allowed[file]})
 
     def evaluate_variant(refs: VariantRefs) -> VariantRefs:
-        files = tuple(
-            _evaluate_in(shared, refs, file, runtime_for(file), refs.variant.name)
+        files = [
+            partial(_evaluate_in, shared, refs, file, runtime_for(file), refs.variant.name)
             for file in (refs.artifact, *refs.other_files)
             if file in allowed
-        )
-        return replace(refs, files=files)
+        ]
+        return replace(refs, files=together(shared.run, files))
 
-    return tuple(map(evaluate_variant, variants))
+    return together(shared.run, [partial(evaluate_variant, refs) for refs in variants])
 
 
 def _evaluate_in(shared: SharedStages, refs: VariantRefs, file: Ref, runtime: Runtime, name: str) -> FileRefs:
@@ -182,32 +187,30 @@ def evaluate_simulated(
     if not evaluation.simulate:
         return {}
     plain = model if uncorrected is None else shared.run(convert, uncorrected, branch=f"{name}-uncorrected")
-    return {
-        parts: tuple(
-            shared.run(
-                simulate,
-                plain if parts == "activations" else model,
-                shard,
-                evaluation.batch_size,
-                parts,
-                branch=label,
-            )
-            for shard, label in label_shards(shared.validation, name)
+
+    def simulate_on_shards(parts: Rounded) -> tuple[Ref, ...]:
+        rounded = plain if parts == "activations" else model
+        shards = label_shards(shared.validation, name)
+        return together(
+            shared.run,
+            [
+                partial(shared.run, simulate, rounded, shard, evaluation.batch_size, parts, branch=label)
+                for shard, label in shards
+            ],
         )
-        for parts in ("both", "weights", "activations")
-    }
+
+    waits = {parts: shared.run.begin(partial(simulate_on_shards, parts)) for parts in get_args(Rounded)}
+    return {parts: wait() for parts, wait in waits.items()}
 
 
 def measure_shards(
     shared: SharedStages, name: str, measure: Callable[[Ref, str], Ref]
 ) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
     """Measure on the validation shards and on the selection shards."""
-    validation = tuple(measure(shard, label) for shard, label in label_shards(shared.validation, name))
-    if not shared.held_out:
-        return validation, validation
-    return validation, tuple(
-        measure(shard, label) for shard, label in label_shards(shared.held_out, f"{name}-held_out")
-    )
+    validation, held_out = label_shards(shared.validation, name), label_shards(shared.held_out, f"{name}-held_out")
+    found = together(shared.run, [partial(measure, shard, label) for shard, label in validation + held_out])
+    num_validation = len(validation)
+    return found[:num_validation], found[num_validation:] or found
 
 
 def label_shards(shards: tuple[Ref, ...], name: str) -> list[tuple[Ref, str]]:

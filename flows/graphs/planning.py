@@ -5,6 +5,7 @@ from pathlib import Path
 from flows.graphs.run import measure_branches
 from quantlib.inputs import find_inputs
 from quantlib.recipe.schema import Recipe
+from quantlib.runtimes import available
 from quantlib.store.journal import Journal, read_runs
 from quantlib.store.local import Store
 from tasks.planning import Plan, PlannedStage
@@ -21,5 +22,6 @@ def plan_run(recipe: Recipe, home: Path) -> list[PlannedStage]:
     lines = Journal(home / "runs" / runs[0].file.run_id).stages() if runs else []
     finished = {line["key"] for line in lines if "cached" in line}
     plan = Plan(Store(home / "store"), {line["label"]: line["key"] for line in lines}, finished)
+    available.find_engine(recipe.engine)
     measure_branches(plan, recipe, find_inputs(recipe, home / "splits"))
     return plan.stages

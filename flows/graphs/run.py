@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import Flow
+from prefect import Flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Failed
@@ -14,24 +14,30 @@ from flows.graphs.branches import float_branch, ptq_branch, qat_branch
 from flows.graphs.evaluation import evaluate_files, targets_of, time_files
 from flows.graphs.search import search_branches
 from flows.graphs.shared_stages import SharedStages, share_stages
+from flows.hosting.cluster import LOCAL, open_executor
 from quantlib.errors import RecipeError
 from quantlib.inputs import Inputs, find_inputs
 from quantlib.recipe.schema import Recipe
 from quantlib.report.results import Report
 from quantlib.report.rows import NoteRow
-from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
-from tasks.execution import start_run
+from tasks.execution import Executor, start_run
 from tasks.listener import Listener
 from tasks.measure import pick_examples
 from tasks.planning import Pending
 from tasks.refs import BenchmarkTarget, Measurements, VariantRefs
 from tasks.report import find_reported, write_report
-from tasks.run import NotYetKnownError, Run
+from tasks.run import NotYetKnownError, Run, home_folder, together
 
 
 def run_flow(
-    name: str, recipe: Recipe, home: Path, listener: Listener | None = None, run_id: str | None = None
+    name: str,
+    recipe: Recipe,
+    home: Path,
+    listener: Listener | None = None,
+    run_id: str | None = None,
+    prefix: str = "",
+    executor: Executor | None = None,
 ) -> Report:
     """Body of every flow.
 
@@ -41,13 +47,16 @@ def run_flow(
         home: The home folder.
         listener: Notified of each stage, if given.
         run_id: The run to resume; None starts a new one.
+        prefix: Put before the labels that users see.
+        executor: Computes the stages; None: this process.
 
     Raises:
         RecipeError: If the recipe has no branch of the flow's method.
     """
     if name != "quantize":
         recipe = only(recipe, name)
-    with start_run(name, recipe, flow_run.id, home, listener, run_id) as run:
+    with start_run(name, recipe, flow_run.id, home, listener, run_id, prefix, executor) as run:
+        run.executor.check(recipe)
         inputs = find_inputs(recipe, home / "splits", partial(run.progress, ""))
         measured = measure_branches(run, recipe, inputs)
         write = partial(write_report, run, recipe, inputs, measured)
@@ -60,8 +69,27 @@ def end_state(report: Report) -> Report | State[Any]:
     return Failed(message=f"Regression: {report.regression}") if report.regression else report
 
 
+def run_deployed(name: str, recipe: Recipe, engine: str) -> Report | State[Any]:
+    """Body of a deployed flow.
+
+    Args:
+        name: quantize, ptq or qat.
+        recipe: The recipe to run.
+        engine: What computes the stages, as `--engine` takes it.
+    """
+    home, logger = home_folder(), get_run_logger()
+    with open_executor(engine, home, logger.warning) as executor:
+        return end_state(run_flow(name, recipe, home, executor=executor))
+
+
 def make_flow(
-    name: str, home: Path, listener: Listener, run_id: str | None, finished: Callable[[Report], None]
+    name: str,
+    home: Path,
+    listener: Listener,
+    run_id: str | None,
+    finished: Callable[[Report], None],
+    engine: str = LOCAL,
+    say: Callable[[str], None] = print,
 ) -> Flow[..., Any]:
     """A flow for this process alone; it does the same as `run_flow`.
 
@@ -71,10 +99,13 @@ def make_flow(
         listener: Notified of each stage.
         run_id: The run to resume; None starts a new one.
         finished: Called with the report of a completed run, whatever happens to Prefect's flow run afterwards.
+        engine: What computes the stages, as `--engine` takes it.
+        say: Called with messages for the user that are not errors.
     """
 
     def run(recipe: Recipe) -> Report | State[Any]:
-        report = run_flow(name, recipe, home, listener, run_id)
+        with open_executor(engine, home, say) as executor:
+            report = run_flow(name, recipe, home, listener, run_id, executor=executor)
         finished(report)
         return end_state(report)
 
@@ -83,15 +114,16 @@ def make_flow(
 
 def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
     """Wire every stage of a run; with a `Plan` as `run`, nothing is computed."""
-    shared = share_stages(run, recipe, inputs, available.find_engine(recipe.engine))
-    baseline = float_branch(shared)
-    named = [
-        *(ptq_branch(shared, branch) for branch in recipe.ptq),
-        *(qat_branch(shared, branch) for branch in recipe.qat),
+    shared = share_stages(run, recipe, inputs, run.machine.engine(recipe.engine))
+    branches: list[Callable[[], VariantRefs]] = [
+        partial(float_branch, shared),
+        *(partial(ptq_branch, shared, branch) for branch in recipe.ptq),
+        *(partial(qat_branch, shared, branch) for branch in recipe.qat),
     ]
+    baseline, *named = together(run, branches)
     found, search_best, conclusion = search_branches(shared, baseline)
     variants = (baseline, *named, *found)
-    targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(variant)))
+    targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(variant, run.machine)))
     timings = time_files(
         shared,
         targets,

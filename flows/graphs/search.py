@@ -96,7 +96,10 @@ def _time_rivals(
         NotYetKnownError: In a plan, if they have not been timed yet.
     """
     names = [trial.branch.name for trial in search.trials_to_time(settings, trials)]
-    found = {name: [each for each in targets_of(variants[name]) if may_ship(stages, each)] for name in names}
+    found = {
+        name: [each for each in targets_of(variants[name], stages.run.machine) if may_ship(stages, each)]
+        for name in names
+    }
     targets = {name: own for name, own in found.items() if own}
     if len(targets) < 2:
         return

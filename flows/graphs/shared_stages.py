@@ -1,9 +1,8 @@
 """Stages that the branches of a run share: the float model, the fused models, the decoded images."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from quantlib.data.split import Subset
@@ -11,13 +10,12 @@ from quantlib.data.transforms import TrainTransform, Transform
 from quantlib.inputs import Inputs
 from quantlib.recipe.interface import Interface
 from quantlib.recipe.schema import Recipe
-from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.data import decode
 from tasks.export import draft_onnx
 from tasks.model import Training, equalize, fuse, load_float, smooth
-from tasks.run import Run
+from tasks.run import Run, together
 
 # One stage evaluates one shard of decoded images: small enough that no stage takes more than minutes, and that its
 # memory does not matter.
@@ -40,8 +38,6 @@ class SharedStages:
     """Decoded shards."""
     held_out: tuple[Ref, ...]
     """Decoded shards; empty if the recipe selects on validation."""
-    _made: dict[str, Ref] = field(default_factory=dict)
-    """Fused models and those that they are made from, by the label of their stage."""
 
     @property
     def interface(self) -> Interface:
@@ -52,21 +48,24 @@ class SharedStages:
         """The float model that a branch quantizes."""
         model = self._rescaled(equalized, smoothing)
         name = mode + ("-equalized" if equalized else "") + ("" if smoothing is None else f"-smoothed-{smoothing}")
-        return self._once(f"fuse-{name}", lambda: self.run(fuse, model, mode, branch=name))
+        return self.run.once(f"fuse-{name}", lambda: self.run(fuse, model, mode, branch=name))
 
     @property
     def fused_eval(self) -> Ref:
         """The fused model of the baseline and of every PTQ branch that rescales nothing."""
         return self.fused("eval")
 
-    @cached_property
+    @property
     def onnx_draft(self) -> Ref:
         """The ONNX graph that every variant's files are filled into."""
-        return self.run(draft_onnx, self.fused_eval, available.exporter())
+        return self.run.once("draft_onnx", lambda: self.run(draft_onnx, self.fused_eval, self.run.machine.exporter))
 
-    @cached_property
+    @property
     def calibration(self) -> tuple[Ref, ...]:
         """Decoded shards of the calibration images."""
+        return self.run.once("calibration", self._decode_calibration)
+
+    def _decode_calibration(self) -> tuple[Ref, ...]:
         recipe, first = self.recipe, self.inputs.training.start
         settings = recipe.calibration
         transform = self.inputs.transform if settings.transform == "eval" else train_transform(recipe, self.inputs)
@@ -77,33 +76,32 @@ class SharedStages:
         """The float model, equalized and smoothed as asked."""
         model = self.float_model
         if equalized:
-            model = self._once("equalize", lambda: self.run(equalize, self.float_model))
+            model = self.run.once("equalize", lambda: self.run(equalize, self.float_model))
         if smoothing is None:
             return model
         name, before = f"{smoothing}{'-equalized' if equalized else ''}", model
-        return self._once(f"smooth-{name}", lambda: self.run(smooth, before, smoothing, self.calibration, branch=name))
-
-    def _once(self, label: str, make: Callable[[], Ref]) -> Ref:
-        if label not in self._made:
-            self._made[label] = make()
-        return self._made[label]
+        return self.run.once(
+            f"smooth-{name}", lambda: self.run(smooth, before, smoothing, self.calibration, branch=name)
+        )
 
 
 def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> SharedStages:
     """Load the float model and decode the images that accuracy is measured on."""
     training = Training(inputs.training, train_transform(recipe, inputs), recipe.model.training)
-    float_model = run(
-        load_float,
-        inputs.model,
-        inputs.val.num_classes,
-        inputs.transform.input_shape,
-        recipe.seed,
-        training if recipe.model.weights == "train" else None,
+    float_model = run.begin(
+        lambda: run(
+            load_float,
+            inputs.model,
+            inputs.val.num_classes,
+            inputs.transform.input_shape,
+            recipe.seed,
+            training if recipe.model.weights == "train" else None,
+        )
     )
-    validation = _decode(run, recipe, inputs.validation, inputs.transform, "validation")
-    held_out = _decode(run, recipe, inputs.held_out, inputs.transform, "held_out")
-    runtimes = available.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
-    return SharedStages(run, recipe, inputs, engine, runtimes, float_model, validation, held_out)
+    validation = run.begin(lambda: _decode(run, recipe, inputs.validation, inputs.transform, "validation"))
+    held_out = run.begin(lambda: _decode(run, recipe, inputs.held_out, inputs.transform, "held_out"))
+    runtimes = run.machine.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+    return SharedStages(run, recipe, inputs, engine, runtimes, float_model(), validation(), held_out())
 
 
 def train_transform(recipe: Recipe, inputs: Inputs) -> TrainTransform:
@@ -123,8 +121,9 @@ def _decode(
 ) -> tuple[Ref, ...]:
     """Decoded shards of whole batches: the size of a shard must change no batch."""
     size = max(1, shard_size(transform.input_shape) // batch_size) * batch_size
-    return tuple(
-        run(decode, part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in enumerate(images.parts(size))
+    parts = enumerate(images.parts(size))
+    return together(
+        run, [partial(run, decode, part, transform, recipe.seed, branch=f"{name}-{n}") for n, part in parts]
     )
 
 

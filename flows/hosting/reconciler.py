@@ -67,13 +67,12 @@ class Reconciler:
         return dead
 
     def _is_dead(self, run: FlowRun, patience: float) -> bool:
-        journal = self._journal(run)
-        if journal is not None:
-            state = journal.state()
-            if state == "running":
+        states = self._states(run)
+        if states:
+            if "running" in states:
                 self._missing_since[run.id] = time.monotonic()
                 return False
-            if state == "crashed":
+            if "crashed" in states:
                 return self._seconds_missing(run) >= min(patience, _WORKER_TELLS_SECONDS)
             # A finished run reports to Prefect itself, unless it dies while doing so.
             return self._is_missing(run, patience)
@@ -89,13 +88,12 @@ class Reconciler:
     def _seconds_missing(self, run: FlowRun) -> float:
         return time.monotonic() - self._missing_since[run.id]
 
-    def _journal(self, run: FlowRun) -> "_Attempt | None":
-        """The journal of this attempt of a run; a retry that has not written one yet has none."""
-        folder = next((self._home / "runs").glob(f"*-{str(run.id)[:8]}"), None)
-        if folder is None or run.state is None:
-            return None
-        attempt = _Attempt(folder)
-        return attempt if attempt.began_after(run.state) else None
+    def _states(self, run: FlowRun) -> set[str | None]:
+        """The states of this attempt of a run, one per recipe; a retry that has not written a journal yet has none."""
+        if run.state is None:
+            return set()
+        attempts = map(_Attempt, (self._home / "runs").glob(f"*-{str(run.id)[:8]}"))
+        return {attempt.state() for attempt in attempts if attempt.began_after(run.state)}
 
     def _mark(self, run: FlowRun) -> None:
         assert run.state is not None

@@ -3,15 +3,26 @@
 import importlib.metadata
 import importlib.util
 import platform
+import socket
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantlib import machine
 from quantlib.errors import MachineError
 from quantlib.recipe.scheme import ActivationBits
 
 _FOR_ONNX = ("openvino", "onnxruntime")
+# Those by which kernels for int8, or for the float layers between them, are chosen.
+_INSTRUCTIONS = {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve"}
+
+
+def instructions() -> str:
+    """The CPU's instructions on which int8 results depend; "" if the system does not say."""
+    with suppress(OSError):
+        return " ".join(sorted(_INSTRUCTIONS & set(Path("/proc/cpuinfo").read_text().split())))
+    return ""
 
 
 def activation_bits(engine: str) -> ActivationBits:
@@ -20,13 +31,11 @@ def activation_bits(engine: str) -> ActivationBits:
     Without VNNI, x86 adds pairs of products in 16 bits: 2 * 255 * 127 does not fit, 2 * 127 * 127 does. qnnpack adds
     in 32 bits.
     """
-    if engine == "qnnpack":
-        return 8
-    with suppress(OSError):
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-        if flags & {"avx512_vnni", "avx_vnni"}:
-            return 8
-    return 7
+    return _activation_bits(engine, instructions())
+
+
+def _activation_bits(engine: str, cpu: str) -> ActivationBits:
+    return 8 if engine == "qnnpack" or "vnni" in cpu else 7
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Runtime:
     name: str
     """torchscript, torchscript-ENGINE, onnxruntime, openvino, executorch or torch_export."""
     version: str
+    instructions: str = ""
+    """Those of the CPU that it runs on, as far as its results depend on them."""
 
     @property
     def kind(self) -> str:
@@ -46,6 +57,75 @@ class Runtime:
     def suffix(self) -> str:
         """How the names of its files end."""
         return suffix_of(self.name)
+
+    @property
+    def engine(self) -> str | None:
+        """The int8 engine of torch; None: float, or a runtime of its own."""
+        return self.name.partition("-")[2] or None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the results of stages depend on of the machine that they run on."""
+
+    name: str
+    cpu_model: str
+    instructions: str
+    """Those of the CPU on which int8 results depend."""
+    engines: tuple[str, ...]
+    """The int8 engines of torch for this kind of CPU, the one that torch itself prefers first."""
+    torch: str
+    """torch's version."""
+    runtimes: tuple[Runtime, ...]
+    """The installed runtimes besides TorchScript, the usually faster ones first."""
+    exporter: str
+    """The packages that write ONNX files, with their versions; "" if one is missing."""
+
+    def engine(self, name: str) -> str:
+        """The int8 engine that a recipe's `engine` stands for. Whether torch has it is found out where it is used."""
+        return self.engines[0] if name == "auto" else name
+
+    def activation_bits(self, engine: str) -> ActivationBits:
+        """How many bits of activations the int8 arithmetic of its CPU takes without saturating."""
+        return _activation_bits(engine, self.instructions)
+
+    def torch_runtime(self, engine: str | None) -> Runtime:
+        """TorchScript with int8 on an engine; None: float."""
+        return Runtime(torchscript_on(engine), self.torch, self.instructions)
+
+    def find_runtimes(
+        self, wanted: Collection[str] | None = None, shipped_for: Collection[str] | None = None
+    ) -> tuple[Runtime, ...]:
+        """The runtimes besides TorchScript that a run uses.
+
+        Args:
+            wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any for
+                ONNX.
+            shipped_for: `gate.runtimes`: these must be installed, too.
+
+        Raises:
+            MachineError: If one of them is not installed.
+        """
+        return _choose(self.runtimes, wanted, shipped_for, f" on {self.name}")
+
+    def has(self, runtime: Runtime) -> bool:
+        """Whether a file runs here as it does in this runtime; whether torch has the engine is found out then."""
+        if runtime.kind == "torchscript":
+            return (runtime.version, runtime.instructions) == (self.torch, self.instructions)
+        return runtime in self.runtimes
+
+
+def this_machine() -> Machine:
+    """This one."""
+    return Machine(
+        name=socket.gethostname(),
+        cpu_model=machine.cpu_model(),
+        instructions=instructions(),
+        engines=engines(),
+        torch=importlib.metadata.version("torch"),
+        runtimes=_installed_runtimes(),
+        exporter=exporter(),
+    )
 
 
 def package_of(runtime: str) -> str:
@@ -78,28 +158,42 @@ def find_runtimes(
     Raises:
         MachineError: If one of them is not installed.
     """
-    installed = [name for name in (*_FOR_ONNX, "executorch", "torch_export") if is_installed(name)]
-    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
-        installed = [name for name in installed if name not in _FOR_ONNX]
+    return _choose(_installed_runtimes(), wanted, shipped_for, "")
+
+
+def _installed_runtimes() -> tuple[Runtime, ...]:
+    names = [name for name in (*_FOR_ONNX, "executorch", "torch_export") if is_installed(name)]
+    if not exporter():
+        names = [name for name in names if name not in _FOR_ONNX]
+    cpu = instructions()
+    return tuple(Runtime(name, importlib.metadata.version(package_of(name)), cpu) for name in names)
+
+
+def _choose(
+    installed: tuple[Runtime, ...], wanted: Collection[str] | None, shipped_for: Collection[str] | None, where: str
+) -> tuple[Runtime, ...]:
     for key, names in (("benchmark.runtimes", wanted), ("gate.runtimes", shipped_for)):
-        missing = sorted(set(names or ()) - {"torchscript", *installed})
+        missing = sorted(set(names or ()) - {"torchscript", *(runtime.name for runtime in installed)})
         if missing:
             raise MachineError(
-                f"{key} names {missing[0]}, which is not installed: pip install 'quantflow[{missing[0]}]', or leave it "
-                "out."
+                f"{key} names {missing[0]}, which is not installed{where}: pip install 'quantflow[{missing[0]}]', or "
+                "leave it out."
             )
     chosen = {*(_FOR_ONNX if wanted is None else wanted), *(shipped_for or ())}
-    return tuple(Runtime(name, importlib.metadata.version(package_of(name))) for name in installed if name in chosen)
+    return tuple(runtime for runtime in installed if runtime.name in chosen)
 
 
 def exporter() -> str:
-    """The packages that write ONNX files, with their versions."""
-    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxscript"))
+    """The packages that write ONNX files, with their versions; "" if one is missing."""
+    names = ("onnx", "onnxscript")
+    if any(importlib.util.find_spec(name) is None for name in names):
+        return ""
+    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def torch_runtime(engine: str | None) -> Runtime:
     """TorchScript with int8 on an engine; None: float."""
-    return Runtime(torchscript_on(engine), importlib.metadata.version("torch"))
+    return Runtime(torchscript_on(engine), importlib.metadata.version("torch"), instructions())
 
 
 def torchscript_on(engine: str | None) -> str:

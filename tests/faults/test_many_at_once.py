@@ -36,6 +36,17 @@ def test_the_others_take_over_from_one_that_is_killed_inside_a_stage(undisturbed
     assert computed(home) == computed(untouched)
 
 
+def test_stages_that_run_at_once_give_the_same_run_in_the_same_order(undisturbed, tmp_path):
+    untouched, expected = undisturbed
+    home = tmp_path / "home"
+    outcome = harness.run(home, at_once=True)
+    assert outcome.error == ""
+    assert outcome.variants == expected.variants
+    assert list(outcome.stages) == list(expected.stages)
+    assert computed(home) == computed(untouched)
+    assert harness.outputs_of(home) == harness.outputs_of(untouched)
+
+
 def num_waiting(home, label):
     lines = [line for line in harness.stage_lines(home) if line["label"] == label]
     return len(lines) - 2 * sum("cached" in line for line in lines)

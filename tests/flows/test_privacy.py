@@ -23,12 +23,14 @@ COMMANDS = {
     "export": ["export", "none", "--to", "bundle"],
     "predict": ["predict", "none.onnx", "tiny.toml"],
     "init": ["init", "tmp"],
+    "dask": ["run", "tiny.toml", "--engine", "dask", "--set", "name=spread"],
+    "worker": ["worker", "dask"],
     "dashboard": ["dashboard", "--port", "0"],
 }
 # What they are asked for is not there.
-FAILING = {"resume", "export", "predict", "init"}
+FAILING = {"resume", "export", "predict", "init", "worker"}
 # They find nothing, or need nothing, in an empty home.
-FAST = [name for name in COMMANDS if name not in {"run", "dashboard"}]
+FAST = [name for name in COMMANDS if name not in {"run", "dask", "dashboard"}]
 
 
 def furnished(folder):

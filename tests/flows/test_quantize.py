@@ -223,10 +223,11 @@ def test_every_stage_is_named_after_its_branch_and_reported_with_its_key(undistu
     assert (stages.seconds > 0).all()
 
 
-def test_prefect_shows_the_data_dependencies_each_once_and_no_other(undisturbed, home_copy):
+def test_prefect_shows_the_data_dependencies_each_once_and_no_other(undisturbed, home_copy, tmp_path):
     home, _ = undisturbed
     harness.run(home_copy)
-    for place in (home, home_copy):  # Computed, then reused.
+    harness.run(tmp_path / "at_once", at_once=True)
+    for place in (home, home_copy, tmp_path / "at_once"):  # Computed, reused, and computed in threads.
         found = edges_in_prefect(place)
         labels = [run["name"] for run in found]
         assert len(labels) == len(set(labels)) > 40

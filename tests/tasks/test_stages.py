@@ -288,7 +288,7 @@ def test_files_are_timed_in_every_runtime_that_they_run_in_and_none_where_there_
         (_refusal(run), (), []),
     ):
         refs = _variant_refs(run, artifact, ((ONNXRUNTIME, _refusal(run)), (OPENVINO, file)))
-        targets = targets_of(replace(refs, engines=tried))
+        targets = targets_of(replace(refs, engines=tried), run.machine)
         assert [target.runtime.name for target in targets] == [*names, "openvino"]
         assert [target.artifact for target in targets] == [script] * len(names) + [file]
 
@@ -325,7 +325,7 @@ def test_a_model_that_torchscript_or_onnx_refuses_has_no_such_file_and_the_reaso
     with monkeypatch.context() as refusing:
         refusing.setattr("quantlib.export.scripting.script", refuse)
         refusing.setattr("quantlib.export.onnx_draft.draft", refuse)
-        script = reuse_or_compute(run, script_and_save, model, None, shard, FLOAT, branch="x")
+        script = reuse_or_compute(run, script_and_save, model, torch_runtime(None), shard, FLOAT, branch="x")
         draft = reuse_or_compute(run, draft_onnx, model, "exporter 1")
     # A model without a draft has no ONNX file in any runtime, for the same reason.
     files = [
@@ -348,7 +348,9 @@ def test_a_file_that_fails_its_check_is_refused_with_the_reason(run, monkeypatch
     monkeypatch.setattr("quantlib.export.check.check_file", refuse)
     model = _stored(run, fused_model, replace(tiny_header, fused="eval"))
     shard = run.store.put("shard", val_shard.read_bytes())
-    files = {"torchscript": reuse_or_compute(run, script_and_save, model, None, shard, FLOAT, branch="x")}
+    files = {
+        "torchscript": reuse_or_compute(run, script_and_save, model, torch_runtime(None), shard, FLOAT, branch="x")
+    }
     for runtime in available.find_runtimes():
         draft = reuse_or_compute(run, draft_onnx, model, "exporter 1")
         draft = draft.result() if isinstance(draft, State) else draft
@@ -357,3 +359,16 @@ def test_a_file_that_fails_its_check_is_refused_with_the_reason(run, monkeypatch
     for name, file in files.items():
         assert is_refusal(file)
         assert run.store.read_json(file) == {"reason": f"it crashed in {name}"}
+
+
+def test_a_retried_flow_run_resumes_the_run_of_each_of_its_recipes(tmp_path):
+    """One recipe's name may end with another's."""
+    first, second = (RECIPE.model_copy(update={"name": name}) for name in ("wide-tiny", "tiny"))
+    flow_run_id = "0000000a-0000-4000-8000-000000000000"
+    met = {}
+    for _ in range(2):
+        for recipe in (first, second):
+            with start_run("quantize", recipe, flow_run_id, tmp_path / "home") as run:
+                met.setdefault(recipe.name, set()).add(run.run_id)
+    assert {name: len(runs) for name, runs in met.items()} == {"wide-tiny": 1, "tiny": 1}
+    assert met["tiny"] != met["wide-tiny"]

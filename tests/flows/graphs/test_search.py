@@ -17,6 +17,7 @@ from quantlib.inputs import Inputs
 from quantlib.recipe.schema import parse_recipe
 from quantlib.recipe.sections import GateRecipe, SearchRecipe
 from quantlib.recipe.variant import Variant
+from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
 from quantlib.search import Trial
 from quantlib.store.artifacts import Ref
@@ -116,6 +117,7 @@ class FakeRun:
     """The run of a search whose trials have a drop, and perhaps times, by the end of their names."""
 
     store = None
+    machine = available.this_machine()
 
     def __init__(self, drops, keys=list, kind="torchscript", costly=(), times=None):
         self.drops, self._keys, self.kind, self.costly, self.times = drops, keys, kind, costly, times

@@ -48,9 +48,9 @@ def later(monkeypatch):
     return move
 
 
-def attempt(home, run):
+def attempt(home, run, recipe="tiny"):
     """The journal of one attempt at a run, as its process writes it."""
-    return Journal(home / "runs" / f"20260501-030000-tiny-{str(run)[:8]}").record(
+    return Journal(home / "runs" / f"20260501-030000-{recipe}-{str(run)[:8]}").record(
         "quantize", parse_recipe(harness.RECIPE), str(run)
     )
 
@@ -88,6 +88,19 @@ def test_a_run_whose_process_lives_is_never_marked(tmp_path, later):
             assert looks.mark_dead() == []
             later(3600)
         assert looks.mark_dead(patience=0) == []
+
+
+def test_a_run_of_several_recipes_lives_as_long_as_one_of_them_runs(tmp_path, later):
+    server = Server()
+    looks = reconciler.Reconciler(server, tmp_path, "quantflow")
+    for recipe in ("first", "third"):
+        with attempt(tmp_path, server.run.id, recipe):
+            pass
+    with attempt(tmp_path, server.run.id, "second"):
+        later(3600)
+        assert looks.mark_dead() == []
+    later(3600)
+    assert looks.mark_dead() == [server.run]
 
 
 def test_a_run_that_is_being_started_has_no_process_yet(tmp_path, later):

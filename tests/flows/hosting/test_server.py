@@ -148,7 +148,7 @@ def test_a_server_that_is_killed_while_it_starts_is_restarted(start_run, tmp_pat
 def test_a_run_that_is_completed_has_its_report_whatever_prefect_raises_then(monkeypatch, tmp_path, finishes):
     report = object()
 
-    def make_flow(_name, _home, _listener, _run_id, finished):
+    def make_flow(_name, _home, _listener, _run_id, finished, *_):
         def flow(_recipe):
             if finishes:
                 finished(report)
