@@ -27,7 +27,7 @@ def prepare(path: str) -> np.ndarray:
         image = image.resize((width, height), resampling, (left * x, top * y, (left + width) * x, (top + height) * y))
     else:
         image = image.resize(size, resampling).crop((left, top, left + width, top + height))
-    x = np.asarray(image, np.float32 if end["input"] == "float" else np.uint8).reshape(1, height, width, -1)
+    x = np.asarray(image, "float32" if end["input"] == "float" else "uint8").reshape(1, height, width, -1)
     x = (x / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"]) if end["input"] == "float" else x
     return x if end["layout"] == "nhwc" else x.transpose(0, 3, 1, 2)
 
