@@ -9,6 +9,7 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import object_server
 import pandas as pd
 import pytest
 import torch
@@ -117,6 +118,40 @@ def shared(request):
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """moto's S3, with one bucket for all tests."""
+    pytest.importorskip("moto", reason="needs moto[server]")
+    pytest.importorskip("obstore", reason="needs obstore")
+    server = object_server.ObjectServer()
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(s3):
+    """A proxy in front of moto's S3."""
+    made = object_server.Proxy(s3.port)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def open_bucket(monkeypatch):
+    """Opens objects of a server, below a prefix of this test's own."""
+    from quantlib.store.bucket import BucketObjects
+
+    prefix = os.urandom(8).hex()
+
+    def open_objects(server):
+        for name, value in object_server.environment(server, prefix).items():
+            monkeypatch.setenv(name, value)
+        return BucketObjects(os.environ["QUANTFLOW_STORE"])
+
+    return open_objects
 
 
 @pytest.fixture(scope="session")
