@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import harness
@@ -152,6 +153,21 @@ def open_bucket(monkeypatch):
         return BucketObjects(os.environ["QUANTFLOW_STORE"])
 
     return open_objects
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A folder on a disk of 600 kB, or of the size that the test asks for."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    size = getattr(request, "param", "600k")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,14 @@ is replaced, except that all files count as equally fast: how fast a tiny net is
 winner that depends on it could not be compared.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,18 +96,23 @@ def start_run(
     hold_at: str | None = None,
     run_id: str | None = None,
     recipe: dict[str, Any] = RECIPE,
+    environment: Mapping[str, str] | None = None,
+    constants: Mapping[str, float] | None = None,
 ) -> Any:
     """Start a run in its own process.
 
     Args:
         home: Its home folder.
         kill_at: Kill it with SIGKILL at this point of its work, counted from 0.
-        hold_at: Let it hang at the first point of this name; `process.held` then exists.
+        hold_at: Let it hang at the first point of this name; `process.held` then exists, until someone removes it.
         run_id: The run to resume.
         recipe: The recipe to run.
+        environment: Added to the environment of the process.
+        constants: Values of modules' constants in the process, by dotted name.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
-    process = _forks.Process(target=_work, args=(str(home), str(result), kill_at, hold_at, run_id, recipe))
+    added = {**(environment or {}), "QUANTFLOW_HOME": str(home)}
+    process = _forks.Process(target=_work, args=(added, str(result), kill_at, hold_at, run_id, recipe, constants or {}))
     process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
@@ -121,6 +128,19 @@ def newest_stage_lines(home: Path) -> list[dict[str, Any]]:
     """The lines that the home's newest run wrote about the stages it finished."""
     newest = read_runs(home / "runs")[0].file.run_id
     return [line for line in Journal(home / "runs" / newest).stages() if "cached" in line]
+
+
+def computed(home: Path) -> Counter[str]:
+    """How often each stage was computed, by key: whichever branch comes first computes a shared stage."""
+    return Counter(line["key"] for line in stage_lines(home) if line.get("cached") is False)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for something that happens in other processes."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, "timed out waiting for the condition"
+        time.sleep(0.1)
 
 
 def keys_done(home: Path) -> dict[str, str]:
@@ -161,17 +181,29 @@ def run(home: Path, **options: Any) -> Outcome:
 
 
 def _work(
-    home: str, result: str, kill_at: int | None, hold_at: str | None, run_id: str | None, recipe: dict[str, Any]
+    environment: dict[str, str],
+    result: str,
+    kill_at: int | None,
+    hold_at: str | None,
+    run_id: str | None,
+    recipe: dict[str, Any],
+    constants: dict[str, float],
 ) -> None:
-    os.environ["QUANTFLOW_HOME"] = home
+    os.environ |= environment
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
     points: list[str] = []
 
     def pass_point(name: str) -> None:
         if len(points) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if name == hold_at:
-            Path(result).with_suffix(".held").touch()
-            time.sleep(600)
+        if name == hold_at and name not in points:
+            held = Path(result).with_suffix(".held")
+            held.touch()
+            deadline = time.monotonic() + 600
+            while held.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
         points.append(name)
 
     _hook_points(pass_point)

@@ -87,7 +87,9 @@ def _check(recipe: Recipe, home: Path) -> None:
     """Find wrong input while the server starts; the flow checks again, which takes no time."""
     from quantlib.inputs import find_inputs
     from quantlib.runtimes import available
+    from quantlib.store.opening import open_store
 
+    open_store(home)
     find_inputs(recipe, home / "splits")
     available.find_engine(recipe.engine)
     available.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)

@@ -38,6 +38,11 @@ class Store:
         # (size, mtime, inode) of each blob that was read whole and found right, so that it need not be hashed again.
         self._verified: dict[str, tuple[int, int, int]] = {}
 
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.folder)
+
     def put(self, kind: str, content: bytes) -> Ref:
         """Store bytes; identical bytes are stored once."""
         return self.write(kind, lambda file: file.write(content))
