@@ -34,6 +34,8 @@ from quantlib.store.local import Store
 
 # A server that Prefect itself starts for a test sends nothing out; quantflow's own set this themselves.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+# Tests share a store only where they say so.
+os.environ.pop("QUANTFLOW_STORE", None)
 
 CLASSES = ("blue", "green", "red")
 CROP = 32

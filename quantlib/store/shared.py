@@ -89,19 +89,9 @@ class SharedStore(Store):
                 return record
 
     def find_record(self, key: str) -> Record | None:
-        """The record under `key`, or None if it is missing or damaged, or one of its artifacts is missing.
-
-        A record of this home from before it had a shared store is shared now.
-        """
+        """The record under `key`, or None if it is missing or damaged, or one of its artifacts is missing."""
         record = self.read_record(key)
-        if record is not None and self._has_artifacts(record):
-            return record
-        own = self._cache.find_record(key)
-        if own is None:
-            return None
-        for ref in own.outputs:
-            self._upload(ref)
-        return self.add_record(own)
+        return record if record is not None and self._has_artifacts(record) else None
 
     def read_record(self, key: str) -> Record | None:
         """The record under `key`, or None if it is missing or damaged; its artifacts are not checked."""
@@ -172,7 +162,6 @@ class SharedStore(Store):
         """Delete a stage's record; its artifacts stay. Only inside `freeing`."""
         self._delete(_record(key))
         self._objects.delete(f"leases/{key}")
-        self._cache.remove_record(key)
 
     def remove_blobs_except(self, kept: set[str]) -> list[int]:
         """Delete all artifacts except those with these hashes, here and in the shared store. Only inside `freeing`.

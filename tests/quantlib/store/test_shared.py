@@ -18,7 +18,6 @@ from quantlib.store import leases, retention
 from quantlib.store.artifacts import Record, Ref
 from quantlib.store.folder import FolderObjects
 from quantlib.store.journal import Journal
-from quantlib.store.local import Store
 from quantlib.store.opening import open_store
 from quantlib.store.shared import SharedStore
 
@@ -95,17 +94,6 @@ def test_of_machines_that_finish_at_once_all_continue_from_one_record(machines):
             standing = list(pool.map(SharedStore.add_record, stores, made))
         assert len(set(map(repr, standing))) == 1
         assert standing[0] in made
-
-
-def test_what_was_computed_before_the_home_had_a_shared_store_is_shared(machines):
-    here, there = machines("here"), machines("there")
-    own = Store(here.folder)
-    stored = record(own)
-    own.add_record(stored)
-    assert there.find_record("key") is None
-    assert here.find_record("key") == stored
-    assert there.find_record("key") == stored
-    assert there.read(stored.outputs[0]) == b"weights"
 
 
 def test_an_artifact_is_downloaded_once_and_again_when_the_cache_is_damaged(shared, tmp_path, monkeypatch):
