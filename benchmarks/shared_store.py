@@ -25,7 +25,13 @@ from quantlib.store.opening import open_store
 
 NUM_ROUNDS = 5
 NUM_HITS = 100
-_SERVE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
+# One request at a time: with threads, moto looks for an object and then writes it, and two may find none.
+_SERVE = """
+import sys
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
+"""
 # Runs the digits on a home and prints what it asked of the shared store.
 _RUN = """
 import json, os, sys

@@ -98,6 +98,7 @@ def start_run(
     recipe: dict[str, Any] = RECIPE,
     environment: Mapping[str, str] | None = None,
     constants: Mapping[str, float] | None = None,
+    body: Callable[[str | None, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Any:
     """Start a run in its own process.
 
@@ -109,10 +110,13 @@ def start_run(
         recipe: The recipe to run.
         environment: Added to the environment of the process.
         constants: Values of modules' constants in the process, by dotted name.
+        body: What to run in place of the flow: called with `run_id` and `recipe`; returns what the outcome shows.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
     added = {**(environment or {}), "QUANTFLOW_HOME": str(home)}
-    process = _forks.Process(target=_work, args=(added, str(result), kill_at, hold_at, run_id, recipe, constants or {}))
+    process = _forks.Process(
+        target=_work, args=(added, str(result), kill_at, hold_at, run_id, recipe, constants or {}, body)
+    )
     process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
@@ -188,6 +192,7 @@ def _work(
     run_id: str | None,
     recipe: dict[str, Any],
     constants: dict[str, float],
+    body: Callable[[str | None, dict[str, Any]], dict[str, Any]] | None,
 ) -> None:
     os.environ |= environment
     for name, value in constants.items():
@@ -209,7 +214,7 @@ def _work(
     _hook_points(pass_point)
     found: dict[str, Any] = {"points": points}
     try:
-        found |= _run_flow(run_id, recipe)
+        found |= (body or _run_flow)(run_id, recipe)
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     Path(result).write_text(json.dumps(found, default=str))

@@ -10,9 +10,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-_SERVE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
+# One request at a time: with threads, moto looks for an object and then writes it, and two may find none.
+_SERVE = """
+import sys
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
+"""
 BUCKET = "bucket"
 
 
@@ -138,6 +145,10 @@ class Proxy:
                     connection.close()
 
             do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_request  # noqa: N815 (http.server's names)
+
+            def handle(self):
+                with suppress(ConnectionError):  # A client that was killed.
+                    super().handle()
 
             def log_message(self, *_):
                 pass

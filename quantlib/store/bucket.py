@@ -42,13 +42,13 @@ class BucketObjects:
     Args:
         url: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX. Credentials and the server's address
             come from the environment variables that other programs use, such as AWS_ENDPOINT_URL.
-        patience_s: Seconds for which a request is repeated before no answer is an error.
+        is_patient: Repeat a request for minutes before no answer is an error; else ask once.
 
     Raises:
         MachineError: If obstore is not installed, or the URL cannot be opened.
     """
 
-    def __init__(self, url: str, patience_s: float = _PATIENCE_S) -> None:
+    def __init__(self, url: str, *, is_patient: bool = True) -> None:
         try:
             import obstore
             from obstore.store import from_url
@@ -56,17 +56,17 @@ class BucketObjects:
             raise MachineError(
                 f"QUANTFLOW_STORE is {url!r}, and obstore is not installed: pip install 'quantflow[shared]'."
             ) from None
-        self._url, self._patience_s, self._has_answered = url, patience_s, False
+        self._url, self._is_patient, self._has_answered = url, is_patient, False
         self._obstore = obstore
         self._impatient: BucketObjects | None = None
         endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "")
         self.place = f"{url} at {endpoint}" if endpoint and url.startswith("s3:") else url
         options: Any = {
-            "timeout": "60s" if patience_s else "10s",
+            "timeout": "60s" if is_patient else "10s",
             "connect_timeout": "5s",
             "allow_http": endpoint.startswith("http:"),
         }
-        retries: Any = {"max_retries": 2 if patience_s else 0, "retry_timeout": timedelta(seconds=60)}
+        retries: Any = {"max_retries": 2 if is_patient else 0, "retry_timeout": timedelta(seconds=60)}
         try:
             self._store = from_url(url, client_options=options, retry_config=retries)
         except (obstore.exceptions.BaseError, ValueError) as error:
@@ -133,7 +133,7 @@ class BucketObjects:
     def impatient(self) -> "BucketObjects":
         """The same place, asked once: no answer is an error after some seconds."""
         if self._impatient is None:
-            self._impatient = BucketObjects(self._url, patience_s=0.0)
+            self._impatient = BucketObjects(self._url, is_patient=False)
         return self._impatient
 
     def _get(self, name: str) -> Found | None:
@@ -176,7 +176,7 @@ class BucketObjects:
                 if _is_final(error, self._obstore.exceptions):
                     raise self._refused(error) from None
                 waited = time.monotonic() - asked
-                if waited > (self._patience_s if self._has_answered else min(self._patience_s, _FIRST_PATIENCE_S)):
+                if not self._is_patient or waited > (_PATIENCE_S if self._has_answered else _FIRST_PATIENCE_S):
                     raise MachineError(
                         f"The shared store {self.place} has not answered for {waited:.0f} s ({_reason(error)}): see "
                         "that its server runs and can be reached, then run `quantflow resume`: finished stages are "

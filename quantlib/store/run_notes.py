@@ -63,7 +63,8 @@ def announce(objects: Objects, journal: Journal) -> Iterator[None]:
         with suppress(MachineError):  # The error that ended the run says more.
             _write(hurried, journal, "failed")
         raise
-    _write(objects, journal, "completed")
+    with suppress(MachineError):  # The run is complete; without the note, its artifacts are kept for longer.
+        _write(objects, journal, "completed")
 
 
 def read_statuses(objects: Objects) -> list[RunStatus]:
