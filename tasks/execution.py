@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
-from filelock import FileLock
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -27,6 +26,7 @@ from quantlib.runtimes.available import Machine
 from quantlib.store.artifacts import Record, Ref
 from quantlib.store.journal import Journal
 from quantlib.store.local import Store
+from quantlib.store.opening import open_store
 from tasks.calls import Calls
 from tasks.listener import Listener, NullListener
 from tasks.stage import Job, Stage, find_inside, key_of
@@ -234,33 +234,35 @@ class LiveRun:
         label, ingredients = stage.label_for(arguments), stage.ingredients(arguments)
         key = key_of(ingredients)
         started, clock = datetime.now(UTC), time.perf_counter()
-        # A second run waits, then finds the record. The kernel releases the lock of a process that died.
         self.journal.stage_started(label, key)
-        with FileLock(self.store.lock_file(key)):
-            record = self.store.find_record(key)
-            if record is None:
-                begun: list[tuple[datetime, float]] = []
-
-                def begin() -> None:
-                    begun.append((datetime.now(UTC), time.perf_counter()))
-                    if len(begun) == 1:
-                        self.listener.stage_started(self.prefix + label)
-
-                job = Job(self.store, functools.partial(self.progress, label))
-                outputs = self.executor.compute(stage, arguments, ingredients, job, begin, self._calls.check)
-                # The wait for the lock, or for a machine, does not count.
-                started, clock = begun[-1]
-                seconds = time.perf_counter() - clock
-                refs = outputs if isinstance(outputs, tuple) else (outputs,)
-                self.store.add_record(Record(key, stage.name, ingredients, refs, seconds, started.isoformat()))
-            else:
-                seconds = time.perf_counter() - clock
-        self._calls.note(StageRow(label, key, record is not None, seconds, started))
-        self.journal.stage_finished(label, key, cached=record is not None)
-        self.listener.stage_finished(self.prefix + label, cached=record is not None, seconds=seconds)
+        record, cached = self.store.find_record(key), True
         if record is None:
-            return outputs
-        return Completed(name="Cached", message=f"Reused from {record.created_at}", data=stage.outputs_of(record))
+            with self.store.computing(key, self.run_id):
+                # Another run may have computed it while this one waited.
+                record = self.store.find_record(key)
+                if record is None:
+                    begun: list[tuple[datetime, float]] = []
+
+                    def begin() -> None:
+                        begun.append((datetime.now(UTC), time.perf_counter()))
+                        if len(begun) == 1:
+                            self.listener.stage_started(self.prefix + label)
+
+                    job = Job(self.store, functools.partial(self.progress, label))
+                    outputs = self.executor.compute(stage, arguments, ingredients, job, begin, self._calls.check)
+                    # The wait for the lock, or for a machine, does not count.
+                    started, clock = begun[-1]
+                    seconds, cached = time.perf_counter() - clock, False
+                    refs = outputs if isinstance(outputs, tuple) else (outputs,)
+                    made = Record(key, stage.name, ingredients, refs, seconds, started.isoformat())
+                    record = self.store.add_record(made)
+        if cached:
+            seconds = time.perf_counter() - clock
+        self._calls.note(StageRow(label, key, cached, seconds, started))
+        self.journal.stage_finished(label, key, cached=cached)
+        self.listener.stage_finished(self.prefix + label, cached=cached, seconds=seconds)
+        outputs = stage.outputs_of(record)
+        return Completed(name="Cached", message=f"Reused from {record.created_at}", data=outputs) if cached else outputs
 
 
 @contextmanager
@@ -287,11 +289,14 @@ def start_run(
         run_id: The run to resume; None: the run of the flow run, or a new one.
         prefix: Put before the labels that users see.
         executor: Computes the stages; None: this process.
+
+    Raises:
+        MachineError: If the home shares its store with other machines, and the shared store cannot be used.
     """
     temporary.remove_abandoned(home)
-    store = Store(home / "store")
+    store = open_store(home)
     journal = Journal(home / "runs" / (run_id or _run_id(home, recipe, flow_run_id)))
-    with store.in_use(), journal.record(flow, recipe, flow_run_id):
+    with journal.record(flow, recipe, flow_run_id), store.in_use(journal):
         progress = ProgressArtifacts(listener or NullListener())
         run = LiveRun(home, store, journal, progress, executor or LocalExecutor(), prefix)
         try:

@@ -5,10 +5,12 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import harness
 import numpy as np
+import object_server
 import pandas as pd
 import pytest
 import torch
@@ -32,6 +34,8 @@ from quantlib.store.local import Store
 
 # A server that Prefect itself starts for a test sends nothing out; quantflow's own set this themselves.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+# Tests share a store only where they say so.
+os.environ.pop("QUANTFLOW_STORE", None)
 
 CLASSES = ("blue", "green", "red")
 CROP = 32
@@ -117,6 +121,55 @@ def shared(request):
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """moto's S3, with one bucket for all tests."""
+    pytest.importorskip("moto", reason="needs moto[server]")
+    pytest.importorskip("obstore", reason="needs obstore")
+    server = object_server.ObjectServer()
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(s3):
+    """A proxy in front of moto's S3."""
+    made = object_server.Proxy(s3.port)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def open_bucket(monkeypatch):
+    """Opens objects of a server, below a prefix of this test's own."""
+    from quantlib.store.bucket import BucketObjects
+
+    prefix = os.urandom(8).hex()
+
+    def open_objects(server):
+        for name, value in object_server.environment(server, prefix).items():
+            monkeypatch.setenv(name, value)
+        return BucketObjects(os.environ["QUANTFLOW_STORE"])
+
+    return open_objects
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A folder on a disk of 600 kB, or of the size that the test asks for."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    size = getattr(request, "param", "600k")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.fixture(scope="session")

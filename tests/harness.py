@@ -5,13 +5,15 @@ is replaced, except that all files count as equally fast: how fast a tiny net is
 winner that depends on it could not be compared.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,21 +101,30 @@ def start_run(
     recipe: dict[str, Any] = RECIPE,
     at_once: bool = False,
     engine: str = "local",
+    environment: Mapping[str, str] | None = None,
+    constants: Mapping[str, float] | None = None,
+    body: Callable[[str | None, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Any:
     """Start a run in its own process.
 
     Args:
         home: Its home folder.
         kill_at: Kill it with SIGKILL at this point of its work, counted from 0.
-        hold_at: Let it hang at the first point of this name; `process.held` then exists.
+        hold_at: Let it hang at the first point of this name; `process.held` then exists, until someone removes it.
         run_id: The run to resume.
         recipe: The recipe to run.
         at_once: Run independent stages in threads; they compute one at a time.
         engine: What computes the stages, as `--engine` takes it.
+        environment: Added to the environment of the process.
+        constants: Values of modules' constants in the process, by dotted name.
+        body: What to run in place of the flow: called with `run_id` and `recipe`; returns what the outcome shows.
     """
     result = home.with_suffix(f".{os.urandom(4).hex()}.json")
-    arguments = (str(home), str(result), kill_at, hold_at, run_id, recipe, at_once, engine)
-    process = _forks.Process(target=_work, args=arguments)
+    added = {**(environment or {}), "QUANTFLOW_HOME": str(home)}
+    process = _forks.Process(
+        target=_work,
+        args=(added, str(result), kill_at, hold_at, run_id, recipe, at_once, engine, constants or {}, body),
+    )
     process.result, process.held = result, result.with_suffix(".held")
     process.start()
     return process
@@ -129,6 +140,19 @@ def newest_stage_lines(home: Path) -> list[dict[str, Any]]:
     """The lines that the home's newest run wrote about the stages it finished."""
     newest = read_runs(home / "runs")[0].file.run_id
     return [line for line in Journal(home / "runs" / newest).stages() if "cached" in line]
+
+
+def computed(home: Path) -> Counter[str]:
+    """How often each stage was computed, by key: whichever branch comes first computes a shared stage."""
+    return Counter(line["key"] for line in stage_lines(home) if line.get("cached") is False)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for something that happens in other processes."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, "timed out waiting for the condition"
+        time.sleep(0.1)
 
 
 def keys_done(home: Path) -> dict[str, str]:
@@ -170,7 +194,7 @@ def run(home: Path, **options: Any) -> Outcome:
 
 
 def _work(
-    home: str,
+    environment: dict[str, str],
     result: str,
     kill_at: int | None,
     hold_at: str | None,
@@ -178,16 +202,24 @@ def _work(
     recipe: dict[str, Any],
     at_once: bool,
     engine: str,
+    constants: dict[str, float],
+    body: Callable[[str | None, dict[str, Any]], dict[str, Any]] | None,
 ) -> None:
-    os.environ["QUANTFLOW_HOME"] = home
+    os.environ |= environment
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
     points: list[str] = []
 
     def pass_point(name: str) -> None:
         if len(points) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if name == hold_at:
-            Path(result).with_suffix(".held").touch()
-            time.sleep(600)
+        if name == hold_at and name not in points:
+            held = Path(result).with_suffix(".held")
+            held.touch()
+            deadline = time.monotonic() + 600
+            while held.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
         points.append(name)
 
     _hook_points(pass_point)
@@ -196,7 +228,7 @@ def _work(
     said: list[str] = []
     found: dict[str, Any] = {"points": points, "said": said}
     try:
-        found |= _run_flow(run_id, recipe, engine, said.append)
+        found |= body(run_id, recipe) if body else _run_flow(run_id, recipe, engine, said.append)
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     Path(result).write_text(json.dumps(found, default=str))

@@ -13,6 +13,14 @@ split = datasets.open_split("imagefolder", sys.argv[1], "train")
 for transform in (EvalTransform(resize=32, crop=(32, 32)), TrainTransform(crop=(32, 32), scale=(0.5, 1.0), flip=0.5)):
     split.pixels(0, transform, random.Random(0))
 """
+_OPEN_STORE = """
+import os, sys
+from pathlib import Path
+from quantlib.store.opening import open_store
+os.environ["QUANTFLOW_STORE"] = ""
+open_store(Path(sys.argv[1]))
+"""
+_OPEN_SHARED_FOLDER = _OPEN_STORE.replace('""', "sys.argv[1]")
 _TRAIN = """
 import sys
 import numpy as np
@@ -44,6 +52,9 @@ qat.train_epoch(model, 0, schedule, split, np.arange(6), EvalTransform(resize=8,
             "import flows.quantize, quantlib.api", "torchvision torch._dynamo distributed dask", id="before the stages"
         ),
         pytest.param(_TRAIN, "torchvision torch._dynamo", id="training"),
+        pytest.param(_OPEN_STORE, "obstore quantlib.store.shared quantlib.store.leases", id="a store of one's own"),
+        pytest.param(_OPEN_SHARED_FOLDER, "obstore quantlib.store.bucket", id="a shared folder"),
+        pytest.param("import flows.quantize", "obstore quantlib.store.shared", id="a flow"),
     ],
 )
 def test_nothing_is_imported_that_is_not_needed(source, unwanted, image_folder):

@@ -162,7 +162,9 @@ def runs(run_id: str | None, home: Path) -> int:
 def dashboard(home: Path, port: int, runs: int) -> int:
     """Watch, schedule, start and retry runs in the browser, until Ctrl-C."""
     from flows.hosting.dashboard import serve
+    from quantlib.store.opening import open_store
 
+    open_store(home)  # A wrong QUANTFLOW_STORE is an error now, not in the first nightly run.
     serve(home, port, runs, click.echo)
     return 0
 

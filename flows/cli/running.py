@@ -152,7 +152,9 @@ def _check(recipe: Recipe, home: Path, *, computes_here: bool) -> None:
     """Find wrong input while the server starts; the flow checks again, which takes no time."""
     from quantlib.inputs import find_inputs
     from quantlib.runtimes import available
+    from quantlib.store.opening import open_store
 
+    open_store(home)
     find_inputs(recipe, home / "splits")
     if computes_here:
         available.find_engine(recipe.engine)

@@ -7,7 +7,7 @@ from quantlib.inputs import find_inputs
 from quantlib.recipe.schema import Recipe
 from quantlib.runtimes import available
 from quantlib.store.journal import Journal, read_runs
-from quantlib.store.local import Store
+from quantlib.store.opening import open_store
 from tasks.planning import Plan, PlannedStage
 
 
@@ -21,7 +21,7 @@ def plan_run(recipe: Recipe, home: Path) -> list[PlannedStage]:
     runs = [run for run in read_runs(home / "runs") if run.file.recipe.get("name") == recipe.name]
     lines = Journal(home / "runs" / runs[0].file.run_id).stages() if runs else []
     finished = {line["key"] for line in lines if "cached" in line}
-    plan = Plan(Store(home / "store"), {line["label"]: line["key"] for line in lines}, finished)
+    plan = Plan(open_store(home), {line["label"]: line["key"] for line in lines}, finished)
     available.find_engine(recipe.engine)
     measure_branches(plan, recipe, find_inputs(recipe, home / "splits"))
     return plan.stages

@@ -81,7 +81,7 @@ def open_executor(engine: str, home: Path, say: Callable[[str], None]) -> Iterat
     with nullcontext(address.scheduler) if address.scheduler else _local_cluster(home) as scheduler:
         from distributed import Client
 
-        from quantlib.store.local import Store
+        from quantlib.store.opening import open_store
         from tasks.cluster.executor import DaskExecutor
         from tasks.cluster.machines import Machines
 
@@ -92,7 +92,7 @@ def open_executor(engine: str, home: Path, say: Callable[[str], None]) -> Iterat
                 f"No Dask scheduler answers at {scheduler}: {reason_of(error)}. Start one with `dask scheduler`, and "
                 "workers with `quantflow worker`."
             ) from None
-        executor = DaskExecutor(client, Store(home / "store"), Machines(address.timed_on), say)
+        executor = DaskExecutor(client, open_store(home), Machines(address.timed_on), say)
         try:
             yield executor
         finally:

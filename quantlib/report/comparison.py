@@ -9,6 +9,7 @@ from quantlib.report.ingredients import Change, CodeChange
 from quantlib.report.model_change import ModelChange, Results, compare_models
 from quantlib.store.journal import find_run
 from quantlib.store.local import Store
+from quantlib.store.opening import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def compare_runs(home: Path, before: str, after: str) -> Comparison:
                 f"Run {status.file.run_id} is {status.state}, and only completed runs can be compared: "
                 f"`quantflow runs {status.file.run_id}` says what to do."
             )
-    store = Store(home / "store")
+    store = open_store(home)
     old, new = (read_results(home / "reports", store, name) for name in (before, after))
     made, remade = (ingredients.find_ingredients(store, results.report) for results in (old, new))
     won, winner = old.report.winner, new.report.winner

@@ -8,18 +8,22 @@ umask decides who may read it.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock
+
 from quantlib.errors import MachineError, StoreError
 from quantlib.files import _hash_file, _new_file, _publish, lockable, read_file, seal, unseal, write_atomically
 from quantlib.store.artifacts import Record, Ref
+from quantlib.store.journal import Journal, RunStatus
 
 
 class Store:
@@ -33,6 +37,11 @@ class Store:
         self.folder = folder
         # (size, mtime, inode) of each blob that was read whole and found right, so that it need not be hashed again.
         self._verified: dict[str, tuple[int, int, int]] = {}
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.folder)
 
     def put(self, kind: str, content: bytes) -> Ref:
         """Store bytes; identical bytes are stored once."""
@@ -66,6 +75,23 @@ class Store:
             else:
                 _publish(file, self._blob(sha256), read_only=True)
         return ref
+
+    def receive(self, ref: Ref, chunks: Iterable[bytes]) -> bool:
+        """Store an artifact as its bytes arrive; False, and nothing is stored, if they are not what `ref` names.
+
+        Raises:
+            MachineError: If the disk is full.
+        """
+        with _new_file(self.folder / "blobs") as file:
+            digest = hashlib.sha256()
+            for chunk in chunks:
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            if digest.hexdigest() != ref.sha256:
+                return False
+            _publish(file, self._blob(ref.sha256), read_only=True)
+        return True
 
     def path(self, ref: Ref) -> Path:
         """The artifact's file, after checking its bytes.
@@ -116,12 +142,17 @@ class Store:
             return False
         return True
 
-    def add_record(self, record: Record) -> None:
-        """Store a stage's record. Its artifacts must already be stored."""
+    def has(self, ref: Ref) -> bool:
+        """Whether the artifact is there; a store on another machine is not read for that."""
+        return self.holds(ref)
+
+    def add_record(self, record: Record) -> Record:
+        """Store a stage's record, and return the one that stands. Its artifacts must already be stored."""
         with _new_file(self.folder / "records") as file:
             file.write(seal(asdict(record)))
             file.flush()
             _publish(file, self._record(record.key), read_only=True)
+        return record
 
     def find_record(self, key: str) -> Record | None:
         """The record under `key`, or None if it or one of its artifacts is missing or damaged."""
@@ -133,13 +164,9 @@ class Store:
     def read_record(self, key: str) -> Record | None:
         """The record under `key`, or None if it is missing or damaged; its artifacts are not checked."""
         try:
-            fields = unseal(read_file(self._record(key)))
-            outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
-            record = Record(outputs=outputs, **fields)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            # However it is damaged, the stage is computed again, which rewrites it.
+            return parse_record(key, read_file(self._record(key)))
+        except OSError:
             return None
-        return record if record.key == key else None
 
     def records(self) -> Iterator[Record]:
         """Every record that can be read, in no particular order; their artifacts are not checked."""
@@ -183,8 +210,12 @@ class Store:
             ) from None
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Nothing is deleted from the store during the block; any number of processes may be in one."""
+    def in_use(self, journal: Journal | None = None) -> Iterator[None]:  # noqa: ARG002 (runs of this home are known)
+        """Nothing is deleted from the store during the block; any number of processes may be in one.
+
+        Args:
+            journal: Of the run that uses it; None in a process that works for such a run.
+        """
         with self._lock_uses(fcntl.LOCK_SH):
             yield
 
@@ -199,6 +230,22 @@ class Store:
             yield
         finally:
             os.close(file)
+
+    def other_runs(self) -> list[RunStatus]:
+        """Runs that use the store, on any machine; those of this home are in its journal."""
+        return []
+
+    @contextmanager
+    def computing(self, key: str, run: str) -> Iterator[None]:  # noqa: ARG002 (a lock needs no name)
+        """Compute the stage with this key: everyone else who is about to waits, then finds the record.
+
+        Args:
+            key: The stage's key.
+            run: The run that computes.
+        """
+        # The kernel releases the lock of a process that died.
+        with FileLock(self.lock_file(key)):
+            yield
 
     def lock_file(self, key: str) -> Path:
         """The file to lock while the stage with this key is computed.
@@ -215,6 +262,17 @@ class Store:
 
     def _record(self, key: str) -> Path:
         return self.folder / "records" / f"{key}.json"
+
+
+def parse_record(key: str, content: bytes) -> Record | None:
+    """The record that was stored under `key`; None if it is damaged: the stage is then computed again."""
+    try:
+        fields = unseal(content)
+        outputs = tuple(Ref(**ref) for ref in fields.pop("outputs"))
+        record = Record(outputs=outputs, **fields)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return record if record.key == key else None
 
 
 def _unreadable(blob: Path, error: OSError) -> StoreError:

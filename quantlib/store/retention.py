@@ -38,7 +38,7 @@ def list_entries(store: Store, runs: Sequence[RunStatus]) -> list[Entry]:
         store: The store to read.
         runs: All runs of the home, the newest first.
     """
-    entries = []
+    runs, entries = _with_others(store, runs), []
     for record in store.records():
         users = [run for run in runs if record.key in run.keys]
         times = [datetime.fromisoformat(record.created_at), *(datetime.fromisoformat(r.file.started_at) for r in users)]
@@ -71,9 +71,10 @@ def free(
         keep_runs: Delete what is used neither by this many of the newest runs nor by an unfinished one.
 
     Raises:
-        MachineError: If a flow is running: it may need what would be deleted.
+        MachineError: If a flow is running, on any machine: it may need what would be deleted.
     """
     with store.freeing():
+        runs = _with_others(store, runs)
         entries = list_entries(store, runs)
         kept = [entry for entry in entries if not _is_old(entry, unused_for) and _is_used(entry, runs, keep_runs)]
         kept = _within(kept, max_size)
@@ -83,6 +84,13 @@ def free(
                 store.remove_record(entry.record.key)
         sizes = store.remove_blobs_except({ref.sha256 for entry in kept for ref in entry.record.outputs})
     return Freed(len(entries) - len(kept), len(sizes), sum(sizes))
+
+
+def _with_others(store: Store, runs: Sequence[RunStatus]) -> list[RunStatus]:
+    """The runs of the home, and those of other homes that share the store, the newest first."""
+    known = {run.file.run_id for run in runs}
+    others = [run for run in store.other_runs() if run.file.run_id not in known]
+    return sorted([*runs, *others], key=lambda run: (run.file.started_at, run.file.run_id), reverse=True)
 
 
 def _is_old(entry: Entry, unused_for: timedelta | None) -> bool:

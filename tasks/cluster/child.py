@@ -23,6 +23,7 @@ from quantlib.progress import Progress
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Machine
 from quantlib.store.local import Store
+from quantlib.store.opening import open_store
 from tasks.cluster.codec import decode
 from tasks.cluster.needs import find_needs
 from tasks.planning import explain_difference
@@ -50,7 +51,9 @@ def answer(request: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -
             return {"error": OTHER_CODE, "message": explain_difference(own, request["ingredients"])}
         _check_here(arguments, home, request["run"])
         tell({"began": True})
-        outputs = stage.work(Job(Store(home / "store"), _reporter(tell)), **arguments)
+        store = _store(home)
+        with store.in_use():
+            outputs = stage.work(Job(store, _reporter(tell)), **arguments)
     except QuantflowError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception as error:
@@ -60,6 +63,11 @@ def answer(request: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -
         return {"error": "", "message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     found = outputs if isinstance(outputs, tuple) else (outputs,)
     return {"outputs": [asdict(ref) for ref in found]}
+
+
+@functools.cache
+def _store(home: Path) -> Store:
+    return open_store(home)
 
 
 def _find_stage(name: str) -> Stage[..., Any]:

@@ -132,7 +132,7 @@ class DaskExecutor:
 
     def _outputs_of(self, stage: Stage[..., Any], answer: Mapping[str, Any], worker: Worker, store: Store) -> Any:
         outputs = tuple(Ref(**fields) for fields in answer["outputs"])
-        missing = next((ref for ref in outputs if not store.holds(ref)), None)
+        missing = next((ref for ref in outputs if not store.has(ref)), None)
         if missing is not None:
             raise StoreError(
                 f"{worker.name} stored artifact {missing.sha256}, which this machine's store does not show, or shows "

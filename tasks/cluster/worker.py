@@ -23,6 +23,7 @@ from quantlib.process import start_child
 from quantlib.runtimes import available
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
+from quantlib.store.opening import open_store
 from tasks.run import home_folder
 
 if TYPE_CHECKING:
@@ -240,4 +241,4 @@ def _locked(name: str, operation: int, call: _Call) -> Iterator[int]:
 
 
 def _store() -> Store:
-    return Store(home_folder() / "store")
+    return open_store(home_folder())

@@ -11,20 +11,6 @@ from quantlib.store.local import Store
 from quantlib.store.retention import find_damage
 
 
-@pytest.fixture
-def small_disk(tmp_path, request):
-    place = tmp_path / "disk"
-    place.mkdir()
-    size = getattr(request, "param", "600k")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
 def test_a_full_disk_is_named_harms_nothing_and_the_run_resumes_when_there_is_room(small_disk, undisturbed):
     _, expected = undisturbed
     home = small_disk / "home"

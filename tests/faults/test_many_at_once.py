@@ -1,14 +1,7 @@
 """Parallel runs on one home compute each stage once, and never wait for a dead process."""
 
-import time
-from collections import Counter
-
 import harness
-
-
-def computed(home):
-    """How often each stage was computed, by key: whichever branch comes first computes a shared stage."""
-    return Counter(line["key"] for line in harness.stage_lines(home) if line.get("cached") is False)
+from harness import computed, wait_until
 
 
 def test_four_runs_at_once_compute_each_stage_once(undisturbed, tmp_path):
@@ -50,10 +43,3 @@ def test_stages_that_run_at_once_give_the_same_run_in_the_same_order(undisturbed
 def num_waiting(home, label):
     lines = [line for line in harness.stage_lines(home) if line["label"] == label]
     return len(lines) - 2 * sum("cached" in line for line in lines)
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, "timed out waiting for the condition"
-        time.sleep(0.1)

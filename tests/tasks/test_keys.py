@@ -186,6 +186,50 @@ def key(stage, *arguments, **named):
     return key_of(stage.ingredients(stage.bind(*arguments, **named)))
 
 
+# Runs some stages on a shared store: each stores the name of its checkout, unless it finds a record.
+SHARE_STAGES = """
+import sys
+from pathlib import Path
+from quantlib.store.artifacts import Record
+from quantlib.store.opening import open_store
+from tasks import data, measure, quantize
+from tasks.stage import key_of
+store = open_store(Path(sys.argv[1]))
+for stage in (data.decode, quantize.choose_ranges, quantize.calibrate, measure.evaluate):
+    key = key_of(stage.ingredients({}))
+    record = store.find_record(key)
+    if record is None:
+        made = store.put("model", sys.argv[1].encode())
+        record = store.add_record(Record(key, stage.name, {}, (made,), 1.0, "2026-01-01T00:00:00+00:00"))
+    print(stage.name, store.read(record.outputs[0]).decode())
+"""
+
+
+def test_two_checkouts_share_the_stages_whose_code_is_the_same_and_no_other(tmp_path):
+    project = Path(quantlib.__file__).parents[1]
+    (tmp_path / "shared").mkdir()
+    found = []
+    for name, edit in (("first", ""), ("second", "\nedited = 1\n"), ("third", "\n# edited\n")):
+        for package in ("quantlib", "tasks"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(project / package, tmp_path / name / package, ignore=ignored)
+        with (tmp_path / name / "quantlib" / "quantize" / "ranges.py").open("a") as file:
+            file.write(edit)
+        done = subprocess.run(
+            [sys.executable, "-c", SHARE_STAGES, name],
+            env={**os.environ, "PYTHONPATH": str(tmp_path / name), "QUANTFLOW_STORE": str(tmp_path / "shared")},
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path / name,
+        )
+        found.append(dict(line.split() for line in done.stdout.splitlines()))
+    stages = ("decode", "choose_ranges", "calibrate", "evaluate")
+    assert found[0] == dict.fromkeys(stages, "first")
+    assert found[1] == found[0] | {"choose_ranges": "second", "calibrate": "second"}
+    assert found[2] == found[0]
+
+
 def test_what_decides_the_result_is_in_the_key():
     base = key(data.decode, SELECTION, EvalTransform(resize=64, crop=(64, 64)), 1, branch="x")
     others = [
