@@ -21,16 +21,12 @@ import numpy as np
 import pairs
 import torch
 
-from quantlib import machine
+from quantlib import api, process
 from quantlib.data import datasets, loading, shards
 from quantlib.data.normalization import IMAGENET
 from quantlib.data.transforms import EvalTransform
-from quantlib.export import scripting
-from quantlib.graph import fusion
 from quantlib.measure import evaluation
 from quantlib.models import mobilenet_v2
-from quantlib.quantize import conversion, preparation
-from quantlib.recipe.scheme import Scheme
 
 # As in flows.graphs.shared_stages.
 SHARD_BYTES, SHARD_IMAGES = 256 << 20, 5000
@@ -40,7 +36,7 @@ SMALL = {"width_mult": 2.0, "inverted_residual_setting": [[1, 16, 1, 1], [4, 24,
 
 def evaluate(root: Path, num_images: int, side: int, num_variants: int) -> dict[str, float]:
     """Seconds and peak resident memory in MB of this process."""
-    machine.keep_freed_memory()
+    process.prepare_process()
     start = time.perf_counter()
     split = datasets.open_split("imagefolder", str(root), "val")
     transform = EvalTransform(resize=side * 256 // 224 if side > 64 else side, crop=(side, side))
@@ -60,11 +56,8 @@ def evaluate(root: Path, num_images: int, side: int, num_variants: int) -> dict[
 def save_int8(place: Path, side: int) -> None:
     """An int8 MobileNetV2 with random weights."""
     torch.manual_seed(0)
-    model = mobilenet_v2.mobilenet_v2(**(SMALL if side < 64 else {}))
-    fused = fusion.fuse_model(model.eval(), "eval")
-    prepared = preparation.prepare(fused, Scheme(observer="minmax", weights="per_channel", activation_bits=8), "eval")
-    prepared(torch.randn(2, 3, side, side))
-    place.write_bytes(scripting.script(conversion.convert(prepared, "auto"), "auto"))
+    model = mobilenet_v2.mobilenet_v2(**(SMALL if side < 64 else {})).eval()
+    api.quantize(model, [torch.randn(2, 3, side, side)], observer="minmax", activation_bits=8).save(place)
 
 
 def main() -> None:
@@ -75,6 +68,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--variants", type=int, default=1)
     arguments = parser.parse_args()
+    process.prepare_process()
     with tempfile.TemporaryDirectory() as name:
         roots = {}
         for count in (5000, 50000):
