@@ -12,12 +12,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import contestants
 import nncf
 import openvino
 import pairs
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 from torch.ao import quantization as tq
 from torchvision.models import quantization
@@ -35,17 +34,6 @@ OURS = {
     "onnxruntime": "ort.onnx",
     "openvino": "openvino.onnx",
 }
-
-
-class Images(CalibrationDataReader):
-    """Calibration images, one after the other."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.batches = iter([{"images": one.numpy()} for one in x.split(1)])
-
-    def get_next(self) -> dict | None:
-        """The next image, or None at the end."""
-        return next(self.batches, None)
 
 
 class AsInTheTutorial:
@@ -80,29 +68,9 @@ def make_files(folder: Path) -> None:
         ours.save(folder / name, runtime)
     model.eval().fuse_model(is_qat=False)
     make_tutorials(copy.deepcopy(model), x, folder / "tutorial.pt")
-    fused = model
-    axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
-    torch.onnx.export(
-        fused,
-        (x[:1],),
-        folder / "float.onnx",
-        opset_version=17,
-        dynamo=False,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_axes=axes,
-    )
-    quant_pre_process(str(folder / "float.onnx"), str(folder / "prepared.onnx"))
-    for name, layout in (("ort_qdq", QuantFormat.QDQ), ("ort_qop", QuantFormat.QOperator)):
-        quantize_static(
-            str(folder / "prepared.onnx"),
-            str(folder / f"{name}.onnx"),
-            Images(x),
-            quant_format=layout,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+    contestants.export_onnx(model, x, folder / "float.onnx")
+    for name, layout in (("ort_qdq", "QDQ"), ("ort_qop", "QOperator")):
+        contestants.quantize_onnx(folder / "float.onnx", folder / f"{name}.onnx", iter(x.numpy()[:, None]), layout)
     quantized = nncf.quantize(
         openvino.convert_model(folder / "float.onnx"), nncf.Dataset([one.numpy() for one in x.split(1)])
     )

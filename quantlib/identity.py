@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,9 @@ from quantlib.models.source import ModelInput
 from quantlib.progress import Progress, silent
 from quantlib.recipe.sections import TIMM, TORCHVISION, DataRecipe, is_import_path, is_weights_file
 from quantlib.store import codehash
+
+_CHUNK = 256
+"""Files that a thread hashes at a time: one would cost more for the hand-over than for the hash."""
 
 
 def find_split(data: DataRecipe, name: SplitName, cache: Path, progress: Progress = silent) -> SplitInput:
@@ -39,7 +42,7 @@ def find_split(data: DataRecipe, name: SplitName, cache: Path, progress: Progres
         DataError: If the dataset is missing, empty or unreadable.
     """
     code = user_code(data.format, "data.format")
-    _, state = _look(data, name, code)
+    state = _look(data, name, code)
     try:
         found = unseal(read_file(cache / f"{state}.json"), unsealed_too=False)
         return SplitInput(root=data.root, **(found | {"classes": tuple(found["classes"])}))
@@ -50,14 +53,14 @@ def find_split(data: DataRecipe, name: SplitName, cache: Path, progress: Progres
 
     split = datasets.open_split(data.format, data.root, name)
     # Look again: opening may create the files, as when torchvision unpacks ImageNet's archives.
-    paths, state = _look(data, name, code)
+    paths: list[str] = []
+    state = _look(data, name, code, paths)
     content = hashlib.sha256(repr((data.format, code, "" if paths else state)).encode())
-    root = Path(data.root or "")
-    with ThreadPoolExecutor(2) as pool:
-        for done, (path, sha256) in enumerate(zip(paths, pool.map(_hash_file, paths), strict=True), start=1):
-            content.update(f"{Path(path).relative_to(root)}\0{sha256}\n".encode())
-            if done % 256 == 0 or done == len(paths):
-                progress(done, len(paths))
+    above = f"{Path(data.root or '')}".rstrip("/") + "/"
+    for done, (path, sha256) in enumerate(_hash_files(paths), start=1):
+        content.update(f"{path.removeprefix(above)}\0{sha256}\n".encode())
+        if done % _CHUNK == 0 or done == len(paths):
+            progress(done, len(paths))
     found_input = SplitInput(
         data.format, name, data.root, content.hexdigest(), len(split), split.classes, split.num_skipped
     )
@@ -117,17 +120,21 @@ def hash_model_file(name: str, missing: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _look(data: DataRecipe, name: SplitName, code: str) -> tuple[list[str], str]:
-    """A split's files, and a hash that shows whether they have changed, without reading them."""
-    files = sorted(_files(data, name))
+def _look(data: DataRecipe, name: SplitName, code: str, paths: list[str] | None = None) -> str:
+    """A hash that shows whether a split's files have changed, without reading them; `paths` receives their paths."""
     state = hashlib.sha256(repr((data.format, name, code, _library(data.format))).encode())
-    for path, status in files:
-        state.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return [path for path, _ in files], state.hexdigest()
+    for path, status in _files(data, name):
+        try:
+            state.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except UnicodeEncodeError:
+            raise DataError(f"Image file {path!r} has a name that is not UTF-8. Rename it.") from None
+        if paths is not None:
+            paths.append(path)
+    return state.hexdigest()
 
 
 def _files(data: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_result]]:
-    """The files that a split is made of; none for data that ships with a library."""
+    """The files that a split is made of, in the order of their paths; none for data that ships with a library."""
     if data.root is None or data.format == "digits":
         return
     folder = Path(data.root)
@@ -142,15 +149,18 @@ def _files(data: DataRecipe, name: SplitName) -> Iterator[tuple[str, os.stat_res
 
 
 def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """One folder's at a time, so that a million files take little memory."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(entry.path)
-            else:
-                try:
-                    yield entry.path, entry.stat()
-                except OSError as error:  # A broken link, for example.
-                    raise _unreadable(entry.path, error) from None
+        # "a-b.png" sorts before "a/c.png", and after it if the slash were missing.
+        found = sorted(entries, key=lambda entry: f"{entry.name}/" if entry.is_dir() else entry.name)
+    for entry in found:
+        if entry.is_dir():
+            yield from _walk(entry.path)
+        else:
+            try:
+                yield entry.path, entry.stat()
+            except OSError as error:  # A broken link, for example.
+                raise _unreadable(entry.path, error) from None
 
 
 def _library(data_format: str) -> str:
@@ -174,9 +184,18 @@ def user_code(name: str, key: str) -> str:
         ) from None
 
 
+def _hash_files(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each path with its file's hash."""
+    chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
+    with ThreadPoolExecutor(2) as pool:
+        for chunk, hashes in pool.map(lambda chunk: (chunk, [_hash_file(path) for path in chunk]), chunks):
+            yield from zip(chunk, hashes, strict=True)
+
+
 def _hash_file(path: str) -> str:
     try:
-        with Path(path).open("rb") as file:
+        # Unbuffered: a buffer costs more than the hash of a small file.
+        with Path(path).open("rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from None

@@ -1,5 +1,6 @@
 """A run's inputs: found, checked, identified."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from quantlib import inputs
+from quantlib import identity, inputs
 from quantlib.data import datasets, loading
 from quantlib.data.normalization import IMAGENET, Normalization
 from quantlib.data.split import SplitInput, Subset
@@ -293,6 +294,84 @@ def test_which_images_exist_and_where_decides_the_fingerprint(find, own_folder, 
     assert find(**fewer).train.fingerprint != before
 
 
+@pytest.mark.parametrize("change", ["size", "time", "name", "folder", "link", "remove", "add"])
+def test_each_kind_of_change_to_a_file_is_noticed_in_its_split_alone(own_folder, change):
+    recipe = _recipe(own_folder).data
+    before, val = (identity._look(recipe, name, "") for name in ("train", "val"))
+    path = own_folder / "train" / "red" / "01.png"
+    status = path.stat()
+    match change:
+        case "size":
+            path.write_bytes(path.read_bytes() + b"0")
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        case "time":
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        case "name":
+            path.rename(path.with_name("99.png"))
+        case "folder":
+            path.parent.rename(path.parents[1] / "rouge")
+        case "link":  # To a file of another time.
+            path.unlink()
+            path.symlink_to(own_folder / "val" / "red" / "01.png")
+        case "remove":
+            path.unlink()
+        case "add":
+            (path.parent / "deeper").mkdir()
+            shutil.copy2(path, path.parent / "deeper" / "01.png")
+
+    assert identity._look(recipe, "train", "") != before
+    assert identity._look(recipe, "val", "") == val
+
+
+def test_a_file_whose_size_and_time_are_restored_is_not_read_again(find, own_folder):
+    before = find()
+    path = own_folder / "val" / "red" / "01.png"
+    content, status = bytearray(path.read_bytes()), path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    assert find() == before
+    assert find(cache="empty") != before
+
+
+def test_files_are_identified_in_the_order_of_their_paths(own_folder):
+    red = own_folder / "train" / "red"
+    for name in ("a/1.png", "a-b/1.png", "a0.png", "A.png", "a-.png", "a/b/1.png", "a/b.png", "ä.png"):
+        (red / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(red / "01.png", red / name)
+    paths: list[str] = []
+    identity._look(_recipe(own_folder).data, "train", "", paths)
+
+    assert paths == sorted(str(path) for path in (own_folder / "train").rglob("*") if path.is_file())
+
+
+def test_the_fingerprint_is_that_of_the_relative_paths_and_contents(find, own_folder):
+    files = sorted((path for path in (own_folder / "val").rglob("*") if path.is_file()), key=str)
+    content = hashlib.sha256(repr(("imagefolder", "", "")).encode())
+    for file in files:
+        content.update(f"{file.relative_to(own_folder)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+
+    assert find().val.fingerprint == content.hexdigest()
+
+
+def test_more_files_than_a_thread_takes_at_a_time_keep_their_order(tmp_path):
+    paths = [tmp_path / f"{number:04}" for number in range(3 * identity._CHUNK + 1)]
+    for path in paths:
+        path.write_text(path.name)
+
+    assert list(identity._hash_files(list(map(str, paths)))) == [
+        (str(path), hashlib.sha256(path.name.encode()).hexdigest()) for path in paths
+    ]
+
+
+def test_a_name_that_is_not_utf_8_is_refused(find, own_folder):
+    shutil.copy(own_folder / "val" / "red" / "01.png", os.fsencode(own_folder / "val" / "red") + b"/\xff.png")
+
+    with pytest.raises(DataError, match=r"red/\\udcff.png' has a name that is not UTF-8. Rename it."):
+        find()
+
+
 def test_a_copy_elsewhere_has_the_same_fingerprint(find, own_folder, tmp_path):
     copy = shutil.copytree(own_folder, tmp_path / "some" / "other place")
 
@@ -313,7 +392,7 @@ def test_files_are_read_once(find, monkeypatch):
     def read(path, *_):
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(inputs, "_hash_file", read)
+    monkeypatch.setattr(identity, "_hash_file", read)
     monkeypatch.setattr(datasets, "open_split", read)
 
     assert find() == first
@@ -342,7 +421,7 @@ def test_progress_counts_the_files_of_each_split(own_folder, tmp_path):
 def test_digits_are_identified_by_the_library_that_carries_them(tmp_path, monkeypatch):
     recipe = _recipe(None, data={"format": "digits"})
     before = _fingerprints(find_inputs(recipe, tmp_path))
-    monkeypatch.setattr(inputs, "_library", lambda _: "99.0")
+    monkeypatch.setattr(identity, "_library", lambda _: "99.0")
 
     after = _fingerprints(find_inputs(recipe, tmp_path))
 
