@@ -97,6 +97,7 @@ def benchmark(
         num_threads,
         num_samples,
         job.progress,
+        [target.artifact.sha256 for target in targets],
     )
     return job.store.put_json("timings", timings)
 

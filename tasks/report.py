@@ -68,7 +68,11 @@ def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Mea
         examples=examples.load(run.store.read(measurements.pictures)) if measurements.pictures is not None else (),
         notes=(
             *(NoteRow(kind="warning", text=text) for text in doubts),
-            *(NoteRow(kind="note", text=text) for text in _untimed(run.store, measurements.variants)),
+            *(
+                NoteRow(kind="note", text=text)
+                for text in (judged.lead, *_untimed(run.store, measurements.variants))
+                if text
+            ),
             *measurements.notes,
         ),
         layers=tuple(

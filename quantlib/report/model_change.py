@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quantlib.measure import significance
-from quantlib.report.measured import SETTING
+from quantlib.measure.ranking import SETTING
 from quantlib.report.results import Report
 from quantlib.report.rows import VariantRow, points
 

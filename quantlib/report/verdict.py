@@ -12,9 +12,10 @@ from functools import cached_property
 import numpy as np
 
 from quantlib.measure import significance
+from quantlib.measure.ranking import SETTING
 from quantlib.recipe.sections import GateRecipe
-from quantlib.report.choice import Contender, choose
-from quantlib.report.measured import SETTING, File, Measured
+from quantlib.report.choice import Contender, choose, describe_lead
+from quantlib.report.measured import File, Measured
 from quantlib.report.rows import FileRow, VariantRow
 
 
@@ -38,6 +39,12 @@ class Verdict:
     """One per variant; float's is the first."""
     _winner: "_Entry | None"
     _reason: str | None
+
+    @property
+    def lead(self) -> str:
+        """How certain the order of the fastest files is, float's among them; "" if nothing is inside the gate."""
+        inside = [entry for entry in self._files if entry.accepted and entry.measured is not entry.baseline]
+        return describe_lead([entry.contender for entry in (self._chosen[0], *inside)]) if inside else ""
 
     @property
     def reported(self) -> tuple[File, ...]:
