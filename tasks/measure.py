@@ -124,5 +124,6 @@ def pick_examples(
 
     before, found = answers(baseline), []
     for name, refs in variants:
-        found += examples.pick(name, before, answers(refs), pixels, num_examples)
+        after = answers(refs)
+        found += examples.pick(name, before.first(len(after)), after, pixels, num_examples)
     return job.store.put("examples", examples.save(found))

@@ -34,6 +34,8 @@ class File:
     validation: Predictions
     """Its answers in that runtime; for float, those in the first."""
     selection: Predictions
+    out_of: int | None = None
+    """How many validation images there are, if evaluation ended once the verdict was certain; None: it saw them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
