@@ -91,10 +91,10 @@ def find_inputs(recipe: Recipe, cache: Path, progress: Progress = silent) -> Inp
 
 
 def _validation(val: SplitInput, recipe: Recipe) -> Subset:
-    wanted = recipe.evaluation.max_images
-    if wanted is None or wanted >= val.num_images:
+    wanted = min(recipe.evaluation.max_images or val.num_images, val.num_images)
+    if wanted == val.num_images and not recipe.may_stop:
         return Subset(val, None, 0, val.num_images)
-    # The first images of a folder would all be of its first classes.
+    # The first images of a folder, be they shards or all, would be of its first classes.
     return Subset(val, recipe.seed, 0, wanted)
 
 

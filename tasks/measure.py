@@ -97,6 +97,7 @@ def benchmark(
         num_threads,
         num_samples,
         job.progress,
+        [target.artifact.sha256 for target in targets],
     )
     return job.store.put_json("timings", timings)
 
@@ -123,5 +124,6 @@ def pick_examples(
 
     before, found = answers(baseline), []
     for name, refs in variants:
-        found += examples.pick(name, before, answers(refs), pixels, num_examples)
+        after = answers(refs)
+        found += examples.pick(name, before.first(len(after)), after, pixels, num_examples)
     return job.store.put("examples", examples.save(found))

@@ -26,6 +26,8 @@ class FileRefs:
     runtime: Runtime
     validation: tuple[Ref, ...]
     selection: tuple[Ref, ...]
+    out_of: int | None = None
+    """How many validation images there are, if evaluation ends once the verdict is certain; None: it sees them all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,10 @@ from quantlib.inputs import Inputs
 from quantlib.measure import examples, predictions
 from quantlib.measure.predictions import Predictions
 from quantlib.recipe.schema import Recipe
+from quantlib.recipe.sections import GateRecipe
 from quantlib.report import caveats, diagnosis, tables, verdict
 from quantlib.report.documents import Documents
+from quantlib.report.gate import judge_drop
 from quantlib.report.measured import Epoch, File, Measured, epoch_rows, latency_rows
 from quantlib.report.model_change import Results
 from quantlib.report.regression import check_regression
@@ -68,7 +70,11 @@ def write_report(run: LiveRun, recipe: Recipe, inputs: Inputs, measurements: Mea
         examples=examples.load(run.store.read(measurements.pictures)) if measurements.pictures is not None else (),
         notes=(
             *(NoteRow(kind="warning", text=text) for text in doubts),
-            *(NoteRow(kind="note", text=text) for text in _untimed(run.store, measurements.variants)),
+            *(
+                NoteRow(kind="note", text=text)
+                for text in (judged.lead, *_untimed(run.store, measurements.variants))
+                if text
+            ),
             *measurements.notes,
         ),
         layers=tuple(
@@ -138,6 +144,24 @@ def find_reported(
     )
 
 
+def is_certain(run: Run, gate: GateRecipe, baseline: tuple[Ref, ...], answers: tuple[Ref, ...], out_of: int) -> bool:
+    """Whether it is certain on which side of the gate a variant lies, from its answers so far.
+
+    Args:
+        run: The run.
+        gate: The gate.
+        baseline: Float's answers, shard by shard.
+        answers: The variant's, for the same shards or the first of them.
+        out_of: How many validation images there are.
+
+    Raises:
+        NotYetKnownError: In a plan, if the shards have not been evaluated yet.
+    """
+    store = run.known((baseline, answers))
+    found, _ = judge_drop(read_predictions(store, baseline), read_predictions(store, answers), gate, out_of)
+    return found != "undecided"
+
+
 def _files(refs: VariantRefs) -> tuple[FileRefs, ...]:
     """The files that the variant is judged by."""
     return refs.files or (refs.reference,)
@@ -173,6 +197,7 @@ def _measured(
             runtime=file.runtime.name,
             validation=read_predictions(store, file.validation),
             selection=read_predictions(store, file.selection),
+            out_of=file.out_of,
         )
         for file in _files(refs)
     )

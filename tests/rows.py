@@ -4,7 +4,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from quantlib.export.bundle import FileInfo, ModelInfo, Preprocessing
-from quantlib.report.rows import FileRow, LayerRow, VariantRow
+from quantlib.report.layers import LayerRow
+from quantlib.report.rows import FileRow, VariantRow
 
 START = datetime(2026, 5, 1, 3, 0, tzinfo=UTC)
 

@@ -55,8 +55,9 @@ def _show_tables(home: Path, run_id: str | None, *, intervals: bool) -> list[Sto
 
     from flows.cli.console import interval_table, result_table, why
     from quantlib.report.diagnosis import diagnose
+    from quantlib.report.layers import LayerRow
     from quantlib.report.results import Report
-    from quantlib.report.rows import LayerRow, NoteRow
+    from quantlib.report.rows import NoteRow
     from quantlib.report.tables import choose_run, read_rows, read_variants
 
     console = Console()

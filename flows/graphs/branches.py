@@ -7,11 +7,11 @@ from typing import Literal
 
 from flows.graphs.evaluation import (
     evaluate_candidate,
+    evaluate_float,
     evaluate_model,
     evaluate_simulated,
     find_reference,
     label_shards,
-    measure_shards,
     save_files,
     try_engines,
 )
@@ -22,7 +22,7 @@ from quantlib.recipe.scheme import Scheme
 from quantlib.recipe.variant import Variant
 from quantlib.store.artifacts import Ref
 from tasks.export import script_and_save
-from tasks.measure import evaluate_baseline, measure_layers
+from tasks.measure import measure_layers
 from tasks.model import plan_layers
 from tasks.quantize import (
     calibrate,
@@ -58,19 +58,9 @@ def float_branch(shared: SharedStages) -> VariantRefs:
     )
     others, artifact = saving(), scripting()
     file, runtime = find_reference(shared, artifact, others, None)
-    batch_size = shared.recipe.evaluation.batch_size
-    validation, selection = measure_shards(
-        shared,
-        "float",
-        lambda shard, name: shared.run(
-            evaluate_baseline, file, shard, batch_size, runtime, shared.interface, branch=name
-        ),
-    )
+    reference = evaluate_float(shared, FileRefs(file=file, runtime=runtime, validation=(), selection=()))
     return VariantRefs(
-        variant=Variant(name="float", method="float"),
-        artifact=artifact,
-        others=others,
-        reference=FileRefs(file=file, runtime=runtime, validation=validation, selection=selection),
+        variant=Variant(name="float", method="float"), artifact=artifact, others=others, reference=reference
     )
 
 
@@ -106,7 +96,7 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
     calibrated = _calibrate(shared, branch)
     model = run(convert, _correct(shared, branch, calibrated), branch=name)
     uncorrected = calibrated if branch.corrects_bias else None
-    candidate = run.begin(lambda: evaluate_model(shared, model, name))
+    candidate = run.begin(lambda: evaluate_model(shared, model, name, stops=shared.recipe.stops(name)))
     plan = run.begin(lambda: _plan(shared, branch))
     engines = run.begin(lambda: try_engines(shared, candidate().artifact, name))
     others = run.begin(lambda: save_files(shared, model, name))

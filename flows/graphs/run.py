@@ -157,7 +157,9 @@ def _pick_examples(
         )
     except NotYetKnownError:
         answered = Pending("benchmark-variants")
-    return shared.run(pick_examples, shared.validation, variants[0].reference.validation, answered, num_examples)
+    float_answers = variants[0].reference.validation
+    images = tuple(shared.validation[: len(float_answers)])
+    return shared.run(pick_examples, images, float_answers, answered, num_examples)
 
 
 def only(recipe: Recipe, method: str) -> Recipe:

@@ -1,9 +1,10 @@
 """Stages that the branches of a run share: the float model, the fused models, the decoded images."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, overload
 
 from quantlib.data.split import Subset
 from quantlib.data.transforms import TrainTransform, Transform
@@ -21,6 +22,8 @@ from tasks.run import Run, together
 # memory does not matter.
 _SHARD_BYTES = 256 * 2**20
 _SHARD_IMAGES = 5000
+# Where evaluation ends once the verdict is certain, that is asked after each shard. Often a few hundred images do.
+_STOPPING_SHARD_IMAGES = 250
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class SharedStages:
     runtimes: tuple[Runtime, ...]
     """Those besides TorchScript."""
     float_model: Ref
-    validation: tuple[Ref, ...]
-    """Decoded shards."""
+    validation: Sequence[Ref]
+    """Decoded shards; where evaluation may stop early, each is decoded when it is first asked for."""
     held_out: tuple[Ref, ...]
     """Decoded shards; empty if the recipe selects on validation."""
 
@@ -98,7 +101,7 @@ def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> Share
             training if recipe.model.weights == "train" else None,
         )
     )
-    validation = run.begin(lambda: _decode(run, recipe, inputs.validation, inputs.transform, "validation"))
+    validation = run.begin(lambda: _validation(run, recipe, inputs))
     held_out = run.begin(lambda: _decode(run, recipe, inputs.held_out, inputs.transform, "held_out"))
     runtimes = run.machine.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
     return SharedStages(run, recipe, inputs, engine, runtimes, float_model(), validation(), held_out())
@@ -113,6 +116,42 @@ def train_transform(recipe: Recipe, inputs: Inputs) -> TrainTransform:
         normalization=own.normalization,
         scale=data.train_scale,
         flip=data.train_flip,
+    )
+
+
+class _LazyShards(Sequence[Ref]):
+    """Shards that are decoded when they are first asked for."""
+
+    def __init__(self, shards: Sequence[Callable[[], Ref]]) -> None:
+        self._shards = shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, place: int) -> Ref: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Ref, ...]: ...
+    def __getitem__(self, place: int | slice) -> Ref | tuple[Ref, ...]:
+        if isinstance(place, slice):
+            return tuple(shard() for shard in self._shards[place])
+        return self._shards[place]()
+
+
+def _validation(run: Run, recipe: Recipe, inputs: Inputs) -> Sequence[Ref]:
+    transform = inputs.transform
+    if not recipe.may_stop:
+        return _decode(run, recipe, inputs.validation, transform, "validation")
+    size = min(_STOPPING_SHARD_IMAGES, shard_size(transform.input_shape))
+    return _LazyShards(
+        [
+            partial(
+                run.once,
+                f"decode-validation-{n}",
+                partial(run, decode, part, transform, recipe.seed, branch=f"validation-{n}"),
+            )
+            for n, part in enumerate(inputs.validation.parts(size))
+        ]
     )
 
 

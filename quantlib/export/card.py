@@ -52,13 +52,14 @@ def write(info: ModelInfo, folder: str) -> str:
             "",
             "## How good it is",
             "",
-            "| file | runtime | top-1 | 95% interval | change against float | 95% interval | ms per image |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| file | runtime | images | top-1 | 95% interval | change against float | 95% interval | ms per image |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
             *map(_row, info.files),
             "",
-            f"Float has {_top1(info.float_accuracy)} of top-1 ({_interval(info.float_accuracy)}). Accuracy is of "
-            f"{info.float_accuracy.num_images:,} validation images of {_dataset(info)}; changes are in points, on "
-            f"the same images. The time is the median for one image on one thread of {info.cpu_model}.",
+            f"Float has {_top1(info.float_accuracy)} of top-1 ({_interval(info.float_accuracy)}) on "
+            f"{info.float_accuracy.num_images:,} validation images of {_dataset(info)}; files may have seen only the "
+            f"first of them. Changes are in points, on the same images. The time is the median for one image on one "
+            f"thread of {info.cpu_model}.",
             "",
             "## Where it comes from",
             "",
@@ -89,7 +90,7 @@ def _input(info: ModelInfo) -> str:
 def _row(file: FileInfo) -> str:
     cells = [f"`{file.name}`", f"{file.runtime} {file.runtime_version}"]
     if file.measured is None:
-        return f"| {' | '.join([*cells, 'not measured', '', '', '', ''])} |"
+        return f"| {' | '.join([*cells, 'not measured', '', '', '', '', ''])} |"
     measured = file.measured
     change = ["", ""]
     if file.verdict != "baseline":
@@ -97,7 +98,13 @@ def _row(file: FileInfo) -> str:
             _points(-measured.top1_drop),
             f"{_points(-measured.top1_drop_high)} to {_points(-measured.top1_drop_low)}",
         ]
-    cells += [_top1(measured.accuracy), _interval(measured.accuracy), *change, f"{measured.latency_p50_ms:.2f}"]
+    cells += [
+        f"{measured.accuracy.num_images:,}",
+        _top1(measured.accuracy),
+        _interval(measured.accuracy),
+        *change,
+        f"{measured.latency_p50_ms:.2f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 

@@ -14,8 +14,9 @@ from quantlib.progress import Progress, silent
 from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.runtimes import classifiers
 
-# A model gets one shard after another, and its file never changes: the store names it by its content.
-_open_model = functools.lru_cache(maxsize=1)(classifiers.open_model)
+# A model gets one shard after another, and its file never changes: the store names it by its content. Two, as float and
+# a variant take turns where evaluation may stop.
+_open_model = functools.lru_cache(maxsize=2)(classifiers.open_model)
 
 
 def evaluate_file(

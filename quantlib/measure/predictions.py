@@ -26,6 +26,10 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int) -> "Predictions":
+        """The answers for the first images."""
+        return Predictions(self.labels[:count], self.top5[:count], self.loss[:count])
+
     @property
     def top1_correct(self) -> np.ndarray:
         """[N], bool: whether the likeliest class is the label."""

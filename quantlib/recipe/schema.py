@@ -58,6 +58,16 @@ class Recipe(Section):
     gate: GateRecipe = GateRecipe()
     """How much accuracy the winner may lose."""
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether the evaluation of some variant may end before it has seen all validation images."""
+        stop, by_default = self.evaluation.stop, self.search is not None and self.evaluation.select_on == "held_out"
+        return stop == "certain" or (stop is None and by_default)
+
+    def stops(self, variant: str) -> bool:
+        """Whether a variant's evaluation ends once it is certain on which side of the gate it lies."""
+        return self.may_stop and (self.evaluation.stop == "certain" or variant.startswith("search-"))
+
     @model_validator(mode="before")
     @classmethod
     def _share_budget(cls, tables: Any) -> Any:

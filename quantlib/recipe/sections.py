@@ -156,6 +156,11 @@ class EvaluationRecipe(Section):
     select_on: Literal["held_out", "validation"] = "held_out"
     """Images that QAT's best epoch and the winner are chosen on: training images held out from calibration and
     training, or the validation split itself (its figures are then optimistic, and the report says so)."""
+    stop: Literal["certain", "never"] | None = None
+    """certain: images are evaluated in random order, 250 at a time, and a variant's evaluation ends once the interval
+    of its drop in top-1, which holds however often one looks, lies inside or outside the gate; its confidence is
+    `gate.confidence`, else 95%. Takes held-out images to choose by. never: all images are evaluated. Absent: certain
+    for the search's trials, never for others. QAT's epochs are evaluated on all images."""
     num_held_out: Count | None = None
     """Training images held out, with `select_on = "held_out"`; absent: a tenth of them, at most 1000."""
     simulate: Flag = False
@@ -168,6 +173,15 @@ class EvaluationRecipe(Section):
     layers: Flag = False
     """Also measure every layer of every quantized model (the table `layers`), on 256 of the selection images: two
     forward passes per layer."""
+
+    @model_validator(mode="after")
+    def _stop_needs_held_out(self) -> Self:
+        if self.stop == "certain" and self.select_on == "validation":
+            raise ValueError(
+                'stop = "certain" with select_on = "validation" saves no image, as choices need all of them: leave one '
+                "of them out"
+            )
+        return self
 
 
 class CalibrationRecipe(Section):
@@ -216,7 +230,9 @@ class BenchmarkRecipe(Section):
     absent: every installed ONNX runtime, too. executorch and torch_export are used only if they are named here or in
     the gate."""
     num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
-    """Timed calls per model and runtime, in turn, after a warm-up; at least ten, and for slow ones no more."""
+    """Most timed calls per model and runtime, in turn, after a warm-up; at least ten are taken, and for slow ones no
+    more. One image on one thread is timed until the order of the files is certain, files that differ by less than 2%
+    in any order; other settings, which only the report shows, at most 20 times."""
 
 
 class SearchRecipe(Section):

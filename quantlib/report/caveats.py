@@ -54,7 +54,12 @@ def _few_images(row: VariantRow, interval: tuple[float, float]) -> str:
 
 def _narrow_gate(row: VariantRow, gate: GateRecipe) -> str:
     """A gate without confidence that accepts a variant which may well lose more than it allows."""
-    if gate.confidence is not None or row.top1_drop_high is None or row.top1_drop_low is None:
+    if (
+        gate.confidence is not None
+        or row.certain_low is not None
+        or row.top1_drop_high is None
+        or row.top1_drop_low is None
+    ):
         return ""
     half = (row.top1_drop_high - row.top1_drop_low) / 2
     if half <= gate.max_top1_drop:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantlib.measure import significance
+from quantlib.measure import ranking, significance
 from quantlib.runtimes.available import Runtime
 
 
@@ -64,6 +64,22 @@ def choose(contenders: Sequence[Contender]) -> Choice:
     accurate = [place for place in fast if not contenders[place].is_less_accurate(contenders[best])]
     chosen = min(accurate, key=lambda place: contenders[place].size_bytes)
     return Choice(chosen, _reason(contenders, chosen, fast, accurate))
+
+
+def describe_lead(contenders: Sequence[Contender]) -> str:
+    """How certain it is that the fastest of several files is faster than the next, in one sentence.
+
+    Args:
+        contenders: At least two.
+    """
+    first, second = sorted(contenders, key=lambda contender: contender.p50_ms)[:2]
+    certainty = ranking.certainty_faster(first.samples_ms, second.samples_ms)
+    shown = "more than 99.9%" if certainty > 0.999 else f"{certainty:.1%}"
+    rounds = f"after {len(first.samples_ms)} rounds of timing"
+    other = "its other file" if first.name == second.name else second.name
+    if certainty >= 1 - significance.LEVEL:
+        return f"{first.name} is faster than {other}, the next inside the gate, with {shown} certainty {rounds}."
+    return f"{first.name} and {other}, the fastest inside the gate, are as fast as each other within noise {rounds}."
 
 
 def _reason(contenders: Sequence[Contender], chosen: int, fast: Sequence[int], accurate: Sequence[int]) -> str:

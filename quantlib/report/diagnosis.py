@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantlib.report.layers import LayerRow
 from quantlib.report.results import Report
-from quantlib.report.rows import LayerRow, VariantRow
+from quantlib.report.rows import VariantRow
 
 NUM_WORST = 3
 # A range that cuts off more than this is too narrow; the best one for rounding and clipping together cuts off a few

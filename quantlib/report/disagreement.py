@@ -43,8 +43,9 @@ def compare(predictions: pa.Table, variant: str) -> Disagreement:
         predictions: The table `predictions` of one run.
         variant: Any but "float".
     """
-    labels, float_answers = _answers(predictions, "float")
-    _, answers = _answers(predictions, variant)
+    labels, answers = _answers(predictions, variant)
+    # Float may have answered more images, where a variant's verdict was certain early.
+    float_answers = _answers(predictions, "float")[1][: len(answers)]
     places = range(len(labels))
     broken = [n for n in places if float_answers[n] == labels[n] != answers[n]]
     fixed = [n for n in places if float_answers[n] != labels[n] == answers[n]]

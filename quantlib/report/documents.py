@@ -37,14 +37,14 @@ class Documents:
             runtime: The runtime that it is meant for.
         """
         interface = self.recipe.export.interface
-        found, num_images = self.judged.row_of(str(path)), self.rows[0].num_images
+        found, baseline = self.judged.row_of(str(path)), self.rows[0]
         file = FileInfo(
             name=path.name,
             runtime=runtime.name,
             runtime_version=runtime.version,
             weights_sha256=sha256,
             verdict=_verdict(row, found),
-            measured=None if found is None else _measured(found, num_images),
+            measured=None if found is None else _measured(found),
         )
         return ModelInfo(
             schema_version=1 if interface == FLOAT else SCHEMA_VERSION,
@@ -56,7 +56,7 @@ class Documents:
             input_size=self.preprocessing.input_size,
             interface=interface,
             preprocessing=self.preprocessing,
-            float_accuracy=_accuracy(self.rows[0].top1, num_images),
+            float_accuracy=_accuracy(baseline.top1, baseline.num_images),
             files=[file],
             cpu_model=row.cpu_model,
             torch_version=row.torch_version,
@@ -74,9 +74,10 @@ def _verdict(row: VariantRow, found: FileRow | None) -> str:
     return "accepted" if found.gate == "inside" else found.gate
 
 
-def _measured(found: FileRow, num_images: int) -> Measured:
+def _measured(found: FileRow) -> Measured:
+    assert found.num_images is not None  # Only in older reports.
     return Measured(
-        accuracy=_accuracy(found.top1, num_images),
+        accuracy=_accuracy(found.top1, found.num_images),
         top1_drop=found.top1_drop,
         top1_drop_low=found.top1_drop_low,
         top1_drop_high=found.top1_drop_high,

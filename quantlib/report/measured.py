@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 from quantlib.measure.predictions import Predictions
+from quantlib.measure.ranking import SETTING
 from quantlib.recipe.variant import Variant
 from quantlib.report.rows import EpochRow, LatencyRow
-
-SETTING = (1, 1)
-"""The setting that latencies are compared at: batch size, and threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,8 @@ class File:
     validation: Predictions
     """Its answers in that runtime; for float, those in the first."""
     selection: Predictions
+    out_of: int | None = None
+    """How many validation images there are, if evaluation ended once the verdict was certain; None: it saw them all."""
 
 
 @dataclass(frozen=True, kw_only=True)

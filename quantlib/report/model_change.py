@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quantlib.measure import significance
-from quantlib.report.measured import SETTING
+from quantlib.measure.ranking import SETTING
 from quantlib.report.results import Report
 from quantlib.report.rows import VariantRow, points
 
@@ -38,8 +38,10 @@ class ModelChange:
     top1_after: float
     paired: bool
     """Whether both answered the same images; if not, their accuracies are compared as a whole."""
+    num_images: int | None
+    """How many images both answered; null if unpaired."""
     top1_drop: float
-    """The first one's top1 minus the second one's."""
+    """The first one's top1 minus the second one's, on these images."""
     top1_drop_low: float
     """Ends of the 95% interval of the drop."""
     top1_drop_high: float
@@ -60,7 +62,9 @@ class ModelChange:
     def accuracy_text(self) -> str:
         """The change in accuracy and how sure it is."""
         interval = f"95% interval {points(-self.top1_drop_high)} to {points(-self.top1_drop_low)}"
-        how = f"p = {self.p_value:.2g}, on the same images" if self.p_value is not None else "not on the same images"
+        how = "not on the same images"
+        if self.p_value is not None:
+            how = f"p = {self.p_value:.2g}, on the same {self.num_images:,} images"
         verdict = {"worse": "less accurate", "better": "more accurate", "same": "as accurate, within chance"}
         return f"{points(-self.top1_drop)} points of top-1 ({interval}, {how}): {verdict[self.accuracy]}"
 
@@ -86,6 +90,14 @@ def compare_models(before: Results, old: VariantRow, after: Results, new: Varian
     """
     images, correct = _answers(before.predictions, old.variant)
     other_images, other_correct = _answers(after.predictions, new.variant)
+    # Both start with the same images in the same random order where evaluation stopped early.
+    both = slice(min(len(images), len(other_images)))
+    images, correct, other_images, other_correct = (
+        images[both],
+        correct[both],
+        other_images[both],
+        other_correct[both],
+    )
     paired = _are_same(images, other_images) and (
         None in {before.validation, after.validation} or before.validation == after.validation
     )
@@ -106,6 +118,7 @@ def compare_models(before: Results, old: VariantRow, after: Results, new: Varian
         top1_before=old.top1,
         top1_after=new.top1,
         paired=paired,
+        num_images=len(correct) if paired else None,
         top1_drop=drop,
         top1_drop_low=low,
         top1_drop_high=high,

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from quantlib.export.bundle import Preprocessing
 from quantlib.measure.examples import Example
-from quantlib.report.rows import ClassRow, EpochRow, FileRow, LatencyRow, LayerRow, NoteRow, StageRow, VariantRow
+from quantlib.report.layers import LayerRow
+from quantlib.report.rows import ClassRow, EpochRow, FileRow, LatencyRow, NoteRow, StageRow, VariantRow, points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,27 @@ class Report:
             f"{share:.1%} of the multiply-adds{' of ' + ', '.join(names) if len(shares) > 1 else ''} are int8."
             for share, names in shares.items()
         ]
+        early = [
+            f"{row.variant} after {row.num_images:,} ({points(-row.certain_high)} to {points(-row.certain_low)} points)"
+            for row in self.variants
+            if row.certain_low is not None and row.certain_high is not None
+        ]
+        available = max((row.num_images_available or 0 for row in self.variants), default=0)
+        stopped = [f"Of {available:,} images, as many were evaluated as the verdict took: {', '.join(early)}."]
         slower = [
             f"{row.variant}: accurate enough, but {row.speedup:.2f}x as fast as float; "
             "gate.min_speedup = 0 would ship it for its size alone."
             for row in self.variants
             if row.gate == "slower"
         ]
-        return [*(note.text for note in self.notes if note.kind == "note"), *int8, *kept, *undecided, *slower]
+        return [
+            *(note.text for note in self.notes if note.kind == "note"),
+            *int8,
+            *kept,
+            *undecided,
+            *slower,
+            *(stopped if early else []),
+        ]
 
     @property
     def best(self) -> VariantRow:

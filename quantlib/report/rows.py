@@ -54,11 +54,20 @@ class VariantRow:
     top1_drop: float
     """Float's top1 minus this one's."""
     top1_drop_low: float | None = None
-    """Ends of the 95% interval of the drop, image by image on the same images."""
+    """Ends of the 95% interval of the drop, image by image on the same images. Where evaluation ended early, one that
+    holds however often one looks, like the p-value then."""
     top1_drop_high: float | None = None
     """See `top1_drop_low`."""
     p_value: float | None = None
     """Exact McNemar test: how likely it is that a model as accurate as float differs by this much or more."""
+    num_images_available: int | None = None
+    """Validation images that there were, if evaluation ended once the verdict was certain (`evaluation.stop`). Null:
+    all were evaluated."""
+    certain_low: float | None = None
+    """Ends of the interval of the drop that this was decided by, which holds however often one looks: on all validation
+    images, with 95% confidence; with `gate.confidence`, on all images like these, with that one."""
+    certain_high: float | None = None
+    """See `certain_low`."""
     top1_selection: float
     """On the selection images."""
     selected_on: str
@@ -191,6 +200,14 @@ class FileRow:
     """Exact McNemar test against float."""
     top1_selection: float
     """On the selection images."""
+    num_images: int | None = None
+    """Validation images that were evaluated; null in older runs, like the next three."""
+    num_images_available: int | None = None
+    """Like the variant's, as the next two are."""
+    certain_low: float | None = None
+    """See the variant's."""
+    certain_high: float | None = None
+    """See the variant's."""
     latency_p50_ms: float
     """A batch of one image, one thread."""
     speedup: float
@@ -236,44 +253,6 @@ class EpochRow:
     """Whether activation ranges were fixed from the end of this epoch on, if not before."""
     batch_norm_frozen: bool
     """Whether BatchNorm's statistics were fixed from the end of this epoch on, if not before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRow:
-    """A layer of a quantized model, measured in float with fake quantization on some of the images."""
-
-    variant: str
-    """The branch's name."""
-    layer: str
-    """Its dotted path in the fused model."""
-    type: str
-    """Its class, such as ConvReLU2d."""
-    weight_min: float | None
-    """Smallest value of the float weight, BatchNorm folded in; null if it has none."""
-    weight_max: float | None
-    """Largest value of the float weight; null if it has none."""
-    activation_min: float | None
-    """Ends of its output's int8 grid; null if its output is not quantized."""
-    activation_max: float | None
-    """See `activation_min`."""
-    sqnr_db: float | None
-    """Signal-to-quantization-noise ratio of its output where every layer is int8, against float."""
-    saturation: float | None
-    """Fraction of its output's values that the grid cuts off."""
-    top1_float: float | None = None
-    """On these images: a reference for the figures below."""
-    top1_int8: float | None = None
-    """When every layer is int8."""
-    top1_only: float
-    """When only this layer is int8."""
-    top1_all_but: float
-    """When every layer but this one is int8."""
-    divergence_only: float
-    """Mean Kullback-Leibler divergence of its answers from float's, when only this layer is int8; nats."""
-    num_images: int
-    """Images that these figures were measured on."""
-    measured_on: str
-    """Where these images come from: held_out (training images) or validation, like the selection images."""
 
 
 @dataclass(frozen=True, kw_only=True)

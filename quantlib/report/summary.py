@@ -72,14 +72,16 @@ def _verdict(report: Report) -> str:
 
 def _table(variants: Sequence[VariantRow]) -> str:
     lines = [
-        "| variant | runtime | top-1 | change, points | 95% interval | p | size | latency p50 | speed-up | verdict |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| variant | runtime | images | top-1 | change, points | 95% interval | p | size | latency p50 | speed-up "
+        "| verdict |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in variants:
         is_float = row.method == "float"
         cells = [
             row.title.replace(row.variant, f"`{row.variant}`", 1),
             row.runtime or "torchscript",
+            f"{row.num_images:,}",
             f"{row.top1:.2%}",
             "" if is_float else row.change,
             "" if is_float else row.interval,

@@ -19,13 +19,13 @@ from quantlib.export.bundle import Preprocessing
 from quantlib.measure import examples
 from quantlib.measure.predictions import Predictions
 from quantlib.report import parquet as tables_on_disk
+from quantlib.report.layers import LayerRow
 from quantlib.report.results import Report
 from quantlib.report.rows import (
     ClassRow,
     EpochRow,
     FileRow,
     LatencyRow,
-    LayerRow,
     NoteRow,
     PredictionRow,
     StageRow,
@@ -84,7 +84,7 @@ def write(
         folder: Folder of all runs' reports.
         report: A run that was written before is replaced.
         predictions: Every variant's, on the validation images.
-        images: Names of those images; None: unknown.
+        images: Names of those images; a variant may have answered only the first of them. None: unknown.
     """
     tables = {
         "epochs": _table("epochs", report.epochs),
@@ -105,13 +105,12 @@ def write(
 
 def predictions_table(predictions: Mapping[str, Predictions], images: Sequence[str] | None) -> pa.Table:
     """The table `predictions`: every variant's answer for every image; see `write`."""
-    names = None if images is None else pa.array(images)
     parts = [
         pa.table(
             {
                 "variant": pa.repeat(variant, len(answers)),
                 "image_index": np.arange(len(answers)),
-                "image": pa.nulls(len(answers), pa.string()) if names is None else names,
+                "image": pa.nulls(len(answers), pa.string()) if images is None else pa.array(images[: len(answers)]),
                 "label": answers.labels,
                 "top5": pa.array(list(answers.top5), pa.list_(pa.int64())),
             },

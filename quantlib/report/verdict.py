@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from quantlib.measure import significance
+from quantlib.measure.ranking import SETTING
 from quantlib.recipe.sections import GateRecipe
-from quantlib.report.choice import Contender, choose
-from quantlib.report.measured import SETTING, File, Measured
+from quantlib.report.choice import Contender, choose, describe_lead
+from quantlib.report.gate import certain_interval, find_drop, is_inside, judge_drop
+from quantlib.report.measured import File, Measured
 from quantlib.report.rows import FileRow, VariantRow
 
 
@@ -38,6 +41,12 @@ class Verdict:
     """One per variant; float's is the first."""
     _winner: "_Entry | None"
     _reason: str | None
+
+    @property
+    def lead(self) -> str:
+        """How certain the order of the fastest files is, float's among them; "" if nothing is inside the gate."""
+        inside = [entry for entry in self._files if entry.accepted and entry.measured is not entry.baseline]
+        return describe_lead([entry.contender for entry in (self._chosen[0], *inside)]) if inside else ""
 
     @property
     def reported(self) -> tuple[File, ...]:
@@ -148,28 +157,35 @@ class _Entry:
         """Whether it is inside the gate, or why not; then, if undecided, about how many images would decide."""
         if self.measured is self.baseline:
             return "inside", None
-        # A drop of exactly the gate must not fail through float64's rounding; one image is far more than this.
-        limit = self.gate.max_top1_drop + 1e-9
-        if self._drop().drop <= limit and self._is_too_slow():
+        if is_inside(self._drop.drop, self.gate) and self._is_too_slow():
             return "slower", None
-        if self.gate.confidence is None:
-            return ("inside" if self._drop().drop <= limit else "outside"), None
-        paired = self._drop(self.gate.confidence)
-        if paired.high <= limit:
-            return "inside", None
-        if paired.low > limit:
-            return "outside", None
-        return "undecided", significance.images_to_tell(paired, len(self.file.validation), limit)
+        return judge_drop(self.baseline.files[0].validation, self.file.validation, self.gate, self.file.out_of)
 
-    def _drop(self, confidence: float = 0.95) -> significance.PairedDrop:
+    @cached_property
+    def _drop(self) -> significance.PairedDrop:
         """The drop of top-1 against float."""
         before, after = self.baseline.files[0].validation, self.file.validation
-        return significance.paired_drop(before.top1_correct, after.top1_correct, confidence)
+        return find_drop(before, after, stopped=self.file.out_of is not None)
+
+    @property
+    def _certain(self) -> dict[str, Any]:
+        """What a row says of an evaluation that ended once the verdict was certain."""
+        if self.file.out_of is None or self.measured is self.baseline:
+            return {}
+        before, after = self.baseline.files[0].validation, self.file.validation
+        found = certain_interval(before, after, self.gate, self.file.out_of)
+        return {
+            "num_images_available": self.file.out_of,
+            "certain_low": found.low,
+            "certain_high": found.high,
+        }
 
     def file_row(self, *, float_ms: float, reported: bool) -> FileRow:
         """The file's row."""
-        paired = self._drop()
+        paired = self._drop
         return FileRow(
+            **self._certain,
+            num_images=len(self.file.validation),
             variant=self.measured.variant.name,
             path=self.file.path,
             sha256=self.file.sha256,
@@ -192,9 +208,10 @@ class _Entry:
         """The variant's row; the winner's if there is a reason."""
         measured, file, variant = self.measured, self.file, self.measured.variant
         scheme = variant.scheme
-        paired, by_runtime, onnx = self._drop(), measured.latencies_ms, measured.fastest_onnx
+        paired, by_runtime, onnx = self._drop, measured.latencies_ms, measured.fastest_onnx
         simulated = {parts: predictions.top1 for parts, predictions in measured.simulated.items()}
         return VariantRow(
+            **self._certain,
             recipe=run_info.recipe,
             variant=variant.name,
             method=variant.method,

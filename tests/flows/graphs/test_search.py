@@ -82,7 +82,7 @@ def test_a_plan_follows_the_trials_that_were_made(searched, equally_fast):
 
 def test_a_plan_of_a_new_search_ends_with_its_first_trial(tmp_path):
     labels = [stage.label for stage in plan_run(parse_recipe(RECIPE), tmp_path)]
-    assert "evaluate-search-1-minmax" in labels
+    assert "evaluate-search-1-minmax-held_out" in labels
     assert not any("search-2" in label for label in labels)
 
 

@@ -345,7 +345,8 @@ def test_the_card_says_how_good_it_is_on_what_and_how_to_run_it(exported):
     text, info = (exported / "README.md").read_text(), bundle.read(exported / "model.json")
     for file in info.files:
         measured = file.measured
-        assert f"`{file.name}` | {file.runtime} {file.runtime_version} | {measured.accuracy.top1:.2%}" in text
+        accuracy = f"{measured.accuracy.num_images} | {measured.accuracy.top1:.2%}"
+        assert f"`{file.name}` | {file.runtime} {file.runtime_version} | {accuracy}" in text
         assert f"{measured.accuracy.top1_low:.2%} to {measured.accuracy.top1_high:.2%}" in text
     for words in (
         "10 classes apart: 0, 1, 2",

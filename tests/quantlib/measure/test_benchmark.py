@@ -1,7 +1,8 @@
 """Timing. No test here asserts a time: the machine is shared with other work."""
 
+import random
 from collections import Counter
-from itertools import pairwise, permutations
+from itertools import count, pairwise, permutations
 
 import pytest
 import torch
@@ -155,3 +156,56 @@ def test_models_are_opened_once_for_each_number_of_threads_and_get_the_layout_th
 
     assert opened == [1, 2]
     assert all(seen)
+
+
+class _Clocked(_Model):
+    """Takes the time that it is given, on a clock of its own."""
+
+    now = 0.0
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = iter(seconds)
+
+    def forward(self, x):
+        _Clocked.now += next(self.seconds)
+        return x
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: _Clocked.now)
+    monkeypatch.setattr(benchmark, "_MAX_SECONDS", float("inf"))
+
+
+def count_samples(models, inputs, batch_sizes=(1,), num_threads=(1,), files=None):
+    timings = benchmark.time_models(lambda _: models, inputs, batch_sizes, num_threads, 100, files=files)
+    return {(each.batch_size, each.num_threads): len(each.samples_ms) for each in timings}
+
+
+def noisy(seconds, number):
+    return (seconds * (1 + 0.04 * random.Random(f"{number}-{call}").random()) for call in count())
+
+
+@pytest.mark.usefixtures("clock")
+def test_timing_ends_when_the_order_is_certain(inputs):
+    clear = count_samples([_Clocked(noisy(1.0, 0)), _Clocked(noisy(2.0, 1))], inputs)
+    close = count_samples([_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.01, 1))], inputs)
+
+    assert 10 <= clear[1, 1] <= 15
+    assert clear[1, 1] < close[1, 1] <= 100
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_order_of_one_files_slower_runtimes_needs_no_samples(inputs):
+    def models():
+        return [_Clocked(noisy(ms, number)) for number, ms in enumerate((1.0, 2.0, 2.02))]
+
+    assert count_samples(models(), inputs, files="aaa")[1, 1] < count_samples(models(), inputs, files="abc")[1, 1]
+
+
+@pytest.mark.usefixtures("clock")
+def test_settings_that_nothing_is_ranked_by_take_twenty_samples(inputs):
+    found = count_samples([_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.01, 1))], inputs, [1, 2], [1, 2])
+
+    assert (found.pop((1, 1)) > 20, set(found.values())) == (True, {20})

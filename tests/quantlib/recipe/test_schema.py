@@ -294,3 +294,28 @@ def test_a_value_of_another_type_is_refused_and_not_converted(key, value):
 def test_a_whole_number_will_do_for_a_fraction():
     recipe = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits"}, "ptq": [{"name": "p"}]}
     assert parse_recipe(recipe | {"gate": {"max_top1_drop": 1}}).gate.max_top1_drop == 1.0
+
+
+def _stopping(evaluation, **tables):
+    recipe = {"name": "r", "model": {"weights": "train"}, "data": {"format": "digits"}, "ptq": [{"name": "p"}]}
+    found = parse_recipe(recipe | {"evaluation": evaluation} | tables)
+    return found.may_stop, found.stops("p"), found.stops("search-1-minmax")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "tables", "expected"),
+    [
+        ({}, {}, (False, False, False)),
+        ({}, {"search": {}}, (True, False, True)),
+        ({"stop": "certain"}, {}, (True, True, True)),
+        ({"stop": "never"}, {"search": {}}, (False, False, False)),
+        ({"select_on": "validation"}, {"search": {}}, (False, False, False)),
+    ],
+)
+def test_evaluation_stops_where_asked_and_by_default_in_the_searchs_trials(evaluation, tables, expected):
+    assert _stopping(evaluation, **tables) == expected
+
+
+def test_evaluation_cannot_stop_where_choices_are_made_on_validation():
+    with pytest.raises(RecipeError, match='stop = "certain" with select_on = "validation" saves no image'):
+        _stopping({"stop": "certain", "select_on": "validation"})

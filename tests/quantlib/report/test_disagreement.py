@@ -25,3 +25,8 @@ def test_confusions_that_got_worse_are_counted_against_float():
 def test_an_image_that_only_int8_gets_right_is_fixed():
     found = compare(predictions(float=[1, 1, 2, 3], trained=[0, 1, 2, 3]), "trained")
     assert (found.num_broken, found.num_fixed, found.worse) == (0, 1, ())
+
+
+def test_images_that_only_float_answered_are_left_out():
+    found = compare(predictions(float=[1, 1, 2, 3], trained=[0, 1]), "trained")
+    assert (found.num_images, found.num_broken, found.num_fixed) == (2, 0, 1)

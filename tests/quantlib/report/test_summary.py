@@ -51,9 +51,9 @@ def test_without_a_winner_the_page_says_so(tmp_path):
 
 def test_the_table_has_one_line_per_variant(tmp_path):
     text = summary.summarize(run(), tmp_path)
-    assert "| `float` | torchscript | 75.00% |  |  |  | 4.00 MB | 8.00 ms | 1.00x | baseline |" in text
+    assert "| `float` | torchscript | 4 | 75.00% |  |  |  | 4.00 MB | 8.00 ms | 1.00x | baseline |" in text
     assert (
-        "| `minmax` | torchscript-x86 | 70.00% | -5.00 | -8.00 to -2.00 | 0.0031 | 4.00 MB | 2.00 ms | 4.00x | "
+        "| `minmax` | torchscript-x86 | 4 | 70.00% | -5.00 | -8.00 to -2.00 | 0.0031 | 4.00 MB | 2.00 ms | 4.00x | "
         "**winner** |" in text
     )
 

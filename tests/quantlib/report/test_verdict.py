@@ -533,3 +533,32 @@ def test_a_qat_that_kept_its_start_says_so():
     qat = _measured("qat", 99, method="qat", kept_start=True, start_validation=_predictions(99))
     row = _rows(_measured("float", 99, method="float"), qat)["qat"]
     assert (row.kept_start, row.best_epoch, row.top1_start) == (True, None, 0.99)
+
+
+# How certain the order of the fastest is
+
+
+def _lead(*variants):
+    return verdict.judge([_measured("float", 90, 4.0), *variants], GateRecipe(max_top1_drop=0.01)).lead
+
+
+def test_the_lead_says_how_certain_the_fastest_inside_the_gate_is_ahead_of_the_next():
+    outside = _measured("careless", 50, 0.5)
+    found = _lead(_measured("a", 90, 1.0), _measured("b", 90, 2.0), outside)
+    assert (
+        found
+        == "a is faster than b, the next inside the gate, with more than 99.9% certainty after 50 rounds of timing."
+    )
+
+
+def test_the_lead_is_over_float_if_no_other_file_is_inside():
+    assert _lead(_measured("a", 90, 1.0)).startswith("a is faster than float, the next inside the gate, with ")
+
+
+def test_no_lead_is_claimed_within_noise():
+    found = _lead(_measured("a", 90, samples_ms=_noisy(1.0, 0)), _measured("b", 90, samples_ms=_noisy(1.01, 1)))
+    assert "the fastest inside the gate, are as fast as each other within noise after 50 rounds of timing." in found
+
+
+def test_there_is_no_lead_if_nothing_is_inside_the_gate():
+    assert _lead(_measured("a", 50, 1.0)) == ""
