@@ -206,3 +206,18 @@ def _first_scheduled(dashboard, deployment):
 
     until(lambda: bool(started()), 120, lambda: "the schedule started no run")
     return started()[-1]
+
+
+@running
+def test_runs_of_a_dashboard_use_the_store_that_machines_share(tmp_path):
+    for place in ("shared", "machine"):
+        (tmp_path / place).mkdir()
+    found = Dashboard(tmp_path / "machine", {"QUANTFLOW_STORE": str(tmp_path / "shared")})
+    found.start()
+    try:
+        run = found.begin()
+        found.wait(run)
+    finally:
+        assert found.stop() == []
+    assert len(list((tmp_path / "shared" / "records").iterdir())) > 10
+    assert not (found.home / "store" / "records").exists()
