@@ -13,8 +13,9 @@ from prefect.client.schemas.objects import State
 from quantlib.recipe.schema import parse_recipe
 from quantlib.store.journal import Journal
 from quantlib.store.opening import open_store
-from tasks.execution import LiveRun, home_folder
+from tasks.execution import LiveRun
 from tasks.listener import NullListener
+from tasks.run import home_folder
 from tasks.stage import stage
 
 RECIPE = {"name": "small", "model": {"weights": "train"}, "data": {"format": "digits"}, "ptq": [{"name": "p"}]}
