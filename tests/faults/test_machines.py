@@ -76,6 +76,7 @@ def test_a_run_on_two_machines_is_the_same_as_on_one_and_computes_each_stage_onc
     assert len(cluster.children()) == 2, "one of the workers computed nothing"
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_machine_that_dies_are_computed_by_the_other(cluster, undisturbed):
     run = start(cluster)
     until(lambda: num_done(cluster) >= 5, 200, cluster.logs)
@@ -104,6 +105,7 @@ def test_a_stage_that_nobody_waits_for_any_more_is_ended(how, cluster):
         until(lambda: not is_alive(child), 60, cluster.logs)
 
 
+@pytest.mark.slow
 def test_a_driver_that_dies_takes_its_stages_along_and_the_run_is_resumed(cluster, undisturbed):
     _, expected = undisturbed
     point = next(n for n, label in enumerate(expected.points) if label == "after qat_epoch-qat-0")
@@ -115,6 +117,7 @@ def test_a_driver_that_dies_takes_its_stages_along_and_the_run_is_resumed(cluste
     assert {label for label in done if not outcome.stages[label]} == set()
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_dies_ends_the_run_with_a_message_and_it_is_resumed(cluster, undisturbed):
     run = start(cluster)
     until(lambda: num_done(cluster) >= 5, 200, cluster.logs)
@@ -129,6 +132,7 @@ def test_a_scheduler_that_dies_ends_the_run_with_a_message_and_it_is_resumed(clu
     assert {label for label in done if not outcome.stages[label]} == set()
 
 
+@pytest.mark.slow
 def test_a_machine_with_other_code_is_named_and_computes_nothing(cluster, undisturbed, tmp_path):
     for package in ("flows", "tasks", "quantlib", "recipes"):
         shutil.copytree(PROJECT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -152,6 +156,7 @@ if "tasks.cluster.child" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_a_machine_whose_disk_is_full_is_named_and_the_others_go_on(cluster, undisturbed, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(FULL)
     cluster.start_worker("c", PYTHONPATH=str(tmp_path))
@@ -162,6 +167,7 @@ def test_a_machine_whose_disk_is_full_is_named_and_the_others_go_on(cluster, und
     assert said.startswith("c gets no more stages of this run: The disk is full: nothing more can be written below")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_machine_that_is_the_only_one_and_full_fails_with_its_name_and_is_resumed(
     cluster, undisturbed, tmp_path
 ):

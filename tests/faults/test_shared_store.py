@@ -103,7 +103,7 @@ def keys_by_label(home, *labels):
 # Whole recipes
 
 
-@pytest.mark.parametrize("shared", ["folder", "troubled bucket"], indirect=True)
+@pytest.mark.parametrize("shared", ["folder", pytest.param("troubled bucket", marks=pytest.mark.slow)], indirect=True)
 def test_a_recipe_gives_the_same_on_one_home_and_on_machines_that_share_a_store(shared, undisturbed, tmp_path, stored):
     untouched, expected = undisturbed
     homes = [tmp_path / "first", tmp_path / "second"]
