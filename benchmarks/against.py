@@ -298,7 +298,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True, help="train/CLASS/IMAGE and val/CLASS/IMAGE")
-    parser.add_argument("--weights", type=Path, help="a state_dict; absent: mobilenet_v2 with random weights")
+    parser.add_argument(
+        "--weights", type=Path, help="a state_dict; absent: mobilenet_v2 with random weights, whose logits say nothing"
+    )
     parser.add_argument("--arguments", type=json.loads, default={}, help="of the architecture, as JSON")
     parser.add_argument("--resize", type=int, default=256)
     parser.add_argument("--crop", type=int, default=224)
