@@ -80,7 +80,8 @@ def run(command: Sequence[object], log: Path, environment: dict[str, str], allow
         process = subprocess.Popen(
             [str(part) for part in command], env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
         )
-        # Its own peak, or that of a process which it waited for.
+        # The largest of its own peak, that of a process which it waited for, and this process's, which it inherits: all
+        # of them import torch, too.
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start

@@ -9,7 +9,6 @@ Each runs in its own process, which decodes the images into shards, then evaluat
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -48,8 +47,7 @@ def evaluate(root: Path, num_images: int, side: int, num_variants: int) -> dict[
         for number in range(num_variants):
             path = root / f"int8-{number}.pt"
             found.append(evaluation.evaluate_file(path, "torchscript", root / "shard", 50))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    return {"seconds": time.perf_counter() - start, "megabytes": peak}
+    return {"seconds": time.perf_counter() - start, "megabytes": pairs.peak_megabytes()}
 
 
 def save_int8(place: Path, side: int) -> None:

@@ -9,7 +9,6 @@ space, as only names are stored. Each measurement is a process of its own, for i
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def measure(step: str, folder: str, cache: Path) -> dict[str, float]:
         "ptq": [{"name": "ptq"}],
     }
     recipe = parse_recipe({"name": "million", **tables})
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = pairs.peak_megabytes()
     start = time.perf_counter()
     if step == "walk":
         num_files = sum(walk(f"{folder}/{split}") for split in ("train", "val"))
@@ -76,8 +75,7 @@ def measure(step: str, folder: str, cache: Path) -> dict[str, float]:
         found = find_inputs(recipe, cache)
         num_files = found.train.num_images + found.val.num_images
     seconds = time.perf_counter() - start
-    megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
-    return {"num_files": num_files, "seconds": seconds, "megabytes": megabytes}
+    return {"num_files": num_files, "seconds": seconds, "megabytes": pairs.peak_megabytes() - before}
 
 
 def main() -> None:

@@ -25,6 +25,12 @@ def seconds(command: Sequence[object], environment: Mapping[str, str] = {}) -> f
     return time.perf_counter() - start
 
 
+def peak_megabytes() -> float:
+    """Peak resident memory of this process; what `getrusage` says begins with that of the process which started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
+
+
 def in_turn(sides: Mapping[str, Callable[[], float]], num_rounds: int) -> Samples:
     """Samples of every side, measured in turn in each round."""
     samples: Samples = {name: [] for name in sides}
