@@ -14,7 +14,8 @@ from dashboard_driver import own_environment
 from PIL import Image
 
 from flows.cli import commands, outcome
-from quantlib.export import bundle, prediction
+from quantlib.export import bundle
+from quantlib.runtimes import available
 
 
 @pytest.fixture(autouse=True)
@@ -173,11 +174,8 @@ SPOILT = [
 @pytest.mark.parametrize(("spoil", "message"), SPOILT)
 def test_a_bundle_that_is_spoilt_is_one_clear_error(spoil, message, own_bundle, digits, quantflow, monkeypatch):
     spoil(own_bundle)
-    find = prediction.importlib.util.find_spec
     if spoil is make_for_another_runtime:
-        monkeypatch.setattr(
-            prediction.importlib.util, "find_spec", lambda name: find(name) if name != "openvino" else None
-        )
+        monkeypatch.setattr(available, "is_installed", lambda runtime: runtime != "openvino")
     status, said = quantflow("predict", own_bundle, digits / "00.png")
     assert status == outcome.WRONG_INPUT, said
     assert message in said
