@@ -15,6 +15,10 @@ DAMAGES = {
     "replaced by a folder": lambda path: _replace(path, os.mkdir),
     "one byte changed": lambda path: _overwrite(path, _with_one_byte_changed(path.read_bytes())),
 }
+# The others in the slow tests.
+SOME = [
+    pytest.param(name, marks=() if name in {"deleted", "one byte changed"} else pytest.mark.slow) for name in DAMAGES
+]
 
 
 def _overwrite(path, content):
@@ -62,7 +66,7 @@ def artifacts(home):
     return [(record, home / "store" / "blobs" / sha[:2] / sha) for sha, record in seen.items()]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", SOME)
 def test_a_damaged_artifact_is_made_again_and_nothing_else_is(damage, home_copy, undisturbed):
     home, (_, expected) = home_copy, undisturbed
     number = list(DAMAGES).index(damage)
@@ -81,7 +85,7 @@ def test_every_damaged_artifact_is_made_again_and_nothing_else_is(damage, home_c
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", SOME)
 def test_a_damaged_record_makes_its_stage_run_again_and_nothing_else(damage, home_copy, undisturbed):
     home, (_, expected) = home_copy, undisturbed
     keys = harness.keys_done(home)

@@ -1,6 +1,7 @@
 """Parallel runs on one home compute each stage once, and never wait for a dead process."""
 
 import harness
+import pytest
 from harness import computed, wait_until
 
 
@@ -14,6 +15,7 @@ def test_four_runs_at_once_compute_each_stage_once(undisturbed, tmp_path):
     assert computed(home) == computed(untouched)
 
 
+@pytest.mark.slow
 def test_the_others_take_over_from_one_that_is_killed_inside_a_stage(undisturbed, tmp_path):
     untouched, expected = undisturbed
     home = tmp_path / "home"

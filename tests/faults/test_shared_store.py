@@ -32,7 +32,7 @@ def folder_store(tmp_path):
     return {"QUANTFLOW_STORE": str(tmp_path / "shared")}
 
 
-@pytest.fixture(params=["folder", "troubled bucket"])
+@pytest.fixture(params=["folder", pytest.param("troubled bucket", marks=pytest.mark.slow)])
 def shared(request):
     """The environment of machines that share a store."""
     if request.param == "folder":
@@ -103,7 +103,7 @@ def keys_by_label(home, *labels):
 # Whole recipes
 
 
-@pytest.mark.parametrize("shared", ["folder", pytest.param("troubled bucket", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_a_recipe_gives_the_same_on_one_home_and_on_machines_that_share_a_store(shared, undisturbed, tmp_path, stored):
     untouched, expected = undisturbed
     homes = [tmp_path / "first", tmp_path / "second"]
