@@ -31,6 +31,7 @@ def test_the_others_take_over_from_one_that_is_killed_inside_a_stage(undisturbed
     assert computed(home) == computed(untouched)
 
 
+@pytest.mark.slow
 def test_stages_that_run_at_once_give_the_same_run_in_the_same_order(undisturbed, tmp_path):
     untouched, expected = undisturbed
     home = tmp_path / "home"

@@ -160,7 +160,8 @@ def test_another_machine_continues_where_one_was_killed(number, folder_store, tm
     check_continuation(folder_store, tmp_path, stored)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 15))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(15))
 def test_another_machine_continues_whenever_one_is_killed(seed, proxy, tmp_path, stored):
     proxy.decide = troubles(seed)
     shared = object_server.environment(proxy, os.urandom(8).hex())

@@ -114,6 +114,7 @@ def test_names_of_classes_are_not_markup(own_bundle, digits, quantflow):
     assert quantflow("predict", own_bundle, digits / "00.png")[1].count("[red]") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(traces.MISSING is not None, reason=str(traces.MISSING))
 def test_predict_reaches_nothing_outside_this_machine(exported, digits, tmp_path):
     for file in bundle.read(exported / "model.json").files:

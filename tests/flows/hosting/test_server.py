@@ -111,7 +111,8 @@ def servers_of(process):
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_run_outlives_the_death_of_its_server_and_ends_as_its_journal_says(number, start_run, tmp_path):
     process = start_run("qat.0.epochs=20" if number == signal.SIGKILL else "qat.0.epochs=300")
     deadline = time.monotonic() + 100

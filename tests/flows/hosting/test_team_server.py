@@ -188,6 +188,7 @@ def check_the_run(team):
     team.wait_for_tasks(run["id"], "Completed", 8)
 
 
+@pytest.mark.slow
 def test_everybody_needs_the_documented_password_and_a_run_that_has_it_reports_to_the_server(tmp_path):
     port = free_port()
     team = Team(tmp_path, port, f"http://127.0.0.1:{port}/api")
