@@ -59,6 +59,7 @@ def template_of(templates):
     return templates / f"prefect-{prefect.__version__}.db.gz"
 
 
+@pytest.mark.slow
 def test_a_new_home_begins_with_the_database_that_prefects_migrations_make(templates, tmp_path):
     copy = prepare(tmp_path / "home", templates)
     assert copy.read_bytes() == gzip.decompress(template_of(templates).read_bytes())

@@ -133,6 +133,7 @@ def test_a_run_outlives_the_death_of_its_server_and_ends_as_its_journal_says(num
     assert told_to_prefect(tmp_path / "home")[0] == "Completed"
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_while_it_starts_is_restarted(start_run, tmp_path):
     process = start_run()
     deadline = time.monotonic() + 100
