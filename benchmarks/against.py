@@ -68,7 +68,7 @@ class Ended:
 
     seconds: float
     cpu_seconds: float
-    """Of its cores, and of the processes that it waited for."""
+    """Summed over its cores, with the processes that it waited for."""
     megabytes: float
     log: str
 

@@ -126,12 +126,8 @@ def store(tmp_path):
 @pytest.fixture(scope="session")
 def s3():
     """moto's S3, with one bucket for all tests."""
-    pytest.importorskip("moto", reason="needs moto[server]")
-    pytest.importorskip("obstore", reason="needs obstore")
-    server = object_server.ObjectServer()
-    server.start()
-    yield server
-    server.kill()
+    with object_server.serving() as server:
+        yield server
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 
 # One request at a time: with threads, moto looks for an object and then writes it, and two may find none.
 _SERVE = """
@@ -78,6 +80,17 @@ def environment(server, prefix):
         "AWS_ENDPOINT_URL": server.url,
         "QUANTFLOW_STORE": f"s3://{BUCKET}/{prefix}",
     }
+
+
+@contextmanager
+def serving():
+    """A running server, killed at the end; the test is skipped where it, or its client, is not installed."""
+    pytest.importorskip("moto", reason="needs moto[server]")
+    pytest.importorskip("obstore", reason="needs obstore")
+    server = ObjectServer()
+    server.start()
+    yield server
+    server.kill()
 
 
 class Proxy:

@@ -52,12 +52,8 @@ def troubles(seed):
 @pytest.fixture
 def own_server():
     """An object store that the test may kill."""
-    pytest.importorskip("moto", reason="needs moto[server]")
-    pytest.importorskip("obstore", reason="needs obstore")
-    server = object_server.ObjectServer()
-    server.start()
-    yield server
-    server.kill()
+    with object_server.serving() as server:
+        yield server
 
 
 @pytest.fixture
