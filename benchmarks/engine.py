@@ -56,7 +56,7 @@ def measure(
     model, evaluation = inputs
 
     def compute(executor: Executor) -> float:
-        arguments = choose_epoch.bind((model,), (model,), (model,), ((evaluation,),), branch="x")
+        arguments = choose_epoch.bind((model,), (model,), ((evaluation,),), branch="x")
         job, nothing = Job(store, lambda *_: None), lambda: None
         clock = time.perf_counter()
         executor.compute(choose_epoch, arguments, choose_epoch.ingredients(arguments), job, nothing, nothing)

@@ -127,23 +127,21 @@ def has_stalled(run: Run, evaluations: Sequence[tuple[Ref, ...]], patience: int)
 def choose_epoch(
     job: Job,
     models: tuple[Ref, ...],
-    artifacts: tuple[Ref, ...],
     files: tuple[Ref, ...],
     evaluations: tuple[tuple[Ref, ...], ...],
     *,
     branch: str,
-) -> tuple[Ref, Ref, Ref, Ref]:
+) -> tuple[Ref, Ref, Ref]:
     """The candidate that is most accurate on the selection images; among equals, the first.
 
     The candidates are the start of QAT, if that is a calibrated model, and its epochs.
 
     Returns:
-        Its quantized model, its TorchScript file or why there is none, the file it is judged by, and its place among
-        the candidates.
+        Its quantized model, the file that it is judged by, and its place among the candidates.
     """
     from quantlib.measure import predictions
 
     store = job.store
     top1 = [predictions.load_shards(map(store.read, parts)).top1 for parts in evaluations]
     best = top1.index(max(top1))
-    return models[best], artifacts[best], files[best], job.store.put_json("choice", best)
+    return models[best], files[best], job.store.put_json("choice", best)

@@ -24,8 +24,8 @@ class FileRefs:
 
     file: Ref
     runtime: Runtime
-    validation: tuple[Ref, ...]
-    selection: tuple[Ref, ...]
+    validation: tuple[Ref, ...] = ()
+    selection: tuple[Ref, ...] = ()
     out_of: int | None = None
     """How many validation images there are, if evaluation ends once the verdict is certain; None: it sees them all."""
 
@@ -35,8 +35,6 @@ class CandidateRefs:
     """The artifacts of an int8 model that QAT may choose."""
 
     model: Ref
-    artifact: Ref
-    """Its TorchScript file, or why there is none."""
     reference: FileRefs
     """The file that it is judged by."""
 
@@ -53,15 +51,13 @@ class VariantRefs:
     """The artifacts of a variant."""
 
     variant: Variant
-    artifact: Ref
-    """The TorchScript file, or why there is none."""
     reference: FileRefs
-    """The file that choices are made by: TorchScript on its own engine, if there is one. Without answers for QAT in a
-    plan that cannot know the chosen epoch."""
+    """The file that choices are made by: the first that there is, of those that may be shipped if one is. Answers are
+    there if a choice took them."""
+    saved: tuple[tuple[Runtime, Ref], ...]
+    """For each runtime its file, or why there is none; for TorchScript on one engine."""
     engines: tuple[tuple[Runtime, Ref], ...] = ()
     """For each other engine of this machine the TorchScript file, or why it does not run there; empty for float."""
-    others: tuple[tuple[Runtime, Ref], ...] = ()
-    """For each other runtime its file, or why there is none."""
     files: tuple[FileRefs, ...] = ()
     """The files that may be shipped, once that is known, each in its fastest runtime; empty if no file runs in an
     allowed runtime."""
@@ -78,15 +74,10 @@ class VariantRefs:
     """What of it is int8; None: float."""
 
     @property
-    def torchscript_file(self) -> Ref | None:
-        """The TorchScript file, if there is one; in a plan, if there may be one."""
-        return None if is_refusal(self.artifact) else self.artifact
-
-    @property
-    def other_files(self) -> dict[Ref, list[Runtime]]:
-        """The runtimes of each other file that there is; in a plan, that there may be."""
+    def runtimes(self) -> dict[Ref, list[Runtime]]:
+        """The runtimes of each file that there is; in a plan, that there may be."""
         found: dict[Ref, list[Runtime]] = {}
-        for runtime, file in self.others:
+        for runtime, file in (*self.saved, *self.engines):
             if not is_refusal(file):
                 found.setdefault(file, []).append(runtime)
         return found

@@ -24,7 +24,7 @@ from quantlib.report.model_change import Results
 from quantlib.report.regression import check_regression
 from quantlib.report.results import Report
 from quantlib.report.rows import ClassRow, NoteRow
-from quantlib.runtimes.available import Runtime, torch_runtime
+from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from quantlib.store.local import Store
 from tasks import tracking
@@ -107,7 +107,7 @@ def _write_files(run: LiveRun, measurements: Measurements, shared: Documents) ->
     """Copy out the files of every variant, each with its document, and write their checksums."""
     digests: dict[str, str] = {}
     for refs, row in zip(measurements.variants, shared.rows, strict=True):
-        for file in (*filter(None, [refs.torchscript_file]), *refs.other_files):
+        for file in refs.runtimes:
             place = _place(run.models, refs, file)
             info = shared.describe(row, place, file.sha256, _runtime_of(refs, file))
             content = bundle.attach(run.store.read(file), file.kind, info)
@@ -118,8 +118,7 @@ def _write_files(run: LiveRun, measurements: Measurements, shared: Documents) ->
 
 def _runtime_of(refs: VariantRefs, file: Ref) -> Runtime:
     """The runtime that a file was judged in, or is for."""
-    own = torch_runtime(refs.variant.engine) if file == refs.artifact else refs.other_files[file][0]
-    return next((each.runtime for each in _files(refs) if each.file == file), own)
+    return next((each.runtime for each in _files(refs) if each.file == file), refs.runtimes[file][0])
 
 
 def find_reported(
@@ -168,11 +167,9 @@ def _files(refs: VariantRefs) -> tuple[FileRefs, ...]:
 
 
 def _place(folder: Path, refs: VariantRefs, file: Ref) -> Path:
-    if file == refs.artifact:
-        return folder / f"{refs.variant.name}.pt"
-    runtime, *_ = refs.other_files[file]
+    runtime, *_ = refs.runtimes[file]
     # One ONNX file serves every runtime, or each has its own.
-    alike = [each for each, *_ in refs.other_files.values() if each.suffix == runtime.suffix]
+    alike = [each for each, *_ in refs.runtimes.values() if each.suffix == runtime.suffix]
     own = "" if len(alike) == 1 else f".{runtime.name}"
     return folder / f"{refs.variant.name}{own}{runtime.suffix}"
 
@@ -201,8 +198,8 @@ def _measured(
         )
         for file in _files(refs)
     )
-    script, others = refs.torchscript_file, refs.other_files
-    refused = [(runtime, store.read_json(file)["reason"]) for runtime, file in refs.others if is_refusal(file)]
+    paths = [(runtime.suffix, str(_place(folder, refs, file))) for file, (runtime, *_) in refs.runtimes.items()]
+    refused = [(runtime.suffix, store.read_json(file)["reason"]) for runtime, file in refs.saved if is_refusal(file)]
     return Measured(
         variant=refs.variant,
         int8_share=store.read_json(refs.plan)["int8_share"] if refs.plan else None,
@@ -213,16 +210,12 @@ def _measured(
         epochs=epochs,
         start_validation=read_predictions(store, refs.start.reference.validation) if refs.start else None,
         kept_start=refs.best_epoch is None if refs.start else None,
-        samples_ms={
-            setting: times for file in (*filter(None, [script]), *others) for setting, times in samples[file].items()
-        },
-        torchscript_path=str(_place(folder, refs, script)) if script else None,
-        torchscript_refusal=None if script else store.read_json(refs.artifact)["reason"],
-        onnx_paths=tuple(
-            str(_place(folder, refs, file)) for file, (runtime, *_) in others.items() if runtime.suffix == ".onnx"
-        ),
-        onnx_refusal=_joined(reason for runtime, reason in refused if runtime.suffix == ".onnx"),
-        other_refusal=_joined(reason for runtime, reason in refused if runtime.suffix != ".onnx"),
+        samples_ms={setting: times for file in refs.runtimes for setting, times in samples[file].items()},
+        torchscript_path=next((path for suffix, path in paths if suffix == ".pt"), None),
+        torchscript_refusal=_joined(reason for suffix, reason in refused if suffix == ".pt"),
+        onnx_paths=tuple(path for suffix, path in paths if suffix == ".onnx"),
+        onnx_refusal=_joined(reason for suffix, reason in refused if suffix == ".onnx"),
+        other_refusal=_joined(reason for suffix, reason in refused if suffix not in {".pt", ".onnx"}),
     )
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 from flows.graphs.evaluation import (
     evaluate_candidate,
     evaluate_float,
-    evaluate_model,
     evaluate_simulated,
     find_reference,
     label_shards,
@@ -21,7 +20,6 @@ from quantlib.recipe.schedule import Schedule
 from quantlib.recipe.scheme import Scheme
 from quantlib.recipe.variant import Variant
 from quantlib.store.artifacts import Ref
-from tasks.export import script_and_save
 from tasks.measure import measure_layers
 from tasks.model import plan_layers
 from tasks.quantize import (
@@ -44,24 +42,10 @@ _LAYER_IMAGES_PER_STAGE = 64
 
 def float_branch(shared: SharedStages) -> VariantRefs:
     """The baseline: fused, exported, evaluated."""
-    run, model = shared.run, shared.fused_eval
-    saving = run.begin(lambda: save_files(shared, model, "float"))
-    scripting = run.begin(
-        lambda: run(
-            script_and_save,
-            model,
-            run.machine.torch_runtime(None),
-            shared.validation[0],
-            shared.interface,
-            branch="float",
-        )
-    )
-    others, artifact = saving(), scripting()
-    file, runtime = find_reference(shared, artifact, others, None)
-    reference = evaluate_float(shared, FileRefs(file=file, runtime=runtime, validation=(), selection=()))
-    return VariantRefs(
-        variant=Variant(name="float", method="float"), artifact=artifact, others=others, reference=reference
-    )
+    model = shared.fused_eval
+    saved = shared.run.begin(lambda: save_files(shared, model, "float", None))
+    reference = evaluate_float(shared, find_reference(shared, model, "float", None))
+    return VariantRefs(variant=Variant(name="float", method="float"), saved=saved(), reference=reference)
 
 
 def _fused(shared: SharedStages, branch: BranchRecipe, mode: Literal["eval", "qat"]) -> Ref:
@@ -91,25 +75,24 @@ def _scheme(shared: SharedStages, branch: BranchRecipe) -> Scheme:
 
 
 def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
-    """A PTQ variant: calibrated, corrected, converted, exported, evaluated."""
+    """A PTQ variant: calibrated, corrected, converted, exported."""
     run, name = shared.run, branch.name
     calibrated = _calibrate(shared, branch)
     model = run(convert, _correct(shared, branch, calibrated), branch=name)
     uncorrected = calibrated if branch.corrects_bias else None
-    candidate = run.begin(lambda: evaluate_model(shared, model, name, stops=shared.recipe.stops(name)))
+    reference = run.begin(lambda: find_reference(shared, model, name, shared.engine))
     plan = run.begin(lambda: _plan(shared, branch))
-    engines = run.begin(lambda: try_engines(shared, candidate().artifact, name))
-    others = run.begin(lambda: save_files(shared, model, name))
+    engines = run.begin(lambda: try_engines(shared, model, name))
+    saved = run.begin(lambda: save_files(shared, model, name, shared.engine))
     simulated = run.begin(lambda: evaluate_simulated(shared, model, name, uncorrected=uncorrected))
     layers = run.begin(lambda: _layers(shared, model, branch))
     return VariantRefs(
         variant=_variant(shared, branch, "ptq", bias_corrected=branch.corrects_bias),
-        artifact=candidate().artifact,
-        reference=candidate().reference,
+        reference=reference(),
         model=model,
         plan=plan(),
         engines=engines(),
-        others=others(),
+        saved=saved(),
         simulated=simulated(),
         layers=layers(),
     )
@@ -118,10 +101,9 @@ def ptq_branch(shared: SharedStages, branch: PTQRecipe) -> VariantRefs:
 def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
     """A QAT variant: each epoch trained, converted, scripted, evaluated; the best is kept, or else the start."""
     candidates, metrics = _train(shared, branch)
-    best_model, best_artifact, best_reference, choice = shared.run(
+    best_model, best_file, choice = shared.run(
         choose_epoch,
         tuple(candidate.model for candidate in candidates),
-        tuple(candidate.artifact for candidate in candidates),
         tuple(candidate.reference.file for candidate in candidates),
         tuple(candidate.reference.selection for candidate in candidates),
         branch=branch.name,
@@ -137,22 +119,19 @@ def qat_branch(shared: SharedStages, branch: QATRecipe) -> VariantRefs:
         best_epoch = None if best is start else place - bool(start)
     run, name = shared.run, branch.name
     plan = run.begin(lambda: _plan(shared, branch))
-    engines = run.begin(lambda: try_engines(shared, best_artifact, name))
-    others = run.begin(lambda: save_files(shared, best_model, name))
+    engines = run.begin(lambda: try_engines(shared, best_model, name))
+    saved = run.begin(lambda: save_files(shared, best_model, name, shared.engine))
     simulated = run.begin(lambda: evaluate_simulated(shared, best_model, name))
     layers = run.begin(lambda: _layers(shared, best_model, branch))
     return VariantRefs(
         variant=_variant(shared, branch, "qat", bias_corrected=branch.start == "calibrated" and branch.corrects_bias),
-        artifact=best_artifact,
         model=best_model,
         plan=plan(),
-        reference=best.reference
-        if best
-        else FileRefs(file=best_reference, runtime=candidates[0].reference.runtime, validation=(), selection=()),
+        reference=best.reference if best else FileRefs(file=best_file, runtime=candidates[0].reference.runtime),
         best_epoch=best_epoch,
         start=start,
         engines=engines(),
-        others=others(),
+        saved=saved(),
         simulated=simulated(),
         layers=layers(),
         epochs=tuple(

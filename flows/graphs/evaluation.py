@@ -9,7 +9,7 @@ from typing import cast, get_args
 from flows.graphs.shared_stages import SharedStages
 from quantlib.errors import ModelError
 from quantlib.report.choice import fastest_runtime
-from quantlib.runtimes.available import Machine, Runtime
+from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
 from tasks.export import is_refusal, save_onnx, save_program, script_and_save, try_file
 from tasks.measure import Rounded, benchmark, evaluate, evaluate_baseline, simulate
@@ -20,117 +20,103 @@ from tasks.report import is_certain, read_samples
 from tasks.run import NotYetKnownError, together
 
 
-def evaluate_candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
-    """The file that a calibrated model or a QAT state would ship, evaluated."""
-    return evaluate_model(shared, shared.run(convert, prepared, branch=name), name)
-
-
-def evaluate_model(shared: SharedStages, model: Ref, name: str, *, stops: bool = False) -> CandidateRefs:
-    """The file that a quantized model would be shipped as, evaluated.
-
-    If its evaluation stops once the verdict is certain, it is evaluated on the selection images alone for now.
-    """
-    own = shared.run.machine.torch_runtime(shared.engine)
-    artifact = shared.run(script_and_save, model, own, shared.validation[0], shared.interface, branch=name)
-    others = save_files(shared, model, name, shared.runtimes[:1]) if is_refusal(artifact) else ()
-    file, runtime = find_reference(shared, artifact, others, shared.engine)
-    measure = _evaluator(shared, file, runtime)
-    validation, selection = (
-        ((), _measure_held_out(shared, name, measure)) if stops else measure_shards(shared, name, measure)
-    )
-    reference = FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
-    return CandidateRefs(model=model, artifact=artifact, reference=reference)
-
-
-def find_reference(
-    shared: SharedStages, artifact: Ref, others: tuple[tuple[Runtime, Ref], ...], engine: str | None
-) -> tuple[Ref, Runtime]:
-    """The file that a model is judged by, and the runtime: TorchScript, or else the first other file.
+def find_reference(shared: SharedStages, model: Ref, name: str, engine: str | None) -> FileRefs:
+    """The file that choices are made by, not evaluated: the first that there is, of those that may be shipped if any.
 
     Raises:
-        ModelError: If there is neither.
+        ModelError: If there is none.
     """
-    if not is_refusal(artifact):
-        return artifact, shared.run.machine.torch_runtime(engine)
-    for runtime, file in others:
+    refusals = []
+    for runtime in shared.runtimes(engine):
+        file = save_file(shared, model, runtime, name)
         if not is_refusal(file):
-            return file, runtime
-    store = shared.run.known((artifact, others))
-    reasons = [store.read_json(refusal)["reason"] for refusal in (artifact, *(file for _, file in others))]
+            return FileRefs(file=file, runtime=runtime)
+        refusals.append(file)
+    store = shared.run.known(refusals)
+    reasons = [store.read_json(refusal)["reason"] for refusal in refusals]
     raise ModelError(f"No runtime can run the model. {' '.join(dict.fromkeys(reasons))}")
 
 
-def save_files(
-    shared: SharedStages, model: Ref, name: str, runtimes: tuple[Runtime, ...] | None = None
-) -> tuple[tuple[Runtime, Ref], ...]:
-    """The file of a variant for each runtime besides TorchScript, or for some, or why there is none."""
+def save_files(shared: SharedStages, model: Ref, name: str, engine: str | None) -> tuple[tuple[Runtime, Ref], ...]:
+    """The file of a variant for each runtime, or why there is none."""
+    runtimes = shared.runtimes(engine)
+    files = together(shared.run, [partial(save_file, shared, model, runtime, name) for runtime in runtimes])
+    return tuple(zip(runtimes, files, strict=True))
 
-    def save(runtime: Runtime) -> tuple[Runtime, Ref]:
-        return runtime, _save_file(shared, model, runtime, f"{name}-{runtime.name}")
 
-    return together(
-        shared.run, [partial(save, runtime) for runtime in (shared.runtimes if runtimes is None else runtimes)]
+def save_file(shared: SharedStages, model: Ref, runtime: Runtime, name: str) -> Ref:
+    """The file of a model for a runtime, or why there is none."""
+    label = name if runtime.kind == "torchscript" else f"{name}-{runtime.name}"
+
+    def save() -> Ref:
+        images, interface = shared.validation[0], shared.interface
+        if runtime.suffix == ".onnx":
+            return shared.run(save_onnx, shared.onnx_draft, model, images, runtime, interface, branch=label)
+        if runtime.kind == "torchscript":
+            return shared.run(script_and_save, model, runtime, images, interface, branch=label)
+        return shared.run(save_program, model, images, runtime, interface, branch=label)
+
+    return shared.run.once(f"save {label} of {model}", save)
+
+
+def try_engines(shared: SharedStages, model: Ref, name: str) -> tuple[tuple[Runtime, Ref], ...]:
+    """A variant's TorchScript file on each engine but the one that it was checked on, or why it does not run there."""
+    machine = shared.run.machine
+    if not shared.recipe.has_torchscript:
+        return ()
+    file = save_file(shared, model, machine.torch_runtime(shared.engine), name)
+    if is_refusal(file):
+        return ()
+
+    def try_in(runtime: Runtime) -> tuple[Runtime, Ref]:
+        images, label = shared.validation[0], f"{name}-{runtime.name}"
+        return runtime, shared.run(try_file, file, images, runtime, shared.interface, branch=label)
+
+    runtimes = [machine.torch_runtime(engine) for engine in machine.engines if engine != shared.engine]
+    return together(shared.run, [partial(try_in, runtime) for runtime in runtimes])
+
+
+Measure = Callable[[Ref, str], Ref]
+"""Evaluates a file on a shard; the shard has a name."""
+
+
+def _evaluator(shared: SharedStages, file: FileRefs) -> Measure:
+    batch_size, interface = shared.recipe.evaluation.batch_size, shared.interface
+    return lambda shard, label: shared.run(
+        evaluate, file.file, shard, batch_size, file.runtime, interface, branch=label
     )
 
 
-def _save_file(shared: SharedStages, model: Ref, runtime: Runtime, label: str) -> Ref:
-    images, interface = shared.validation[0], shared.interface
-    if runtime.suffix == ".onnx":
-        return shared.run(save_onnx, shared.onnx_draft, model, images, runtime, interface, branch=label)
-    return shared.run(save_program, model, images, runtime, interface, branch=label)
-
-
-def _evaluator(shared: SharedStages, file: Ref, runtime: Runtime) -> Callable[[Ref, str], Ref]:
-    """What evaluates a file on a shard."""
-    batch_size = shared.recipe.evaluation.batch_size
-    return lambda shard, label: shared.run(evaluate, file, shard, batch_size, runtime, shared.interface, branch=label)
+def _float_evaluator(shared: SharedStages, file: FileRefs) -> Measure:
+    batch_size, interface = shared.recipe.evaluation.batch_size, shared.interface
+    return lambda shard, label: shared.run(
+        evaluate_baseline, file.file, shard, batch_size, file.runtime, interface, branch=label
+    )
 
 
 def evaluate_float(shared: SharedStages, reference: FileRefs) -> FileRefs:
     """The float model's file, evaluated; where evaluation may stop, on the selection images alone for now."""
     measure = _float_evaluator(shared, reference)
     if shared.recipe.may_stop:
-        return replace(reference, selection=_measure_held_out(shared, "float", measure))
-    validation, selection = measure_shards(shared, "float", measure)
-    return replace(reference, validation=validation, selection=selection)
+        return _measure_selection(shared, "float", reference, measure)
+    return _measure_all(shared, "float", reference, measure)
 
 
-def _float_evaluator(shared: SharedStages, reference: FileRefs) -> Callable[[Ref, str], Ref]:
-    batch_size = shared.recipe.evaluation.batch_size
-    return lambda shard, label: shared.run(
-        evaluate_baseline, reference.file, shard, batch_size, reference.runtime, shared.interface, branch=label
-    )
+def evaluate_selection(shared: SharedStages, name: str, file: FileRefs) -> FileRefs:
+    """A file evaluated on the selection images, for a choice."""
+    return _measure_selection(shared, name, file, _evaluator(shared, file))
 
 
-def try_engines(shared: SharedStages, artifact: Ref, name: str) -> tuple[tuple[Runtime, Ref], ...]:
-    """A variant's TorchScript file on each engine but the one that it was checked on, or why it does not run there."""
-    if is_refusal(artifact):
-        return ()
-
-    def try_in(runtime: Runtime) -> tuple[Runtime, Ref]:
-        images, label = shared.validation[0], f"{name}-{runtime.name}"
-        return runtime, shared.run(try_file, artifact, images, runtime, shared.interface, branch=label)
-
-    machine = shared.run.machine
-    runtimes = [machine.torch_runtime(engine) for engine in machine.engines if engine != shared.engine]
-    return together(shared.run, [partial(try_in, runtime) for runtime in runtimes])
+def evaluate_candidate(shared: SharedStages, prepared: Ref, name: str) -> CandidateRefs:
+    """A calibrated model or a QAT state, converted, and the file that it is judged by, evaluated."""
+    model = shared.run(convert, prepared, branch=name)
+    file = find_reference(shared, model, name, shared.engine)
+    return CandidateRefs(model=model, reference=_measure_all(shared, name, file, _evaluator(shared, file)))
 
 
-def targets_of(refs: VariantRefs, machine: Machine) -> list[BenchmarkTarget]:
-    """A variant's files in every runtime that a machine has for them; its own engine first."""
-    script = refs.torchscript_file
-    own = [] if script is None else [BenchmarkTarget(script, machine.torch_runtime(refs.variant.engine))]
-    return [
-        *own,
-        *(BenchmarkTarget(file, runtime) for runtime, file in refs.engines if not is_refusal(file)),
-        *(BenchmarkTarget(file, runtime) for file, runtimes in refs.other_files.items() for runtime in runtimes),
-    ]
-
-
-def may_ship(shared: SharedStages, target: BenchmarkTarget) -> bool:
-    """Whether the recipe allows a file to be shipped for this runtime."""
-    allowed = shared.recipe.gate.runtimes
-    return allowed is None or target.runtime.kind in allowed
+def targets_of(refs: VariantRefs) -> list[BenchmarkTarget]:
+    """A variant's files in every runtime that a machine has for them."""
+    return [BenchmarkTarget(file, runtime) for file, runtimes in refs.runtimes.items() for runtime in runtimes]
 
 
 def time_files(
@@ -160,7 +146,7 @@ def evaluate_files(
     """The variants, each with the files that may be shipped, evaluated in the runtime where each is fastest."""
     allowed: dict[Ref, list[Runtime]] = {}
     for target in targets:
-        if may_ship(shared, target):
+        if shared.may_ship(target.runtime):
             allowed.setdefault(target.artifact, []).append(target.runtime)
     try:
         samples = read_samples(shared.run.known(timings), targets, timings)
@@ -176,47 +162,39 @@ def evaluate_files(
     float_shards = FloatShards(shared, baseline.reference)
 
     def evaluate_variant(refs: VariantRefs) -> VariantRefs:
-        files = together(
-            shared.run,
-            [
-                partial(_evaluate_in, shared, refs, file, runtime_for(file), float_shards)
-                for file in (refs.artifact, *refs.other_files)
-                if file in allowed
-            ],
-        )
-        if files or refs is baseline or not shared.recipe.stops(refs.variant.name):
-            return replace(refs, files=files)
-        # It is judged by this one.
-        return replace(refs, reference=_until_certain(shared, refs.reference, refs.variant.name, float_shards))
+        places = [(file, runtime_for(file)) for file in refs.runtimes if file in allowed]
+        if not places:  # It is judged by this one.
+            return replace(refs, reference=_evaluate_known(shared, refs, refs.reference, float_shards))
+        calls = [partial(_evaluate_in, shared, refs, file, runtime, float_shards) for file, runtime in places]
+        return replace(refs, files=together(shared.run, calls))
 
     evaluated = together(shared.run, [partial(evaluate_variant, refs) for refs in others])
     if shared.recipe.may_stop:
         judged = [file for refs in evaluated for file in (refs.files or (refs.reference,))]
         count = max(len(file.validation) for file in judged)
         baseline = replace(baseline, reference=replace(baseline.reference, validation=float_shards.first(count)))
-    return evaluate_variant(baseline), *evaluated
+    # Float's accuracy is the same in every runtime, up to rounding: it is measured once.
+    places = [(file, runtime_for(file)) for file in baseline.runtimes if file in allowed]
+    files = tuple(replace(baseline.reference, file=file, runtime=runtime) for file, runtime in places)
+    return replace(baseline, files=files), *evaluated
 
 
 def _evaluate_in(
     shared: SharedStages, refs: VariantRefs, file: Ref, runtime: Runtime, float_shards: "FloatShards"
 ) -> FileRefs:
-    known, name = refs.reference, refs.variant.name
-    # Float's accuracy is the same in every runtime, up to rounding: it is measured once.
-    if refs.variant.engine is None:
-        return replace(known, file=file, runtime=runtime)
-    is_known = (file, runtime) == (known.file, known.runtime)
-    label = name if is_known else f"{name}-{runtime.name if isinstance(runtime, Runtime) else 'benchmark'}"
-    measure = _evaluator(shared, file, runtime)
-    if shared.recipe.stops(name):
-        selection = known.selection if is_known else _measure_held_out(shared, label, measure)
-        unmeasured = FileRefs(
-            file=file, runtime=runtime, validation=known.validation if is_known else (), selection=selection
-        )
-        return _until_certain(shared, unmeasured, label, float_shards)
-    if is_known:
-        return known
-    validation, selection = measure_shards(shared, label, measure)
-    return FileRefs(file=file, runtime=runtime, validation=validation, selection=selection)
+    """A file of a variant evaluated in a runtime; what a choice has evaluated of it is taken over."""
+    known = refs.reference
+    if (file, runtime) != (known.file, known.runtime):
+        known = FileRefs(file=file, runtime=runtime)
+    return _evaluate_known(shared, refs, known, float_shards)
+
+
+def _evaluate_known(shared: SharedStages, refs: VariantRefs, file: FileRefs, float_shards: "FloatShards") -> FileRefs:
+    measure, runtime = _evaluator(shared, file), file.runtime
+    name = f"{refs.variant.name}-{runtime.name if isinstance(runtime, Runtime) else 'benchmark'}"
+    if shared.recipe.stops(refs.variant.name):
+        return _until_certain(shared, _measure_selection(shared, name, file, measure), name, float_shards)
+    return _measure_all(shared, name, file, measure)
 
 
 class FloatShards:
@@ -241,7 +219,7 @@ def _until_certain(shared: SharedStages, file: FileRefs, name: str, float_shards
     A plan that cannot know goes through every shard.
     """
     shards, images = shared.validation, shared.inputs.validation
-    measure, out_of = _evaluator(shared, file.file, file.runtime), images.stop - images.start
+    measure, out_of = _evaluator(shared, file), images.stop - images.start
     answers: tuple[Ref, ...] = ()
     for number in range(len(shards)):
         if number < len(file.validation):  # QAT's epochs are evaluated on all images.
@@ -283,19 +261,24 @@ def evaluate_simulated(
     return {parts: wait() for parts, wait in waits.items()}
 
 
-def measure_shards(
-    shared: SharedStages, name: str, measure: Callable[[Ref, str], Ref]
-) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
-    """Measure on the validation shards and on the selection shards."""
-    validation, held_out = label_shards(shared.validation, name), label_shards(shared.held_out, f"{name}-held_out")
-    found = together(shared.run, [partial(measure, shard, label) for shard, label in validation + held_out])
-    num_validation = len(validation)
-    return found[:num_validation], found[num_validation:] or found
+def _measure_all(shared: SharedStages, name: str, file: FileRefs, measure: Measure) -> FileRefs:
+    """A file measured on the validation images and on the selection images, where it has not been yet."""
+    on_validation = shared.run.begin(lambda: file.validation or _measure_on(shared, shared.validation, name, measure))
+    selection = file.selection or _measure_on(shared, shared.held_out, f"{name}-held_out", measure)
+    validation = on_validation()
+    return replace(file, validation=validation, selection=selection or validation)
 
 
-def _measure_held_out(shared: SharedStages, name: str, measure: Callable[[Ref, str], Ref]) -> tuple[Ref, ...]:
-    shards = label_shards(shared.held_out, f"{name}-held_out")
-    return together(shared.run, [partial(measure, shard, label) for shard, label in shards])
+def _measure_selection(shared: SharedStages, name: str, file: FileRefs, measure: Measure) -> FileRefs:
+    if file.selection:
+        return file
+    if not shared.held_out:  # The recipe selects on validation.
+        return _measure_all(shared, name, file, measure)
+    return replace(file, selection=_measure_on(shared, shared.held_out, f"{name}-held_out", measure))
+
+
+def _measure_on(shared: SharedStages, shards: Sequence[Ref], name: str, measure: Measure) -> tuple[Ref, ...]:
+    return together(shared.run, [partial(measure, shard, label) for shard, label in label_shards(shards, name)])
 
 
 def label_shards(shards: Sequence[Ref], name: str) -> list[tuple[Ref, str]]:

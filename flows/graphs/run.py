@@ -123,7 +123,7 @@ def measure_branches(run: Run, recipe: Recipe, inputs: Inputs) -> Measurements:
     baseline, *named = together(run, branches)
     found, search_best, conclusion = search_branches(shared, baseline)
     variants = (baseline, *named, *found)
-    targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(variant, run.machine)))
+    targets = tuple(dict.fromkeys(each for variant in variants for each in targets_of(variant)))
     timings = time_files(
         shared,
         targets,

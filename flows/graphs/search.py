@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from flows.graphs.branches import layers_of, ptq_branch, qat_branch
-from flows.graphs.evaluation import may_ship, targets_of, time_files
+from flows.graphs.evaluation import evaluate_selection, targets_of, time_files
 from flows.graphs.shared_stages import SharedStages
 from quantlib import search
 from quantlib.recipe.branches import PTQRecipe, QATRecipe
@@ -73,6 +73,7 @@ def _try_in_turn(
             return ", at its limit," if len(trials) == settings.max_trials else ""
         assert isinstance(branch, PTQRecipe | QATRecipe)
         variant = ptq_branch(stages, branch) if isinstance(branch, PTQRecipe) else qat_branch(stages, branch)
+        variant = replace(variant, reference=evaluate_selection(stages, branch.name, variant.reference))
         variants[branch.name] = variant
         trials.append(judge(run, branch, baseline, variant))
         _save_best(stages, settings, variants, trials)
@@ -83,8 +84,8 @@ def _save_best(
     stages: SharedStages, settings: SearchRecipe, variants: dict[str, VariantRefs], trials: list[Trial]
 ) -> None:
     """Copy the best trial's file to where it can be shipped from before the run ends, if need be."""
-    file = variants[search.best_trial(settings, trials).branch.name].reference.file
-    stages.run.copy_out(file, f"search-best{'.onnx' if file.kind == 'onnx' else '.pt'}")
+    best = variants[search.best_trial(settings, trials).branch.name].reference
+    stages.run.copy_out(best.file, f"search-best{best.runtime.suffix}")
 
 
 def _time_rivals(
@@ -96,10 +97,7 @@ def _time_rivals(
         NotYetKnownError: In a plan, if they have not been timed yet.
     """
     names = [trial.branch.name for trial in search.trials_to_time(settings, trials)]
-    found = {
-        name: [each for each in targets_of(variants[name], stages.run.machine) if may_ship(stages, each)]
-        for name in names
-    }
+    found = {name: [each for each in targets_of(variants[name]) if stages.may_ship(each.runtime)] for name in names}
     targets = {name: own for name, own in found.items() if own}
     if len(targets) < 2:
         return

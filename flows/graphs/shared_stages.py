@@ -34,13 +34,26 @@ class SharedStages:
     recipe: Recipe
     inputs: Inputs
     engine: str
-    runtimes: tuple[Runtime, ...]
-    """Those besides TorchScript."""
+    other_runtimes: tuple[Runtime, ...]
+    """Those besides TorchScript that files are written for."""
     float_model: Ref
     validation: Sequence[Ref]
     """Decoded shards; where evaluation may stop early, each is decoded when it is first asked for."""
     held_out: tuple[Ref, ...]
     """Decoded shards; empty if the recipe selects on validation."""
+
+    def runtimes(self, engine: str | None) -> tuple[Runtime, ...]:
+        """Those that a model's files are written for: TorchScript's engine, None for float, and the others.
+
+        Those that the recipe allows the model to be shipped for are first.
+        """
+        own = (self.run.machine.torch_runtime(engine),) if self.recipe.has_torchscript else ()
+        return tuple(sorted((*own, *self.other_runtimes), key=lambda runtime: not self.may_ship(runtime)))
+
+    def may_ship(self, runtime: Runtime) -> bool:
+        """Whether the recipe allows a file to be shipped for a runtime."""
+        allowed = self.recipe.gate.runtimes
+        return allowed is None or runtime.kind in allowed
 
     @property
     def interface(self) -> Interface:
@@ -103,8 +116,8 @@ def share_stages(run: Run, recipe: Recipe, inputs: Inputs, engine: str) -> Share
     )
     validation = run.begin(lambda: _validation(run, recipe, inputs))
     held_out = run.begin(lambda: _decode(run, recipe, inputs.held_out, inputs.transform, "held_out"))
-    runtimes = run.machine.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
-    return SharedStages(run, recipe, inputs, engine, runtimes, float_model(), validation(), held_out())
+    others = run.machine.find_runtimes(recipe.benchmark.runtimes, recipe.gate.runtimes)
+    return SharedStages(run, recipe, inputs, engine, others, float_model(), validation(), held_out())
 
 
 def train_transform(recipe: Recipe, inputs: Inputs) -> TrainTransform:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from quantlib.recipe.fields import MAX_INT, Arguments, Count, Flag, Fraction, Line, PathName, Pixels, Size
 from quantlib.recipe.interface import InputKind, Interface, Layout
@@ -30,7 +30,13 @@ _BatchOfTwo = Annotated[int, Field(gt=1, le=MAX_INT, strict=True)]
 _LearningRate = Annotated[float, Field(gt=0.0, le=1000.0, strict=True)]
 
 
-_Runtimes = Annotated[tuple[RuntimeName, ...], Field(max_length=16)]
+def _one_at_least(runtimes: tuple[RuntimeName, ...]) -> tuple[RuntimeName, ...]:
+    if not runtimes:
+        raise ValueError("name at least one runtime, or leave it out")
+    return runtimes
+
+
+_Runtimes = Annotated[tuple[RuntimeName, ...], Field(max_length=16), AfterValidator(_one_at_least)]
 
 
 _Means = Annotated[tuple[Annotated[float, Field(ge=-1000.0, le=1000.0)], ...], Field(max_length=3)]
@@ -226,9 +232,8 @@ class BenchmarkRecipe(Section):
     num_threads: Annotated[tuple[Annotated[int, Field(gt=0, le=1024, strict=True)], ...], Field(max_length=64)] = (1,)
     """Number of torch threads; 1 is always timed."""
     runtimes: _Runtimes | None = None
-    """Runtimes that models are exported for and timed in; torchscript, on each of torch's engines, is always included;
-    absent: every installed ONNX runtime, too. executorch and torch_export are used only if they are named here or in
-    the gate."""
+    """Runtimes that models are exported for and timed in; torchscript stands for each of torch's engines. Absent: those
+    that the gate names; else torchscript and every installed runtime for ONNX."""
     num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
     """Most timed calls per model and runtime, in turn, after a warm-up; at least ten are taken, and for slow ones no
     more. One image on one thread is timed until the order of the files is certain, files that differ by less than 2%
@@ -267,13 +272,6 @@ class GateRecipe(Section):
     fail_on_regression: Flag = False
     """Whether a run fails if its winner is less accurate beyond chance, or slower beyond the noise of timing, than that
     of the last run of the same recipe in this home, or if it has none. The winner is the same either way."""
-
-    @field_validator("runtimes")
-    @classmethod
-    def _one_at_least(cls, runtimes: tuple[RuntimeName, ...] | None) -> tuple[RuntimeName, ...] | None:
-        if runtimes == ():
-            raise ValueError("name at least one runtime, or leave it out")
-        return runtimes
 
 
 def is_import_path(name: str) -> bool:

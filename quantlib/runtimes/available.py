@@ -99,9 +99,8 @@ class Machine:
         """The runtimes besides TorchScript that a run uses.
 
         Args:
-            wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any for
-                ONNX.
-            shipped_for: `gate.runtimes`: these must be installed, too.
+            wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript.
+            shipped_for: `gate.runtimes`: likewise. Without both, any for ONNX.
 
         Raises:
             MachineError: If one of them is not installed.
@@ -152,8 +151,8 @@ def find_runtimes(
     executorch and torch_export only if they are named.
 
     Args:
-        wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript; None: any for ONNX.
-        shipped_for: `gate.runtimes`: these must be installed, too.
+        wanted: `benchmark.runtimes`: names of those that must be installed, apart from torchscript.
+        shipped_for: `gate.runtimes`: likewise. Without both, any for ONNX.
 
     Raises:
         MachineError: If one of them is not installed.
@@ -179,7 +178,7 @@ def _choose(
                 f"{key} names {missing[0]}, which is not installed{where}: pip install 'quantflow[{missing[0]}]', or "
                 "leave it out."
             )
-    chosen = {*(_FOR_ONNX if wanted is None else wanted), *(shipped_for or ())}
+    chosen = next((names for names in (wanted, shipped_for) if names is not None), _FOR_ONNX)
     return tuple(runtime for runtime in installed if runtime.name in chosen)
 
 

@@ -55,6 +55,14 @@ def test_shared_stages_run_once_whatever_the_number_of_branches(undisturbed):
     assert {"qat_epoch-qat-0", "qat_epoch-qat-1", "choose_epoch-qat"} <= set(labels)
 
 
+def test_each_file_of_a_variant_is_evaluated_once(undisturbed):
+    home, outcome = undisturbed
+    files = pd.read_parquet(home / "reports" / "files")
+    expected = [f"evaluate-per_channel-{runtime}" for runtime in files[files.variant == "per_channel"].runtime]
+    found = [name for name in outcome.stages if name.startswith("evaluate-per_channel") and "held_out" not in name]
+    assert sorted(found) == sorted(expected)
+
+
 def test_a_second_run_computes_nothing_and_reports_the_same(undisturbed, home_copy):
     _, expected = undisturbed
     again = harness.run(home_copy)

@@ -135,11 +135,9 @@ def _answers(run, *num_correct):
 def test_an_epoch_is_chosen_only_where_it_is_better_than_all_before_it(run, top1, best):
     models = tuple(run.store.put("int8-model", bytes([n])) for n in range(3))
     files = tuple(run.store.put("torchscript", bytes([n, n])) for n in range(3))
-    states = tuple(run.store.put("trainable-model", bytes([n, n, n])) for n in range(3))
-    assert reuse_or_compute(run, choose_epoch, models, files, states, tuple(_answers(run, *top1)), branch="b") == (
+    assert reuse_or_compute(run, choose_epoch, models, files, tuple(_answers(run, *top1)), branch="b") == (
         models[best],
         files[best],
-        states[best],
         run.store.put_json("choice", best),
     )
 
@@ -158,7 +156,6 @@ def _qat_variants(run, start, epoch, runtime):
     candidate, trained = (
         CandidateRefs(
             model=file,
-            artifact=file if file.kind == "torchscript" else _refusal(run),
             reference=FileRefs(file=file, runtime=runtime, validation=answers, selection=answers),
         )
         for file, answers in ((start, start_answers), (epoch, epoch_answers))
@@ -167,9 +164,8 @@ def _qat_variants(run, start, epoch, runtime):
     return tuple(
         VariantRefs(
             variant=variant,
-            artifact=chosen.artifact,
             reference=chosen.reference,
-            others=((runtime, chosen.reference.file),) if chosen.reference.file.kind == "onnx" else (),
+            saved=((runtime, chosen.reference.file),),
             start=candidate,
             epochs=(of_epoch,),
             best_epoch=best_epoch,
@@ -210,24 +206,23 @@ def test_qat_that_kept_its_start_says_so_and_reports_the_starts_figures(run, kin
 OPENVINO, ONNXRUNTIME, TORCH_EXPORT = (Runtime(name, "1") for name in ("openvino", "onnxruntime", "torch_export"))
 
 
-def _variant_refs(run, artifact, onnx, runtime=OPENVINO):
-    """A variant that is judged by its TorchScript file, or else by its first ONNX file."""
+def _variant_refs(run, script, others, engines=()):
+    """A variant that is judged by its first file."""
     (answers,) = _answers(run, 9)
-    file = next(each for each in (artifact, *(file for _, file in onnx)) if each.kind != "refusal")
-    own = torch_runtime("x86") if file.kind == "torchscript" else runtime
+    saved = ((torch_runtime("x86"), script), *others)
+    runtime, file = next((runtime, file) for runtime, file in saved if file.kind != "refusal")
     return VariantRefs(
         variant=Variant(name="p", method="ptq", qconfig="accurate", engine="x86"),
-        artifact=artifact,
-        reference=FileRefs(file=file, runtime=own, validation=answers, selection=answers),
-        others=onnx,
+        reference=FileRefs(file=file, runtime=runtime, validation=answers, selection=answers),
+        saved=saved,
+        engines=engines,
     )
 
 
 def test_a_file_that_serves_several_runtimes_is_one_file_with_one_name(run):
     script, shared = run.store.put("torchscript", b"script"), run.store.put("onnx", b"shared")
     refs = _variant_refs(run, script, ((ONNXRUNTIME, shared), (OPENVINO, shared)))
-    assert refs.torchscript_file == script
-    assert refs.other_files == {shared: [ONNXRUNTIME, OPENVINO]}
+    assert refs.runtimes == {script: [torch_runtime("x86")], shared: [ONNXRUNTIME, OPENVINO]}
     samples = _samples(run, (script, torch_runtime("x86")), (shared, ONNXRUNTIME), (shared, OPENVINO))
     measured = _measured(run.store, refs, samples, run.home)
     assert measured.torchscript_path == str(run.home / "p.pt")
@@ -243,7 +238,7 @@ def test_a_file_that_serves_several_runtimes_is_one_file_with_one_name(run):
 def test_a_file_for_each_runtime_has_the_runtime_in_its_name(run):
     script, first, second = run.store.put("torchscript", b"s"), run.store.put("onnx", b"1"), run.store.put("onnx", b"2")
     refs = _variant_refs(run, script, ((ONNXRUNTIME, first), (OPENVINO, second)))
-    assert refs.other_files == {first: [ONNXRUNTIME], second: [OPENVINO]}
+    assert refs.runtimes == {script: [torch_runtime("x86")], first: [ONNXRUNTIME], second: [OPENVINO]}
     samples = _samples(run, (script, torch_runtime("x86")), (first, ONNXRUNTIME), (second, OPENVINO))
     measured = _measured(run.store, refs, samples, run.home)
     assert measured.onnx_paths == (str(run.home / "p.onnxruntime.onnx"), str(run.home / "p.openvino.onnx"))
@@ -252,8 +247,7 @@ def test_a_file_for_each_runtime_has_the_runtime_in_its_name(run):
 def test_a_variant_without_a_torchscript_file_is_reported_by_its_onnx_file_and_says_why(run):
     refusal, file = _refusal(run), run.store.put("onnx", b"file")
     refs = _variant_refs(run, refusal, ((ONNXRUNTIME, _refusal(run, "wrong")), (OPENVINO, file)))
-    assert refs.torchscript_file is None
-    assert refs.other_files == {file: [OPENVINO]}
+    assert refs.runtimes == {file: [OPENVINO]}
     measured = _measured(run.store, refs, _samples(run, (file, OPENVINO)), run.home)
     assert (measured.torchscript_path, measured.torchscript_refusal) == (None, "too dynamic")
     assert (measured.onnx_paths, measured.onnx_refusal) == ((str(run.home / "p.onnx"),), "wrong")
@@ -267,7 +261,7 @@ def test_a_file_of_torch_export_has_its_own_ending_and_its_own_reason(run):
     assert (measured.onnx_paths, measured.onnx_refusal) == ((str(run.home / "p.onnx"),), None)
     assert measured.other_refusal == "too dynamic"
     program = run.store.put("torch_export", b"p")
-    refs = _variant_refs(run, _refusal(run), ((TORCH_EXPORT, program),), TORCH_EXPORT)
+    refs = _variant_refs(run, _refusal(run), ((TORCH_EXPORT, program),))
     measured = _measured(run.store, refs, _samples(run, (program, TORCH_EXPORT)), run.home)
     assert [(each.path, each.runtime) for each in measured.files] == [(str(run.home / "p.pt2"), "torch_export")]
     assert (measured.onnx_paths, measured.other_refusal) == ((), None)
@@ -287,8 +281,7 @@ def test_files_are_timed_in_every_runtime_that_they_run_in_and_none_where_there_
         (script, engines, ["torchscript-x86", "torchscript-onednn"]),
         (_refusal(run), (), []),
     ):
-        refs = _variant_refs(run, artifact, ((ONNXRUNTIME, _refusal(run)), (OPENVINO, file)))
-        targets = targets_of(replace(refs, engines=tried), run.machine)
+        targets = targets_of(_variant_refs(run, artifact, ((ONNXRUNTIME, _refusal(run)), (OPENVINO, file)), tried))
         assert [target.runtime.name for target in targets] == [*names, "openvino"]
         assert [target.artifact for target in targets] == [script] * len(names) + [file]
 

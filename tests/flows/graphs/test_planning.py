@@ -1,6 +1,7 @@
 """`quantflow plan`: what would be reused, what would run, and why."""
 
 import harness
+import pytest
 
 from flows.graphs.planning import plan_run
 from quantlib.recipe.schema import parse_recipe
@@ -52,6 +53,35 @@ def test_a_stage_that_was_interrupted_is_not_called_damaged(tmp_path):
     held.join()
     reasons = {s.label: s.reason for s in plan_run(parse_recipe(harness.RECIPE), tmp_path / "home")}
     assert reasons["load_float"] == "the last run did not finish it"
+
+
+ONNX_ALONE = {"gate": {"runtimes": ["onnxruntime"]}}
+TORCHSCRIPT_ALONE = {"gate": {"runtimes": ["torchscript"]}}
+TORCHSCRIPT_TIMED = ONNX_ALONE | {"benchmark": {"runtimes": ["torchscript", "onnxruntime"]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "written", "judged_by"),
+    [
+        (ONNX_ALONE, {"draft_onnx", "save_onnx"}, "save_onnx-{}-onnxruntime"),
+        (TORCHSCRIPT_ALONE, {"script_and_save", "try_file"}, "script_and_save-{}"),
+        (TORCHSCRIPT_TIMED, {"draft_onnx", "save_onnx", "script_and_save", "try_file"}, "save_onnx-{}-onnxruntime"),
+    ],
+)
+def test_only_files_for_runtimes_that_the_gate_allows_are_evaluated(tmp_path, changes, written, judged_by):
+    pytest.importorskip("onnxruntime", reason="the gate allows ONNX Runtime")
+    stages = plan_run(parse_recipe(harness.RECIPE | changes), tmp_path)
+    writers = ("draft_onnx", "save_onnx", "script_and_save", "try_file", "save_program")
+    found = {stage.label.partition("-")[0] for stage in stages}
+    assert found & set(writers) == written
+    reasons = {stage.label: stage.reason for stage in stages}
+    assert reasons["evaluate_baseline-float"] == f"follows {judged_by.format('float')}"
+    assert reasons["evaluate-qat-0"] == f"follows {judged_by.format('qat-0')}"
+    # One file may be shipped, and it is evaluated once its fastest runtime is known.
+    assert [label for label in reasons if label.startswith("evaluate-per_channel")] == [
+        "evaluate-per_channel-benchmark",
+        "evaluate-per_channel-benchmark-held_out",
+    ]
 
 
 def test_branches_of_one_smoothing_share_a_model_which_other_branches_do_not_wait_for(tmp_path):

@@ -15,7 +15,7 @@ from quantlib.data.split import Subset
 from quantlib.data.transforms import EvalTransform
 from quantlib.inputs import Inputs
 from quantlib.recipe.schema import parse_recipe
-from quantlib.recipe.sections import GateRecipe, SearchRecipe
+from quantlib.recipe.sections import SearchRecipe
 from quantlib.recipe.variant import Variant
 from quantlib.runtimes import available
 from quantlib.runtimes.available import Runtime
@@ -113,14 +113,18 @@ def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
 # The loop alone
 
 
+COSTLY = (("a",), ("a", "b"))
+X86, ONEDNN = "torchscript-x86", "torchscript-onednn"
+
+
 class FakeRun:
     """The run of a search whose trials have a drop, and perhaps times, by the end of their names."""
 
     store = None
     machine = available.this_machine()
 
-    def __init__(self, drops, keys=list, kind="torchscript", costly=(), times=None):
-        self.drops, self._keys, self.kind, self.costly, self.times = drops, keys, kind, costly, times
+    def __init__(self, drops, keys, runtime, costly, times):
+        self.drops, self._keys, self.runtime, self.costly, self.times = drops, keys, runtime, costly, times
         self.saved, self.ranked, self.timed = [], [], []
 
     @property
@@ -132,19 +136,23 @@ class FakeRun:
             raise NotYetKnownError
 
     def copy_out(self, ref, name):
-        assert name == f"search-best.{'onnx' if self.kind == 'onnx' else 'pt'}"
+        assert name == f"search-best{self.runtime.suffix}"
         self.saved.append(ref.sha256)
 
     def branch(self, shared, branch):
-        file = Ref(self.kind, branch.name, 1)
+        file = Ref("file", branch.name, 1)
         return VariantRefs(
             variant=Variant(name=branch.name, method="", engine="x86"),
-            artifact=file,
             plan=Ref("plan", branch.name, 1),
             engines=((Runtime(ONEDNN, "1"), file),),
-            reference=FileRefs(file=file, runtime=None, validation=(), selection=()),
+            reference=FileRefs(file=file, runtime=self.runtime),
+            saved=((self.runtime, file),),
             model=Ref("int8-model", branch.name, 1),
         )
+
+    def evaluate_selection(self, shared, name, file):
+        assert name == file.file.sha256
+        return file
 
     def layers_of(self, shared, model, branch):
         assert model == Ref("int8-model", branch.name, 1)
@@ -182,15 +190,24 @@ def loop(monkeypatch):
     """Runs the loop; returns its variants, its note, and what it saved, measured and timed."""
     monkeypatch.setattr(flow, "seconds_of", lambda store, keys: 0.0)
 
-    def run(drops, keys=list, kind="torchscript", costly=(), times=None, gate=None, **settings):
-        fake, images = FakeRun(drops, keys, kind, costly, times), Subset(None, 0, 0, 1000)
-        for name in ("layers_of", "rank_layers", "costly_layers", "judge", "time_files", "read_samples"):
+    def run(drops, keys=list, runtime=X86, costly=(), times=None, allowed=lambda runtime: True, **settings):
+        fake, images = FakeRun(drops, keys, Runtime(runtime, "1"), costly, times), Subset(None, 0, 0, 1000)
+        for name in (
+            "evaluate_selection",
+            "layers_of",
+            "rank_layers",
+            "costly_layers",
+            "judge",
+            "time_files",
+            "read_samples",
+        ):
             monkeypatch.setattr(flow, name, getattr(fake, name))
         monkeypatch.setattr(flow, "ptq_branch", fake.branch)
         monkeypatch.setattr(flow, "qat_branch", fake.branch)
         shared = SimpleNamespace(
             run=fake,
-            recipe=SimpleNamespace(search=SearchRecipe(**settings), gate=GateRecipe(runtimes=gate)),
+            recipe=SimpleNamespace(search=SearchRecipe(**settings)),
+            may_ship=allowed,
             inputs=Inputs(None, EvalTransform(resize=32, crop=(32, 32)), None, None, images, images, images),
         )
         variants, best, note = flow.search_branches(shared, fake.branch(shared, SimpleNamespace(name="float")))
@@ -206,7 +223,7 @@ def test_the_file_that_is_saved_is_always_the_best_so_far(loop):
 
 
 def test_of_a_model_without_a_torchscript_file_the_onnx_file_is_saved(loop):
-    assert loop({}, kind="onnx", max_trials=1)[2] == ["search-1-minmax"]
+    assert loop({}, runtime="openvino", max_trials=1)[2] == ["search-1-minmax"]
 
 
 def test_the_layers_of_the_trial_that_is_refined_are_measured_once_and_reported(loop):
@@ -244,10 +261,6 @@ def test_a_run_that_is_only_planned_ends_where_it_cannot_know(loop):
     assert len(saved) == 2
 
 
-COSTLY = (("a",), ("a", "b"))
-X86, ONEDNN = "torchscript-x86", "torchscript-onednn"
-
-
 def test_regions_in_float_are_timed_with_the_best_free_setting_in_one_stage_and_the_fastest_is_saved(loop):
     times = {"mse": {X86: 2.0, ONEDNN: 3.0}, "regions-1": {X86: 4.0, ONEDNN: 1.5}, "regions-2": {X86: 1.7, ONEDNN: 4.0}}
     drops = {"mse": 0.0, "regions-1": 0.001, "regions-2": 0.001}
@@ -260,7 +273,7 @@ def test_regions_in_float_are_timed_with_the_best_free_setting_in_one_stage_and_
 
 def test_only_runtimes_that_the_gate_allows_are_timed(loop):
     drops = {"mse": 0.0, "regions-1": 0.001}
-    _, note, _, _, timed = loop(drops, costly=COSTLY, gate=("onnxruntime",))
+    _, note, _, _, timed = loop(drops, costly=COSTLY, allowed=lambda runtime: runtime.kind == "onnxruntime")
     assert timed == []
     assert "search-5-mse" in note
 

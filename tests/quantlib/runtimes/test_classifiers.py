@@ -104,10 +104,12 @@ def test_without_the_package_that_writes_onnx_there_are_no_runtimes(monkeypatch)
     assert [found.name for found in available.find_runtimes(("torch_export",))] == ["torch_export"]
 
 
-@pytest.mark.parametrize(("wanted", "shipped_for"), [(("torch_export",), None), (None, ("torch_export",))])
-def test_torch_export_is_used_only_where_a_recipe_names_it(wanted, shipped_for):
-    names = [found.name for found in available.find_runtimes(wanted, shipped_for)]
-    assert names == [*(ONNX_RUNTIMES if wanted is None else ()), "torch_export"]
+@pytest.mark.parametrize(
+    ("wanted", "shipped_for"),
+    [(("torch_export",), None), (None, ("torch_export",)), (("torch_export",), ("torchscript",))],
+)
+def test_torch_export_is_used_only_where_a_recipe_names_it_and_then_nothing_else(wanted, shipped_for):
+    assert [found.name for found in available.find_runtimes(wanted, shipped_for)] == ["torch_export"]
     assert "torch_export" not in ONNX_RUNTIMES
 
 
