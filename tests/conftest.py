@@ -31,6 +31,8 @@ from quantlib.quantize import calibration, preparation
 from quantlib.recipe.sections import TrainingRecipe
 from quantlib.runtimes.available import resolve_engine
 from quantlib.store.local import Store
+from quantlib.store.opening import open_store
+from quantlib.store.retention import find_damage
 
 # A server that Prefect itself starts for a test sends nothing out; quantflow's own set this themselves.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
@@ -151,6 +153,20 @@ def open_bucket(monkeypatch):
         return BucketObjects(os.environ["QUANTFLOW_STORE"])
 
     return open_objects
+
+
+@pytest.fixture
+def stored(monkeypatch, tmp_path):
+    """The artifacts of every record in a shared store by key, as a machine with an empty home reads them."""
+
+    def read(environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        store = open_store(tmp_path / "a reader")
+        assert find_damage(store)[1] == []
+        return {record.key: record.outputs for record in store.records() if record.stage != "benchmark"}
+
+    return read
 
 
 @pytest.fixture

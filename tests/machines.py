@@ -1,9 +1,10 @@
-"""A Dask cluster whose machines are processes: a scheduler, and workers on one home, each of which can be killed."""
+"""A Dask cluster whose machines are processes: a scheduler, and workers, each of which can be killed."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dashboard_driver import PROJECT, find_processes, own_environment, until
@@ -15,38 +16,44 @@ class Cluster:
     """A scheduler and workers; stop it after use.
 
     Args:
-        folder: Holds the home, and what the processes print.
+        folder: Holds the homes, and what the processes print.
+        host: The address that the scheduler listens on.
+        shared: The environment of machines that share a store: each then has a home of its own. None: they have the
+            driver's.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1", shared: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.home = folder / "home"
-        self.port = free_port()
+        self.shared = shared
+        self.host, self.port = host, free_port()
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def engine(self) -> str:
         """What `--engine` takes."""
-        return f"dask://127.0.0.1:{self.port}"
+        return f"dask://{self.host}:{self.port}"
 
     def start_scheduler(self) -> None:
-        address = ("--host", "127.0.0.1", "--port", str(self.port))
+        address = ("--host", self.host, "--port", str(self.port))
         self.scheduler = self._start(
-            "scheduler", "-m", "dask", "scheduler", *address, "--no-dashboard", "--dashboard-address", "127.0.0.1:0"
+            "scheduler", (), "-m", "dask", "scheduler", *address, "--no-dashboard", "--dashboard-address", "127.0.0.1:0"
         )
 
-    def start_worker(self, name: str, project: Path = PROJECT, **environment: str) -> None:
-        """Start a worker, maybe with the code of another checkout, or with other variables."""
-        command = ("-m", "flows.cli.commands", "worker", self.engine, "--name", name, "--home", str(self.home))
+    def start_worker(self, name: str, project: Path = PROJECT, before: Sequence[str] = (), **environment: str) -> None:
+        """Start a worker, maybe with the code of another checkout, behind another command, or with other variables."""
+        home = self.home if self.shared is None else self.folder / f"home of {name}"
+        command = ("-m", "flows.cli.commands", "worker", self.engine, "--name", name, "--home", str(home))
         path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(project)]))
-        self.workers[name] = self._start(name, *command, PYTHONPATH=path, **environment)
+        environment |= self.shared or {}
+        self.workers[name] = self._start(name, before, *command, PYTHONPATH=path, **environment)
 
     def wait(self, *names: str) -> None:
         """Wait until the scheduler knows these workers, and no others."""
         from distributed import Client
 
-        with Client(f"tcp://127.0.0.1:{self.port}", timeout=120, set_as_default=False) as client:
+        with Client(f"tcp://{self.host}:{self.port}", timeout=120, set_as_default=False) as client:
 
             def known() -> set[str]:
                 found = client.sync(client.scheduler.identity, n_workers=-1)
@@ -79,9 +86,9 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
 
-    def _start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, before: Sequence[str], *command: str, **environment: str) -> subprocess.Popen[bytes]:
         own = own_environment(OMP_NUM_THREADS="1") | environment
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, *command], cwd=self.folder, env=own, stdout=log, stderr=subprocess.STDOUT
+                [*before, sys.executable, *command], cwd=self.folder, env=own, stdout=log, stderr=subprocess.STDOUT
             )

@@ -20,25 +20,30 @@ _SERVE = """
 import sys
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import run_simple
-run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
+run_simple(sys.argv[1], int(sys.argv[2]), DomainDispatcherApplication(create_backend_app))
 """
 BUCKET = "bucket"
 
 
 class ObjectServer:
-    """moto's S3 in memory: what it holds is lost when it is killed."""
+    """moto's S3 in memory: what it holds is lost when it is killed.
 
-    def __init__(self):
+    Args:
+        host: The address that it listens on.
+    """
+
+    def __init__(self, host="127.0.0.1"):
+        self.host = host
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self.process = None
 
     def start(self):
         """Start it, with an empty bucket."""
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _SERVE, str(self.port)],
+            [sys.executable, "-W", "ignore", "-c", _SERVE, self.host, str(self.port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -83,11 +88,11 @@ def environment(server, prefix):
 
 
 @contextmanager
-def serving():
+def serving(host="127.0.0.1"):
     """A running server, killed at the end; the test is skipped where it, or its client, is not installed."""
     pytest.importorskip("moto", reason="needs moto[server]")
     pytest.importorskip("obstore", reason="needs obstore")
-    server = ObjectServer()
+    server = ObjectServer(host)
     server.start()
     yield server
     server.kill()

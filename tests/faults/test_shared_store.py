@@ -14,8 +14,6 @@ import small_run
 from harness import computed
 
 from quantlib.store.journal import read_runs
-from quantlib.store.opening import open_store
-from quantlib.store.retention import find_damage
 
 QUICK = {
     "quantlib.store.leases.TIME_TO_LIVE_S": 2.0,
@@ -54,20 +52,6 @@ def own_server():
     """An object store that the test may kill."""
     with object_server.serving() as server:
         yield server
-
-
-@pytest.fixture
-def stored(monkeypatch, tmp_path):
-    """The artifacts of every record in a shared store by key, as a machine with an empty home reads them."""
-
-    def read(environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        store = open_store(tmp_path / "a reader")
-        assert find_damage(store)[1] == []
-        return {record.key: record.outputs for record in store.records() if record.stage != "benchmark"}
-
-    return read
 
 
 def start(home, shared, recipe=small_run.RECIPE, constants=QUICK, **options):
