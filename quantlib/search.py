@@ -81,15 +81,11 @@ def next_trial(
     """
     if len(trials) >= search.max_trials:
         return None
-    number = len(trials) + 1
     free = [trial for trial in trials if isinstance(trial.branch, PTQRecipe) and trial.num_float_layers == 0]
     surely_inside = any(trial.high <= search.max_top1_drop for trial in free)
     if len(free) < len(_FREE) and not surely_inside:
-        options: dict[str, Any] = {}
-        for _, added in _FREE[:number]:
-            options |= added
-        return PTQRecipe(name=trial_name(number, _FREE[number - 1][0]), **options)
-    best = best_trial(search, free).branch
+        return free_trials(search)[len(trials)]
+    number, best = len(trials) + 1, best_trial(search, free).branch
     tried = [trial.branch.float_layers for trial in trials]
     if surely_inside or any(is_inside(trial, search) for trial in free):
         left = [layers for each in costly_layers(best.name) if (layers := tuple(each)) not in tried]
@@ -103,6 +99,19 @@ def next_trial(
         if len(layers) == kept:
             return best.model_copy(update={"name": trial_name(number, f"float-{kept}"), "float_layers": layers})
     return _training(best, trial_name(number, "qat"), num_training_images)
+
+
+def free_trials(search: SearchRecipe) -> list[PTQRecipe]:
+    """The settings that cost no speed, in the order in which they are tried: the first trials, up to the limit.
+
+    Only whether one is still tried depends on the results of those before.
+    """
+    found: list[PTQRecipe] = []
+    options: dict[str, Any] = {}
+    for number, (name, added) in enumerate(_FREE[: search.max_trials], start=1):
+        options |= added
+        found.append(PTQRecipe(name=trial_name(number, name), **options))
+    return found
 
 
 def best_trial(search: SearchRecipe, trials: Sequence[Trial]) -> Trial:

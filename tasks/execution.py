@@ -144,6 +144,11 @@ class LiveRun:
         return self.executor.machine
 
     @property
+    def at_once(self) -> bool:
+        """Whether stages that do not depend on each other run at the same time."""
+        return self.executor.at_once
+
+    @property
     def stages(self) -> list[StageRow]:
         """The stages met so far, in the order of the flow."""
         return self._calls.notes

@@ -43,6 +43,8 @@ class Plan:
         finished: Those of the keys whose stage that run finished.
     """
 
+    at_once = False
+
     def __init__(self, store: Store, last_run: Mapping[str, str], finished: Collection[str]) -> None:
         self.store = store
         self.machine = available.this_machine()

@@ -34,6 +34,10 @@ class Run(Protocol):
     def keys(self) -> list[str]:
         """The keys of the stages met so far whose outputs exist, in order."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether stages that do not depend on each other run at the same time."""
+
     def __call__(self, stage: Stage[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The stage's outputs for these arguments; in a plan, stand-ins for those that do not exist yet."""
 

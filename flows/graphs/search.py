@@ -1,13 +1,15 @@
-"""The search: trials are ordinary branches, run one after the other from the same cached stages."""
+"""The search: trials are ordinary branches, which start from the same cached stages."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from flows.graphs.branches import layers_of, ptq_branch, qat_branch
 from flows.graphs.evaluation import evaluate_selection, targets_of, time_files
 from flows.graphs.shared_stages import SharedStages
 from quantlib import search
-from quantlib.recipe.branches import PTQRecipe, QATRecipe
+from quantlib.recipe.branches import BranchRecipe, PTQRecipe, QATRecipe
 from quantlib.recipe.sections import SearchRecipe
 from quantlib.search import Trial
 from tasks.refs import VariantRefs
@@ -44,6 +46,8 @@ def _try_in_turn(
 ) -> str:
     """Run trials until the search is over, adding them to `variants` and `trials`.
 
+    Where stages run at once, those that cost no speed are begun together: what was not needed in the end is forgotten.
+
     Returns:
         The limit that ended it; "" if it ended by itself.
 
@@ -66,18 +70,25 @@ def _try_in_turn(
 
     images, run = stages.inputs.training, stages.run
     before = set(run.keys)
+    begun: dict[str, Callable[[], VariantRefs]] = {}
+    if run.at_once:
+        begun = {each.name: run.begin(partial(_try, stages, each)) for each in search.free_trials(settings)}
     # Counts what the stages took when they were computed: a clock would start over each time the search is resumed.
     while seconds_of(run.store, set(run.keys) - before) < 60 * settings.max_minutes:
         branch = search.next_trial(settings, trials, rank, find_costly, images.stop - images.start)
         if branch is None:
             return ", at its limit," if len(trials) == settings.max_trials else ""
-        assert isinstance(branch, PTQRecipe | QATRecipe)
-        variant = ptq_branch(stages, branch) if isinstance(branch, PTQRecipe) else qat_branch(stages, branch)
-        variant = replace(variant, reference=evaluate_selection(stages, branch.name, variant.reference))
+        variant = begun.get(branch.name, partial(_try, stages, branch))()
         variants[branch.name] = variant
         trials.append(judge(run, branch, baseline, variant))
         _save_best(stages, settings, variants, trials)
     return f", at its limit of {_count(settings.max_minutes, 'minute')},"
+
+
+def _try(stages: SharedStages, branch: BranchRecipe) -> VariantRefs:
+    assert isinstance(branch, PTQRecipe | QATRecipe)
+    variant = ptq_branch(stages, branch) if isinstance(branch, PTQRecipe) else qat_branch(stages, branch)
+    return replace(variant, reference=evaluate_selection(stages, branch.name, variant.reference))
 
 
 def _save_best(

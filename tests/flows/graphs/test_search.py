@@ -73,6 +73,15 @@ def test_a_killed_search_is_resumed_where_it_stopped(searched):
     assert not outcome.stages["convert-search-2-equalized"]
 
 
+@pytest.mark.slow
+def test_a_search_whose_trials_run_at_once_ends_with_the_same(searched, tmp_path):
+    home, _, _ = searched
+    outcome = harness.run(tmp_path / "home", recipe=RECIPE, at_once=True)
+    assert outcome.error == ""
+    made, wanted = harness.outputs_of(tmp_path / "home"), harness.outputs_of(home)
+    assert made == wanted
+
+
 def test_a_plan_follows_the_trials_that_were_made(searched, equally_fast):
     home, outcome, _ = searched
     planned = plan_run(parse_recipe(RECIPE), home)
@@ -114,6 +123,7 @@ def test_every_layer_of_every_variant_is_in_the_table_of_layers(searched):
 
 
 COSTLY = (("a",), ("a", "b"))
+FREE = ["minmax", "equalized", "corrected", "per_channel", "mse", "smoothed", "percentile"]
 X86, ONEDNN = "torchscript-x86", "torchscript-onednn"
 
 
@@ -123,9 +133,14 @@ class FakeRun:
     store = None
     machine = available.this_machine()
 
-    def __init__(self, drops, keys, runtime, costly, times):
+    def __init__(self, drops, keys, runtime, costly, times, at_once):
         self.drops, self._keys, self.runtime, self.costly, self.times = drops, keys, runtime, costly, times
+        self.at_once, self.made = at_once, []
         self.saved, self.ranked, self.timed = [], [], []
+
+    def begin(self, call):
+        result = call()
+        return lambda: result
 
     @property
     def keys(self):
@@ -140,6 +155,7 @@ class FakeRun:
         self.saved.append(ref.sha256)
 
     def branch(self, shared, branch):
+        self.made.append(branch.name)
         file = Ref("file", branch.name, 1)
         return VariantRefs(
             variant=Variant(name=branch.name, method="", engine="x86"),
@@ -170,7 +186,7 @@ class FakeRun:
         drop = self.drops.get(branch.name.split("-", 2)[2], 0.1)
         if drop is None:
             raise NotYetKnownError
-        return Trial(branch, drop, 1.0)
+        return Trial(branch, abs(drop), 1.0 if drop >= 0 else 0.0)
 
     def time_files(self, shared, targets, batch_sizes, num_threads, name):
         assert (batch_sizes, num_threads, name) == ((1,), (1,), "search")
@@ -190,8 +206,9 @@ def loop(monkeypatch):
     """Runs the loop; returns its variants, its note, and what it saved, measured and timed."""
     monkeypatch.setattr(flow, "seconds_of", lambda store, keys: 0.0)
 
-    def run(drops, keys=list, runtime=X86, costly=(), times=None, allowed=lambda runtime: True, **settings):
-        fake, images = FakeRun(drops, keys, Runtime(runtime, "1"), costly, times), Subset(None, 0, 0, 1000)
+    def run(drops, keys=list, runtime=X86, costly=(), times=None, allowed=lambda _: True, at_once=None, **settings):
+        fake = FakeRun(drops, keys, Runtime(runtime, "1"), costly, times, at_once is not None)
+        images = Subset(None, 0, 0, 1000)
         for name in (
             "evaluate_selection",
             "layers_of",
@@ -212,6 +229,8 @@ def loop(monkeypatch):
         )
         variants, best, note = flow.search_branches(shared, fake.branch(shared, SimpleNamespace(name="float")))
         assert best is None or f"{best}, " in note
+        if at_once is not None:
+            at_once += fake.made[1:]  # The first is float.
         return variants, note, fake.saved, fake.ranked, fake.timed
 
     return run
@@ -220,6 +239,17 @@ def loop(monkeypatch):
 def test_the_file_that_is_saved_is_always_the_best_so_far(loop):
     _, _, saved, *_ = loop({"equalized": 0.05, "corrected": 0.06, "float-1": 0.0, "qat": 0.2})
     assert [name.split("-", 2)[2] for name in saved] == ["minmax", *["equalized"] * 6, "float-1", "float-1"]
+
+
+@pytest.mark.parametrize(("drops", "num_tried"), [({"corrected": 0.05}, 12), ({"minmax": -1e-9}, 1), ({}, 12)])
+def test_trials_that_are_begun_together_are_judged_as_if_they_came_one_after_the_other(loop, drops, num_tried):
+    begun = []
+    expected, found = loop(drops), loop(drops, at_once=begun)
+    assert found == expected
+    assert len(found[0]) == num_tried
+    assert [name.split("-", 2)[2] for name in begun[:7]] == FREE
+    assert len(begun) == max(7, num_tried)
+    assert len(set(begun)) == len(begun)
 
 
 def test_of_a_model_without_a_torchscript_file_the_onnx_file_is_saved(loop):
