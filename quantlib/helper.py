@@ -28,6 +28,9 @@ from quantlib.process import begin_to_answer, start_child
 from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.runtimes import classifiers
 
+NUM_CHECKED = 32
+"""How many images a file must answer before it counts."""
+
 # Opening a large model and running it on some images takes a minute.
 _MAX_SECONDS = 600
 # What a kernel does to its own process. Any other signal came from outside and says nothing about the file.

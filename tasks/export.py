@@ -1,5 +1,8 @@
 """Stages that export: script_and_save, try_file, draft_onnx, save_onnx, save_program."""
 
+from collections.abc import Callable
+
+from quantlib.errors import ModelError
 from quantlib.recipe.interface import Interface
 from quantlib.runtimes.available import Runtime
 from quantlib.store.artifacts import Ref
@@ -15,7 +18,6 @@ def script_and_save(job: Job, model: Ref, runtime: Runtime, images: Ref, interfa
     Or why there is none.
     """
     from quantlib.data import shards
-    from quantlib.errors import ModelError
     from quantlib.export import check, scripting
     from quantlib.export.ends import Ends
     from quantlib.quantize import stored
@@ -23,43 +25,37 @@ def script_and_save(job: Job, model: Ref, runtime: Runtime, images: Ref, interfa
     shard = job.store.path(images)
     ends = Ends(interface, shards.open_shard(shard).normalization)
     module, header = stored.open_model(job.store.read(model))
-    try:
+
+    def write() -> Ref:
         content = scripting.script(module, runtime.engine, header.input_shape, ends)
         check.check_file(content, module, runtime.name, shard, interface)
-    except ModelError as error:
-        return job.store.put_json(_REFUSAL, {"reason": str(error)})
-    return job.store.put("torchscript", content)
+        return job.store.put("torchscript", content)
+
+    return _or_refusal(job, write)
 
 
 @stage("try_file-{branch}")
 def try_file(job: Job, file: Ref, images: Ref, runtime: Runtime, interface: Interface, *, branch: str) -> Ref:
     """A file that was checked in one runtime, once it has run in another, too. Or why it does not."""
     from quantlib import helper
-    from quantlib.errors import ModelError
 
-    store = job.store
-    try:
-        helper.run_file(store.path(file), runtime.name, store.path(images), 32, interface)
-    except ModelError as error:  # The run can do without this runtime.
-        return store.put_json(_REFUSAL, {"reason": str(error)})
-    return file
+    def run() -> Ref:
+        helper.run_file(job.store.path(file), runtime.name, job.store.path(images), helper.NUM_CHECKED, interface)
+        return file
+
+    return _or_refusal(job, run)
 
 
 @stage("draft_onnx")
 def draft_onnx(job: Job, fused: Ref, exporter: str) -> Ref:  # The exporter's version is a part of the key.
     """The ONNX graph that the files of every variant are filled into; or why there is none."""
     from quantlib import helper
-    from quantlib.errors import ModelError
     from quantlib.export import onnx_draft
     from quantlib.quantize import stored
 
     helper.start()  # The files that are filled into this graph will be checked there; torch's exporter takes seconds.
     module, header = stored.open_model(job.store.read(fused))
-    try:
-        content = onnx_draft.draft(module, header.input_shape)
-    except ModelError as error:
-        return job.store.put_json(_REFUSAL, {"reason": str(error)})
-    return job.store.put("onnx-draft", content)
+    return _or_refusal(job, lambda: job.store.put("onnx-draft", onnx_draft.draft(module, header.input_shape)))
 
 
 @stage("save_onnx-{branch}")
@@ -72,7 +68,6 @@ def save_onnx(
     other files.
     """
     from quantlib.data import shards
-    from quantlib.errors import ModelError
     from quantlib.export import check, onnx
     from quantlib.export.ends import Ends
     from quantlib.quantize import stored
@@ -81,13 +76,14 @@ def save_onnx(
     if is_refusal(draft):
         return store.put_json(_REFUSAL, store.read_json(draft))
     module, _ = stored.open_model(store.read(model))
-    try:
+
+    def write() -> Ref:
         plain = onnx.write_onnx(store.read(draft), module, runtime.name)
         content = Ends(interface, shards.open_shard(shard).normalization).add_to_onnx(plain)
         check.check_file(content, module, runtime.name, shard, interface)
-    except ModelError as error:
-        return store.put_json(_REFUSAL, {"reason": str(error)})
-    return store.put("onnx", content)
+        return store.put("onnx", content)
+
+    return _or_refusal(job, write)
 
 
 @stage("save_program-{branch}")
@@ -97,7 +93,6 @@ def save_program(job: Job, model: Ref, images: Ref, runtime: Runtime, interface:
     Or why there is none.
     """
     from quantlib.data import shards
-    from quantlib.errors import ModelError
     from quantlib.export import check, executorch, torch_export
     from quantlib.export.ends import Ends
     from quantlib.quantize import stored
@@ -105,13 +100,22 @@ def save_program(job: Job, model: Ref, images: Ref, runtime: Runtime, interface:
     shard = job.store.path(images)
     ends = Ends(interface, shards.open_shard(shard).normalization)
     module, header = stored.open_model(job.store.read(model))
-    try:
-        write = executorch.write if runtime.name == "executorch" else torch_export.write
-        content = write(module, header.input_shape, ends)
+    writer = executorch.write if runtime.name == "executorch" else torch_export.write
+
+    def write() -> Ref:
+        content = writer(module, header.input_shape, ends)
         check.check_file(content, module, runtime.name, shard, interface)
+        return job.store.put(runtime.name, content)
+
+    return _or_refusal(job, write)
+
+
+def _or_refusal(job: Job, make: Callable[[], Ref]) -> Ref:
+    """What `make` returns; or, if the model does not allow it, why: the run can do without one of its files."""
+    try:
+        return make()
     except ModelError as error:
         return job.store.put_json(_REFUSAL, {"reason": str(error)})
-    return job.store.put(runtime.name, content)
 
 
 def is_refusal(file: Ref) -> bool:

@@ -14,7 +14,6 @@ from quantlib.quantize.grids import Grid
 from quantlib.recipe.interface import FLOAT, Interface
 from quantlib.runtimes import available
 
-_NUM_CHECKED = 32
 # About 0.001 for accurate int8 models, 0.05 for bad ones: each rounding difference grows on its way through.
 _MAX_ERROR = 0.1
 _MAX_FLOAT_ERROR = 1e-4
@@ -40,9 +39,9 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, inte
     with temporary.new_folder() as folder:
         path = folder / f"model{available.suffix_of(runtime)}"
         path.write_bytes(content)
-        got = helper.run_file(path, runtime, shard, _NUM_CHECKED, interface)
+        got = helper.run_file(path, runtime, shard, helper.NUM_CHECKED, interface)
     with torch.inference_mode():
-        expected = model.eval()(shards.open_shard(shard).inputs(stop=_NUM_CHECKED))
+        expected = model.eval()(shards.open_shard(shard).inputs(stop=helper.NUM_CHECKED))
     if interface.softmax:
         expected = expected.softmax(dim=1)
     error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))

@@ -163,6 +163,7 @@ def test_no_stage_computes_with_what_is_imported_at_the_top_of_its_file():
     allowed = {
         "quantlib.data.split",
         "quantlib.data.transforms",
+        "quantlib.errors",
         "quantlib.models.source",
         "quantlib.recipe.interface",
         "quantlib.recipe.schedule",
