@@ -68,7 +68,8 @@ def test_the_settings_that_keep_accuracy_keep_it(weights, shared, tmp_path):
     assert done.returncode == 0
     variants = pd.read_parquet(home / "reports" / "variants").set_index("variant")
     assert variants.top1["float"] == pytest.approx(0.8332, abs=1e-9)
-    assert set(variants.num_images) == {5000}
+    # A trial of the search is evaluated until its verdict is certain.
+    assert set(variants.num_images[~variants.index.str.startswith("search-")]) == {5000}
     for name, least in LEAST.items():
         assert variants.top1[name] >= least, name
     assert variants.top1["accurate_7_bits"] >= 0.8290
