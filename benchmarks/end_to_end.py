@@ -113,9 +113,13 @@ def repeat_validation(data: Path, place: Path, num_images: int) -> Path:
 
 
 def random_weights(place: Path, num_classes: int) -> Path:
-    """An untrained state_dict."""
+    """An untrained state_dict; BatchNorm has seen noise, without which activations would vanish layer by layer."""
     torch.manual_seed(0)
-    torch.save(mobilenet_v2.mobilenet_v2(num_classes).state_dict(), place)
+    model = mobilenet_v2.mobilenet_v2(num_classes).train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(16, 3, 64, 64))
+    torch.save(model.state_dict(), place)
     return place
 
 

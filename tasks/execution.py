@@ -104,7 +104,7 @@ class LocalExecutor:
     ) -> Any:
         """The stage's outputs, which are then in the job's store."""
         started()
-        _prepare_process()
+        _prepare_process(alone=stage.alone)
         return stage.work(job, **arguments)
 
     def close(self) -> None:
@@ -318,8 +318,12 @@ def _run_id(home: Path, recipe: Recipe, flow_run_id: str | None) -> str:
 
 
 @functools.cache
-def _prepare_process() -> None:
+def _prepare_process(*, alone: bool) -> None:
     """Set up this process for computing; one that only reuses does not need it."""
+    from quantlib import helper
     from quantlib.process import prepare_process
 
     prepare_process()
+    if not alone:
+        # What computes usually ends in files, which are checked there: it imports torch meanwhile, on another core.
+        helper.start()

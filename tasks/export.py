@@ -1,6 +1,7 @@
 """Stages that export: script_and_save, try_file, draft_onnx, save_onnx, save_program."""
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from quantlib.errors import ModelError
 from quantlib.recipe.interface import Interface
@@ -9,6 +10,9 @@ from quantlib.store.artifacts import Ref
 from tasks.stage import Job, stage
 
 _REFUSAL = "refusal"
+_Opened: TypeAlias = tuple[Any, Any, Any]
+"""A model as a graph, its header, and its answers to some images: their types would import torch."""
+_OPENED: dict[tuple[str, str], _Opened] = {}
 
 
 @stage("script_and_save-{branch}")
@@ -24,11 +28,16 @@ def script_and_save(job: Job, model: Ref, runtime: Runtime, images: Ref, interfa
 
     shard = job.store.path(images)
     ends = Ends(interface, shards.open_shard(shard).normalization)
-    module, header = stored.open_model(job.store.read(model))
+
+    def open_model() -> _Opened:
+        module, header = stored.open_model(job.store.read(model))
+        return module, header, check.answers_of(module, shard)
+
+    module, header, answers = _opened(model, images, open_model)
 
     def write() -> Ref:
         content = scripting.script(module, runtime.engine, header.input_shape, ends)
-        check.check_file(content, module, runtime.name, shard, interface)
+        check.check_file(content, module, runtime.name, shard, interface, answers)
         return job.store.put("torchscript", content)
 
     return _or_refusal(job, write)
@@ -75,12 +84,17 @@ def save_onnx(
     store, shard = job.store, job.store.path(images)
     if is_refusal(draft):
         return store.put_json(_REFUSAL, store.read_json(draft))
-    module, _ = stored.open_model(store.read(model))
+
+    def open_model() -> _Opened:
+        module, header = stored.open_model(store.read(model))
+        return module, header, check.answers_of(module, shard)
+
+    module, _, answers = _opened(model, images, open_model)
 
     def write() -> Ref:
         plain = onnx.write_onnx(store.read(draft), module, runtime.name)
         content = Ends(interface, shards.open_shard(shard).normalization).add_to_onnx(plain)
-        check.check_file(content, module, runtime.name, shard, interface)
+        check.check_file(content, module, runtime.name, shard, interface, answers)
         return store.put("onnx", content)
 
     return _or_refusal(job, write)
@@ -108,6 +122,18 @@ def save_program(job: Job, model: Ref, images: Ref, runtime: Runtime, interface:
         return job.store.put(runtime.name, content)
 
     return _or_refusal(job, write)
+
+
+def _opened(model: Ref, images: Ref, open_model: Callable[[], _Opened]) -> _Opened:
+    """A model, its header and its answers to images; the last ones are remembered, as a model has several files.
+
+    Who writes a file must leave the model as it is.
+    """
+    key = model.sha256, images.sha256
+    if key not in _OPENED:
+        _OPENED.clear()  # Large models are kept once.
+        _OPENED[key] = open_model()
+    return _OPENED[key]
 
 
 def _or_refusal(job: Job, make: Callable[[], Ref]) -> Ref:

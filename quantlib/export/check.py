@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantlib import helper, temporary
 from quantlib.data import shards
@@ -19,7 +19,21 @@ _MAX_ERROR = 0.1
 _MAX_FLOAT_ERROR = 1e-4
 
 
-def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, interface: Interface = FLOAT) -> None:
+def answers_of(model: nn.Module, shard: Path) -> Tensor:
+    """A model's logits for the images of a shard that a file must answer, [n, num_classes] float32."""
+    with torch.inference_mode():
+        answers: Tensor = model.eval()(shards.open_shard(shard).inputs(stop=helper.NUM_CHECKED))
+    return answers
+
+
+def check_file(
+    content: bytes,
+    model: nn.Module,
+    runtime: str,
+    shard: Path,
+    interface: Interface = FLOAT,
+    expected: Tensor | None = None,
+) -> None:
     """Compare an exported file's logits, computed in a helper process, with the model's own, on real images.
 
     They are not bit-identical: runtimes round sums in different places, and int8 models amplify that.
@@ -30,6 +44,7 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, inte
         runtime: The runtime that the file runs in.
         shard: A file of decoded images; the first 32 are used.
         interface: What the file takes and gives.
+        expected: What `answers_of` returns, if it is known.
 
     Raises:
         ModelError: If the file does not run, crashes or hangs; or if the difference has more than a tenth of the
@@ -40,8 +55,8 @@ def check_file(content: bytes, model: nn.Module, runtime: str, shard: Path, inte
         path = folder / f"model{available.suffix_of(runtime)}"
         path.write_bytes(content)
         got = helper.run_file(path, runtime, shard, helper.NUM_CHECKED, interface)
-    with torch.inference_mode():
-        expected = model.eval()(shards.open_shard(shard).inputs(stop=helper.NUM_CHECKED))
+    if expected is None:
+        expected = answers_of(model, shard)
     if interface.softmax:
         expected = expected.softmax(dim=1)
     error = float((got - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo().tiny))

@@ -24,10 +24,12 @@ from quantlib.runtimes.classifiers import Classifier
 _NUM_WARM_UP = 2
 # Enough for a median; whether the order is certain is asked after these, and then after every few more.
 _LEAST, _MORE = 10, 5
-# Enough for the 95th percentile of a setting that nothing is ranked by.
-_REPORTED = 20
 # A slow model stops here, once it has the least number of samples.
 _MAX_SECONDS = 2.0
+# The same for a setting that nothing is ranked by, and enough for its 95th percentile.
+_LEAST_REPORTED, _MOST_REPORTED, _MAX_SECONDS_REPORTED = 5, 20, 1.0
+# A call that takes longer gains too little from an untimed one before it.
+_LONG_CALL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def time_models(
                 is_enough = functools.partial(ranking.is_order_certain, files=files or range(len(models)))
                 samples = _time_in_turn(models, batch, num_samples, is_enough)
             else:
-                samples = _time_in_turn(models, batch, min(num_samples, _REPORTED))
+                samples = _time_in_turn(models, batch, min(num_samples, _MOST_REPORTED))
             timings += [Timing(n, batch_size, threads, tuple(ms)) for n, ms in enumerate(samples)]
     finally:
         torch.set_num_threads(threads_before)
@@ -90,26 +92,37 @@ def _time_in_turn(
     models: Sequence[Classifier],
     batch: Tensor,
     num_samples: int,
-    is_enough: Callable[[Sequence[Sequence[float]]], bool] = lambda _: False,
+    is_enough: Callable[[Sequence[Sequence[float]]], bool] | None = None,
 ) -> list[list[float]]:
-    """Milliseconds of each model's call in each round."""
+    """Milliseconds of each model's call in each round; without `is_enough`, nothing is ranked by them."""
     samples: list[list[float]] = [[] for _ in models]
     batches = [model.arrange(batch) for model in models]
+    long = []
     for model, own in zip(models, batches, strict=True):
         for _ in range(_NUM_WARM_UP):
-            model(own)
-    deadline = time.perf_counter() + _MAX_SECONDS * len(models)
+            seconds = _seconds(model, own)
+        long.append(is_enough is None and seconds > _LONG_CALL_SECONDS)
+    least, most_seconds = (_LEAST, _MAX_SECONDS) if is_enough else (_LEAST_REPORTED, _MAX_SECONDS_REPORTED)
+    deadline = time.perf_counter() + most_seconds * len(models)
     order = random.Random(0)  # The same in every run, so that runs differ only by the machine.
     for number in range(num_samples):
-        if number >= _LEAST and (time.perf_counter() >= deadline or (number % _MORE == 0 and is_enough(samples))):
+        if number >= least and time.perf_counter() >= deadline:
             break
-        turns = list(zip(models, batches, samples, strict=True))
+        if is_enough is not None and number >= least and number % _MORE == 0 and is_enough(samples):
+            break
+        turns = list(zip(models, batches, samples, long, strict=True))
         order.shuffle(turns)
-        for model, own, times in turns:
-            # Untimed: it brings weights into the caches, as on a server, and outlasts the previous runtime's
-            # threads, which spin for a while.
-            model(own)
-            start = time.perf_counter()
-            model(own)
-            times.append((time.perf_counter() - start) * 1000)
+        for model, own, times, is_long in turns:
+            if not is_long:
+                # Untimed: it brings weights into the caches, as on a server, and outlasts the previous runtime's
+                # threads, which spin for a while.
+                model(own)
+            times.append(_seconds(model, own) * 1000)
     return samples
+
+
+def _seconds(model: Classifier, batch: Tensor) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    model(batch)
+    return time.perf_counter() - start

@@ -54,7 +54,7 @@ def correct_bias_on(calibrated: fx.GraphModule, scheme: Scheme, x: Tensor) -> fx
         bias = layer.bias
         assert isinstance(bias, nn.Parameter)
         bias.data += shift.flatten()
-        return output + shift
+        return output.add_(shift)
 
     with torch.inference_mode():
         handles = [
@@ -73,13 +73,12 @@ def _shift(output: Tensor, wanted: Tensor, layer: nn.Module, *, relu: bool) -> T
     """The shift that gives a layer's output [N, C, ...] the mean `wanted` (C, 1, ...)."""
     if not relu:
         return wanted - _mean(output, layer)
-    shift = torch.zeros_like(wanted)
+    # In place: most of the time went into new memory for the activations of many images.
+    shift, moved = torch.zeros_like(wanted), torch.empty_like(output)
     for _ in range(_NEWTON_STEPS):
-        moved = (output + shift).relu()
-        active = _mean((moved > 0).float(), layer)  # The derivative of the mean with respect to the shift.
-        shift += torch.where(
-            active > _LEAST_ACTIVE, (wanted - _mean(moved, layer)) / active.clamp_min(_LEAST_ACTIVE), 0.0
-        )
+        mean = _mean(torch.add(output, shift, out=moved).relu_(), layer)
+        active = _mean(moved.sign_(), layer)  # The derivative of the mean with respect to the shift.
+        shift += torch.where(active > _LEAST_ACTIVE, (wanted - mean) / active.clamp_min(_LEAST_ACTIVE), 0.0)
     return shift
 
 

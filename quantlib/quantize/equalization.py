@@ -92,7 +92,7 @@ class _Peaks(fx.Interpreter):
         super().__init__(model)
         self.of = {group: torch.zeros(len(group.fixed), dtype=torch.float64) for group in groups}
         self._seen = {
-            node: (group, channels[0].flatten())
+            node: (group, channels[0])
             for group in self.of
             for node, channels in group.tensors.items()
             # A ReLU is rounded as one with what it reads.
@@ -104,8 +104,21 @@ class _Peaks(fx.Interpreter):
         result = super().run_node(node)
         if node in self._seen:
             group, channels = self._seen[node]
-            self.of[group].scatter_reduce_(0, channels, result.abs().amax(0).flatten().double(), "amax")
+            self.of[group].scatter_reduce_(0, *_largest_values(result, channels), "amax")
         return result
+
+
+def _largest_values(x: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels and the largest absolute value of each, of a tensor [N, ...] with a channel for each place [...].
+
+    A channel may come more than once.
+    """
+    # Row by row of [N, H, W] pixels or [N, T] tokens, which is the order in memory: tens of times as fast.
+    if x.dim() == 4 and (channels == channels[:, :1, :1]).all():
+        x, channels = x.permute(0, 2, 3, 1).flatten(0, 2), channels[:, 0, 0]
+    elif x.dim() == 3 and (channels == channels[:1]).all():
+        x, channels = x.flatten(0, 1), channels[0]
+    return channels.flatten(), torch.maximum(x.amax(0), -x.amin(0)).flatten().double()
 
 
 def _rescale(group: ScaleGroup, ranges: Tensor, share: float, *, per_channel: bool = False) -> float:

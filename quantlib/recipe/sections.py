@@ -235,9 +235,9 @@ class BenchmarkRecipe(Section):
     """Runtimes that models are exported for and timed in; torchscript stands for each of torch's engines. Absent: those
     that the gate names; else torchscript and every installed runtime for ONNX."""
     num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
-    """Most timed calls per model and runtime, in turn, after a warm-up; at least ten are taken, and for slow ones no
-    more. One image on one thread is timed until the order of the files is certain, files that differ by less than 2%
-    in any order; other settings, which only the report shows, at most 20 times."""
+    """Most timed calls per model and runtime, in turn, after a warm-up. One image on one thread is timed at least ten
+    times, and until the order of the files is certain, files that differ by less than 2% in any order; other settings,
+    which only the report shows, 5 to 20 times, slow ones less often."""
 
 
 class SearchRecipe(Section):

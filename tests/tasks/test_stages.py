@@ -335,7 +335,7 @@ def test_a_model_that_torchscript_or_onnx_refuses_has_no_such_file_and_the_reaso
 
 
 def test_a_file_that_fails_its_check_is_refused_with_the_reason(run, monkeypatch, fused_model, tiny_header, val_shard):
-    def refuse(content, model, runtime, images, interface):
+    def refuse(content, model, runtime, images, interface, expected=None):
         raise ModelError(f"it crashed in {runtime}")
 
     monkeypatch.setattr("quantlib.export.check.check_file", refuse)

@@ -205,7 +205,23 @@ def test_the_order_of_one_files_slower_runtimes_needs_no_samples(inputs):
 
 
 @pytest.mark.usefixtures("clock")
-def test_settings_that_nothing_is_ranked_by_take_twenty_samples(inputs):
-    found = count_samples([_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.01, 1))], inputs, [1, 2], [1, 2])
+def test_settings_that_nothing_is_ranked_by_take_twenty_samples_and_slow_ones_five(inputs, monkeypatch):
+    def count_with(most_seconds):
+        monkeypatch.setattr(benchmark, "_MAX_SECONDS_REPORTED", most_seconds)
+        models = [_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.01, 1))]
+        found = count_samples(models, inputs, [1, 2], [1, 2])
+        return found.pop((1, 1)) > 20, set(found.values())
 
-    assert (found.pop((1, 1)) > 20, set(found.values())) == (True, {20})
+    assert count_with(float("inf")) == (True, {20})
+    assert count_with(0.0) == (True, {5})
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("seconds", "untimed"), [(0.1, 0), (0.01, 20)])
+def test_a_long_call_that_nothing_is_ranked_by_follows_no_untimed_one(inputs, seconds, untimed, monkeypatch):
+    monkeypatch.setattr(benchmark, "_MAX_SECONDS_REPORTED", float("inf"))
+    left = [seconds] * 100
+
+    benchmark.time_models(lambda _: [_Clocked(iter(left.pop, None))], inputs, [2], [1], 100)
+
+    assert 100 - len(left) == NUM_WARM_UP + 20 + untimed
