@@ -17,6 +17,7 @@ from quantlib.recipe.scheme import Scheme
 
 # The mean after ReLU is a convex function of the shift, so Newton's method converges fast.
 _NEWTON_STEPS = 3
+_IMAGES_AT_ONCE = 8
 # Channels active on a smaller fraction of values than this are left alone: a few values say little about the mean.
 _LEAST_ACTIVE = 0.01
 
@@ -73,13 +74,22 @@ def _shift(output: Tensor, wanted: Tensor, layer: nn.Module, *, relu: bool) -> T
     """The shift that gives a layer's output [N, C, ...] the mean `wanted` (C, 1, ...)."""
     if not relu:
         return wanted - _mean(output, layer)
-    # In place: most of the time went into new memory for the activations of many images.
-    shift, moved = torch.zeros_like(wanted), torch.empty_like(output)
+    shift = torch.zeros_like(wanted)
     for _ in range(_NEWTON_STEPS):
-        mean = _mean(torch.add(output, shift, out=moved).relu_(), layer)
-        active = _mean(moved.sign_(), layer)  # The derivative of the mean with respect to the shift.
+        mean, active = _after_relu(output, shift, layer)
         shift += torch.where(active > _LEAST_ACTIVE, (wanted - mean) / active.clamp_min(_LEAST_ACTIVE), 0.0)
     return shift
+
+
+def _after_relu(output: Tensor, shift: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The mean of relu(output + shift), output [N, C, ...] and shift (C, 1, ...), and its derivative by the shift."""
+    mean, active = torch.zeros_like(shift), torch.zeros_like(shift)
+    # A few images at a time: new memory for all of them took more time than the arithmetic.
+    for part in output.split(_IMAGES_AT_ONCE):
+        moved = torch.add(part, shift).relu_()
+        mean += len(part) / len(output) * _mean(moved, layer)
+        active += len(part) / len(output) * _mean(moved.sign_(), layer)
+    return mean, active
 
 
 def _before_relu(model: fx.GraphModule) -> set[str]:
@@ -93,9 +103,11 @@ def _means(model: fx.GraphModule, x: Tensor, has_relu: set[str]) -> dict[str, Te
     seen: dict[str, list[Tensor]] = {}
 
     def record(path: str, output: Tensor) -> None:
-        seen.setdefault(path, []).append(
-            _mean(output.relu() if path in has_relu else output, model.get_submodule(path))
-        )
+        layer = model.get_submodule(path)
+        mean = _mean(output, layer)
+        if path in has_relu:
+            mean, _ = _after_relu(output, torch.zeros_like(mean), layer)
+        seen.setdefault(path, []).append(mean)
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, path=path: record(path, output))
