@@ -80,23 +80,15 @@ Measure = Callable[[Ref, str], Ref]
 """Evaluates a file on a shard; the shard has a name."""
 
 
-def _evaluator(shared: SharedStages, file: FileRefs) -> Measure:
+def _evaluator(shared: SharedStages, file: FileRefs, *, is_baseline: bool = False) -> Measure:
     batch_size, interface = shared.recipe.evaluation.batch_size, shared.interface
-    return lambda shard, label: shared.run(
-        evaluate, file.file, shard, batch_size, file.runtime, interface, branch=label
-    )
-
-
-def _float_evaluator(shared: SharedStages, file: FileRefs) -> Measure:
-    batch_size, interface = shared.recipe.evaluation.batch_size, shared.interface
-    return lambda shard, label: shared.run(
-        evaluate_baseline, file.file, shard, batch_size, file.runtime, interface, branch=label
-    )
+    stage = evaluate_baseline if is_baseline else evaluate
+    return lambda shard, label: shared.run(stage, file.file, shard, batch_size, file.runtime, interface, branch=label)
 
 
 def evaluate_float(shared: SharedStages, reference: FileRefs) -> FileRefs:
     """The float model's file, evaluated; where evaluation may stop, on the selection images alone for now."""
-    measure = _float_evaluator(shared, reference)
+    measure = _evaluator(shared, reference, is_baseline=True)
     if shared.recipe.may_stop:
         return _measure_selection(shared, "float", reference, measure)
     return _measure_all(shared, "float", reference, measure)
@@ -201,7 +193,7 @@ class FloatShards:
     """Float's answers for the validation shards, each evaluated when it is first asked for."""
 
     def __init__(self, shared: SharedStages, reference: FileRefs) -> None:
-        self._shared, self._measure = shared, _float_evaluator(shared, reference)
+        self._shared, self._measure = shared, _evaluator(shared, reference, is_baseline=True)
 
     def first(self, count: int) -> tuple[Ref, ...]:
         """The answers for the first shards."""
