@@ -63,13 +63,20 @@ def module_hashes(name: str) -> dict[str, str]:
         source = _source(folder, module)
         if module in hashes or source is None or (installed and module.partition(".")[0] != top):
             continue
-        tree = ast.parse(source.read_bytes())
-        hashes[module] = hash_tree(tree)
         parent = module.rpartition(".")[0]
-        waiting += imported_modules(tree, module if source.name == "__init__.py" else parent)
+        package, status = module if source.name == "__init__.py" else parent, source.stat()
+        hashes[module], imported = _look_into(source, package, status.st_mtime_ns, status.st_size)
+        waiting += imported
         # Importing a module runs the packages that contain it.
         waiting += [parent] if parent else []
     return hashes
+
+
+@functools.cache  # Most modules are imported by many stages' modules.
+def _look_into(source: Path, package: str, changed_ns: int, size: int) -> tuple[str, list[str]]:  # noqa: ARG001
+    """The hash of a module as it is now, and what it imports."""
+    tree = ast.parse(source.read_bytes())
+    return hash_tree(tree), list(imported_modules(tree, package))
 
 
 def _source(folder: Path, module: str) -> Path | None:
