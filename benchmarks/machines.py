@@ -5,8 +5,9 @@
 
 The stages of the home's last run, their seconds and their artifacts' sizes are taken from its records; the stages that
 decode or evaluate validation images are repeated until there are enough of these. A stage begins once what it reads is
-there, on the idle machine that has most of that; a machine downloads what it lacks, and uploads what it made. The
-trials of a search follow each other. Files are timed on the first machine.
+there, on the first idle machine, which downloads what it lacks, and uploads what it made. Files are timed on the first
+machine. A search begins its first trials together; each later one, a copy of the last that was
+measured, waits for those before it.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from quantlib.recipe.sections import SearchRecipe
+from quantlib.search import free_trials
 from quantlib.store.local import Store
 
 SHARD_IMAGES = 1783  # At 224 px: 256 MiB of pixels.
@@ -61,24 +64,41 @@ def read(home: Path) -> tuple[list[Node], dict[str, int], int]:
         outputs = tuple(ref.sha256 for ref in record.outputs)
         inputs = frozenset(set(record.ingredients.values()) & set(sizes))
         nodes.append(Node(row["stage"], record.seconds, inputs, outputs))
-    return _in_trials(nodes), sizes, variants[0]["num_images"]
+    return nodes, sizes, variants[0]["num_images"]
 
 
-def _in_trials(nodes: Sequence[Node]) -> list[Node]:
-    """The same, where a trial's stages wait for the trial before, and files are evaluated once all are timed."""
-    found = {node.label: node.outputs for node in nodes}
-    timed = frozenset(found["benchmark-variants"])
-    after: dict[int, frozenset[str]] = {}
-    for label, outputs in found.items():
-        if (trial := TRIAL.fullmatch(label)) and label.startswith("evaluate-") and label.endswith("held_out"):
-            after.setdefault(int(trial[1]) + 1, frozenset(outputs))
-    ordered = []
+def in_trials(nodes: Sequence[Node], sizes: dict[str, int], num_trials: int) -> list[Node]:
+    """The stages of this many trials, which wait for each other, and of files that are evaluated once all are timed."""
+    by_trial: dict[int, list[Node]] = {}
     for node in nodes:
-        trial = TRIAL.fullmatch(node.label)
-        waits = after.get(int(trial[1]), frozenset()) if trial else frozenset()
-        is_last = node.label.startswith("evaluate-") and PER_IMAGE.fullmatch(node.label)
-        ordered.append(replace(node, after=timed if is_last else waits))
-    return ordered
+        if trial := TRIAL.fullmatch(node.label):
+            by_trial.setdefault(int(trial[1]), []).append(node)
+    last = max(by_trial)
+    for number in range(last + 1, num_trials + 1):
+        new = {output: f"{output}@{number}" for node in by_trial[last] for output in node.outputs}
+        sizes |= {copy: sizes[output] for output, copy in new.items()}
+        by_trial[number] = [
+            Node(
+                node.label.replace(f"search-{last}-", f"search-{number}-"),
+                node.seconds,
+                frozenset(new.get(each, each) for each in node.inputs),
+                tuple(new[each] for each in node.outputs),
+            )
+            for node in by_trial[last]
+        ]
+    (timing,) = (node for node in nodes if node.label == "benchmark-variants")
+    files = {each for number in by_trial for node in by_trial[number] if "save_" in node.label for each in node.outputs}
+    found = [replace(node, after=node.after | files) if node is timing else node for node in nodes]
+    found = [node for node in found if not TRIAL.fullmatch(node.label)]
+    judged: frozenset[str] = frozenset()
+    for number, own in sorted(by_trial.items()):
+        waits = judged if number > len(free_trials(SearchRecipe())) else frozenset()
+        for node in own:
+            is_last = node.label.startswith("evaluate-") and PER_IMAGE.fullmatch(node.label)
+            found.append(replace(node, after=frozenset(timing.outputs) if is_last else waits))
+            if node.label.startswith("evaluate-") and not is_last:
+                judged |= frozenset(node.outputs)
+    return found
 
 
 def repeat(nodes: Iterable[Node], sizes: dict[str, int], num_measured: int, num_images: int) -> Iterator[Node]:
@@ -115,7 +135,7 @@ def simulate(nodes: Sequence[Node], sizes: dict[str, int], count: int, options: 
                 break
             if not usable or not ((node.inputs | node.after) & made) <= done:
                 continue
-            machine = max(usable, key=lambda machine: sum(sizes[each] for each in node.inputs & machine.has))
+            machine = usable[0]
             lacking = node.inputs - machine.has if count > 1 else ()
             size = sum(sizes[each] for each in (*lacking, *(node.outputs if count > 1 else ())))
             taken = options.overhead + size / options.bandwidth + node.seconds if count > 1 else node.seconds
@@ -133,24 +153,29 @@ def chain(nodes: Sequence[Node]) -> tuple[float, list[str]]:
     """The longest chain of stages that wait for each other: its seconds and its stages."""
     maker = {output: node for node in nodes for output in node.outputs}
     ends: dict[str, tuple[float, list[str]]] = {}
-    for node in nodes:
-        before = [ends[maker[each].label] for each in node.inputs | node.after if each in maker]
-        seconds, labels = max(before, default=(0.0, []))
-        ends[node.label] = seconds + node.seconds, [*labels, node.label]
-    return max(ends.values())
+
+    def end_of(node: Node) -> tuple[float, list[str]]:
+        if node.label not in ends:
+            before = [end_of(maker[each]) for each in node.inputs | node.after if each in maker]
+            seconds, labels = max(before, default=(0.0, []))
+            ends[node.label] = seconds + node.seconds, [*labels, node.label]
+        return ends[node.label]
+
+    return max(map(end_of, nodes))
 
 
 def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("home", type=Path)
+    parser.add_argument("--trials", type=int, default=12, help="of the search")
     parser.add_argument("--images", type=int, default=50_000, help="validation images")
     parser.add_argument("--machines", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--overhead", type=float, default=0.0176, help="seconds of a stage; see engine.py")
     parser.add_argument("--bandwidth", type=float, default=125e6, help="bytes per second of each machine")
     options = parser.parse_args()
     measured, sizes, num_measured = read(options.home)
-    nodes = list(repeat(measured, sizes, num_measured, options.images))
+    nodes = list(repeat(in_trials(measured, sizes, options.trials), sizes, num_measured, options.images))
     print(f"{len(measured)} stages with {num_measured} images, {len(nodes)} with {options.images}")
     alone = None
     for count in options.machines:
