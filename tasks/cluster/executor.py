@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.5
 # Getting an answer's few bytes from a worker that has them.
 _FETCH_SECONDS = 30
+# Workers report to the scheduler every second: one that has not for so long hangs. Dask itself waits five minutes.
+_SILENT_SECONDS = 60.0
 # A stage that ends each worker that it runs on must not end all of them.
 _MAX_DEATHS = 3
 
@@ -57,6 +59,9 @@ class DaskExecutor:
         self._probe = json.dumps(vars(store.put("probe", self._run.encode())))
         self._events: dict[str, queue.Queue[dict[str, Any]]] = {}
         self._met: set[str] = set()
+        self._asked: set[str] = set()
+        self._reports: dict[str, tuple[float, float]] = {}
+        """By worker: its last report by the scheduler's clock, and when that was first seen here."""
         self._closed = threading.Event()
         self._watching = threading.Thread(target=self._watch, daemon=True)
         self._watching.start()
@@ -240,15 +245,35 @@ class DaskExecutor:
                 if not self._closed.is_set():
                     self._machines.stop(_scheduler_is_gone(self._client, error))
                 return
+            found = self._without_silent(found)
             self._machines.keep(found)
+            # In threads: a worker that hangs answers nothing.
             for address in found.keys() - self._met:
                 self._met.add(address)
                 threading.Thread(target=self._meet, args=(address, found[address]), daemon=True).start()
             self._met &= found.keys()
             for worker, paths in self._machines.unknown():
-                answer = self._call_now(worker.address, remote.find_paths, json.dumps(paths))
-                if answer is not None and "error" not in answer:
-                    self._machines.learn(worker, answer)
+                if worker.address not in self._asked:
+                    self._asked.add(worker.address)
+                    threading.Thread(target=self._ask_for, args=(worker, paths), daemon=True).start()
+
+    def _without_silent(self, workers: Mapping[str, Any]) -> dict[str, Any]:
+        """The workers that have reported to the scheduler lately."""
+        now = time.monotonic()
+        before, self._reports = self._reports, {}
+        for address, info in workers.items():
+            reported, since = before.get(address, (None, now))
+            self._reports[address] = info["last_seen"], since if reported == info["last_seen"] else now
+        return {each: info for each, info in workers.items() if now - self._reports[each][1] < _SILENT_SECONDS}
+
+    def _ask_for(self, worker: Worker, paths: list[str]) -> None:
+        """Ask a worker which paths exist there."""
+        try:
+            answer = self._call_now(worker.address, remote.find_paths, json.dumps(paths))
+            if answer is not None and "error" not in answer:
+                self._machines.learn(worker, answer)
+        finally:
+            self._asked.discard(worker.address)
 
     def _meet(self, address: str, info: Mapping[str, Any]) -> None:
         """Ask a new worker what it is."""

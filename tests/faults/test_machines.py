@@ -106,6 +106,24 @@ def test_a_stage_that_nobody_waits_for_any_more_is_ended(how, cluster):
 
 
 @pytest.mark.slow
+def test_a_machine_that_hangs_is_done_without_and_comes_back(cluster, undisturbed):
+    run = start(cluster, constants={"tasks.cluster.executor._SILENT_SECONDS": 5.0})
+    until(lambda: num_done(cluster) >= 5, 200, cluster.logs)
+    hung = find_processes(cluster.workers["a"].pid)
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    outcome = harness.finish(run)
+    for pid in hung:
+        os.kill(pid, signal.SIGCONT)
+    assert_same(cluster, outcome, undisturbed)
+    assert any("a is gone" in said for said in outcome.said), "it was given no stage while it hung"
+    cluster.kill("b")
+    cluster.wait("a")
+    again = harness.finish(start(cluster, recipe=harness.RECIPE | {"name": "again", "seed": 5}))
+    assert again.error == "", again.said
+
+
+@pytest.mark.slow
 def test_a_driver_that_dies_takes_its_stages_along_and_the_run_is_resumed(cluster, undisturbed):
     _, expected = undisturbed
     point = next(n for n, label in enumerate(expected.points) if label == "after qat_epoch-qat-0")
