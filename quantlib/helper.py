@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ NUM_CHECKED = 32
 
 # Opening a large model and running it on some images takes a minute.
 _MAX_SECONDS = 600
+# For one image: a runtime that takes longer is of no use.
+_MAX_SECONDS_TIMED = 60
 # What a kernel does to its own process. Any other signal came from outside and says nothing about the file.
 _CRASHES = {
     signal.SIGABRT,
@@ -65,20 +68,43 @@ def run_file(path: Path, runtime: str, shard: Path, num_images: int, interface: 
         ModelError: If the file cannot be read, does not run, crashes or hangs.
         MachineError: If this machine lacks the runtime or the engine, or the helper was ended from outside.
     """
+    answer = _ask(path, runtime, shard, interface, _MAX_SECONDS, num_images=num_images)
+    return torch.tensor(answer["logits"], dtype=torch.float32)
+
+
+def time_file(path: Path, runtime: str, shard: Path, interface: Interface = FLOAT) -> float:
+    """Seconds that an exported file takes for one image in the helper, once it is warm.
+
+    Args:
+        path: The file.
+        runtime: As for `classifiers.open_model`.
+        shard: A file of decoded images; the first one is used.
+        interface: What the file takes and gives.
+
+    Raises:
+        ModelError: As for `run_file`; here it hangs after a minute.
+        MachineError: As for `run_file`.
+    """
+    return float(_ask(path, runtime, shard, interface, _MAX_SECONDS_TIMED, num_images=None)["seconds"])
+
+
+def _ask(
+    path: Path, runtime: str, shard: Path, interface: Interface, max_seconds: int, *, num_images: int | None
+) -> dict[str, Any]:
     request = {
         "path": str(path.absolute()),
         "runtime": runtime,
         "shard": str(shard.absolute()),
         "num_images": num_images,
         "interface": asdict(interface),
-        "max_seconds": _MAX_SECONDS,
+        "max_seconds": max_seconds,
     }
     answer = _HELPER.ask(request)
     if isinstance(answer, int):
-        raise _explain_death(answer, runtime)
+        raise _explain_death(answer, runtime, max_seconds)
     if "error" in answer:
         raise _ERRORS[answer["error"]](answer["message"])
-    return torch.tensor(answer["logits"], dtype=torch.float32)
+    return answer
 
 
 class _Helper:
@@ -145,9 +171,9 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
-def _explain_death(status: int, runtime: str) -> QuantflowError:
+def _explain_death(status: int, runtime: str, max_seconds: int) -> QuantflowError:
     if -status == signal.SIGALRM:
-        what = f"gave no answer within {_MAX_SECONDS} seconds"
+        what = f"gave no answer within {max_seconds} seconds"
     elif -status in _CRASHES:
         what = f"crashed with {signal.Signals(-status).name}"
     else:
@@ -185,11 +211,18 @@ def _serve() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(path: str, runtime: str, shard: str, num_images: int, interface: dict[str, Any]) -> dict[str, Any]:
+def _answer(path: str, runtime: str, shard: str, num_images: int | None, interface: dict[str, Any]) -> dict[str, Any]:
+    """Logits for some images; or, if their number is None, the seconds that one takes."""
     try:
         found = shards.open_shard(Path(shard))
-        images = feed(found.pixels[:num_images], found.normalization, Interface(**interface))
-        return {"logits": classifiers.open_model(Path(path), runtime)(images).tolist()}
+        images = feed(found.pixels[: num_images or 1], found.normalization, Interface(**interface))
+        model = classifiers.open_model(Path(path), runtime)
+        if num_images:
+            return {"logits": model(images).tolist()}
+        model(images)
+        start = time.perf_counter()
+        model(images)
+        return {"seconds": time.perf_counter() - start}
     except (MachineError, ModelError) as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception as error:

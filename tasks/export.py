@@ -10,6 +10,8 @@ from quantlib.store.artifacts import Ref
 from tasks.stage import Job, stage
 
 _REFUSAL = "refusal"
+# How much slower than where it was checked a file may be in another runtime; asked if an image takes so many seconds.
+_MOST_TIMES, _NOTABLE_SECONDS = 10.0, 0.5
 _Opened: TypeAlias = tuple[Any, Any, Any]
 """A model as a graph, its header, and its answers to some images: their types would import torch."""
 _OPENED: dict[tuple[str, str], _Opened] = {}
@@ -44,12 +46,27 @@ def script_and_save(job: Job, model: Ref, runtime: Runtime, images: Ref, interfa
 
 
 @stage("try_file-{branch}")
-def try_file(job: Job, file: Ref, images: Ref, runtime: Runtime, interface: Interface, *, branch: str) -> Ref:
-    """A file that was checked in one runtime, once it has run in another, too. Or why it does not."""
+def try_file(
+    job: Job, file: Ref, images: Ref, checked_in: Runtime, runtime: Runtime, interface: Interface, *, branch: str
+) -> Ref:
+    """A file that was checked in one runtime, once it has run in another, too. Or why it does not, or is far too slow.
+
+    onednn has a plain loop in place of a kernel for some layers: ViT-B/16 took minutes for 20 images, and would have
+    taken ten to be timed.
+    """
     from quantlib import helper
 
+    path, shard = job.store.path(file), job.store.path(images)
+
     def run() -> Ref:
-        helper.run_file(job.store.path(file), runtime.name, job.store.path(images), helper.NUM_CHECKED, interface)
+        seconds = helper.time_file(path, runtime.name, shard, interface)
+        if seconds > _NOTABLE_SECONDS:
+            usual = helper.time_file(path, checked_in.name, shard, interface)
+            if seconds > _MOST_TIMES * usual:
+                raise ModelError(
+                    f"One image takes {seconds / usual:,.0f} times as long in {runtime.name} as in {checked_in.name}."
+                )
+        helper.run_file(path, runtime.name, shard, helper.NUM_CHECKED, interface)
         return file
 
     return _or_refusal(job, run)

@@ -64,13 +64,14 @@ def try_engines(shared: SharedStages, model: Ref, name: str) -> tuple[tuple[Runt
     machine = shared.run.machine
     if not shared.recipe.has_torchscript:
         return ()
-    file = save_file(shared, model, machine.torch_runtime(shared.engine), name)
+    own = machine.torch_runtime(shared.engine)
+    file = save_file(shared, model, own, name)
     if is_refusal(file):
         return ()
 
     def try_in(runtime: Runtime) -> tuple[Runtime, Ref]:
         images, label = shared.validation[0], f"{name}-{runtime.name}"
-        return runtime, shared.run(try_file, file, images, runtime, shared.interface, branch=label)
+        return runtime, shared.run(try_file, file, images, own, runtime, shared.interface, branch=label)
 
     runtimes = [machine.torch_runtime(engine) for engine in machine.engines if engine != shared.engine]
     return together(shared.run, [partial(try_in, runtime) for runtime in runtimes])

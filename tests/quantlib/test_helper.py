@@ -93,6 +93,13 @@ def test_an_error_is_told_and_the_helper_lives(tmp_path, val_shard):
     assert helper._HELPER.process.pid == pid
 
 
+def test_the_time_of_one_image_is_told_and_limited(tmp_path, val_shard, monkeypatch):
+    assert 0 < helper.time_file(script(tmp_path, Means), "torchscript", val_shard) < 60
+    monkeypatch.setattr(helper, "_MAX_SECONDS_TIMED", 1)
+    with pytest.raises(ModelError, match=r"gave no answer within 1 seconds in torchscript\. Try"):
+        helper.time_file(script(tmp_path, Hanging), "torchscript", val_shard)
+
+
 def test_a_file_that_crashes_is_refused_by_the_signal_and_the_next_file_runs(tmp_path, val_shard, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = script(tmp_path, Crashing)

@@ -290,8 +290,8 @@ def test_a_file_that_crashes_on_another_engine_is_left_out_there_and_the_reason_
     shard = run.store.put("shard", val_shard.read_bytes())
 
     def tried(kind, engine):
-        file = run.store.put("torchscript", torch.jit.script(kind().eval()).save_to_buffer())
-        return file, reuse_or_compute(run, try_file, file, shard, torch_runtime(engine), FLOAT, branch="x")
+        file, own = run.store.put("torchscript", torch.jit.script(kind().eval()).save_to_buffer()), torch_runtime(None)
+        return file, reuse_or_compute(run, try_file, file, shard, own, torch_runtime(engine), FLOAT, branch="x")
 
     file, found = tried(nn.Identity, None)
     assert found == file
@@ -301,6 +301,20 @@ def test_a_file_that_crashes_on_another_engine_is_left_out_there_and_the_reason_
     # What is wrong with the machine, such as memory that ran out, says nothing about the file.
     with pytest.raises(MachineError, match="Engine 'tensorrt' is not available"):
         tried(nn.Identity, "tensorrt")
+
+
+@pytest.mark.parametrize(("seconds", "refused"), [((5.0, 0.4), True), ((5.0, 0.6), False), ((0.4, 0.01), False)])
+def test_an_engine_that_is_far_slower_than_the_files_own_is_left_out(run, val_shard, monkeypatch, seconds, refused):
+    file, shard = run.store.put("torchscript", b"file"), run.store.put("shard", val_shard.read_bytes())
+    x86, onednn = torch_runtime("x86"), torch_runtime("onednn")
+    times = dict(zip((onednn.name, x86.name), seconds, strict=True))
+    monkeypatch.setattr("quantlib.helper.time_file", lambda path, runtime, *_: times[runtime])
+    monkeypatch.setattr("quantlib.helper.run_file", lambda *_: None)
+    found = reuse_or_compute(run, try_file, file, shard, x86, onednn, FLOAT, branch="x")
+    assert is_refusal(found) == refused
+    if refused:
+        reason = run.store.read_json(found)["reason"]
+        assert reason == "One image takes 12 times as long in torchscript-onednn as in torchscript-x86."
 
 
 def _stored(run, model, header):
