@@ -27,9 +27,9 @@ _LEAST, _MORE = 10, 5
 # A slow model stops here, once it has the least number of samples.
 _MAX_SECONDS = 2.0
 # The same for a setting that nothing is ranked by, and enough for its 95th percentile.
-_LEAST_REPORTED, _MOST_REPORTED, _MAX_SECONDS_REPORTED = 5, 20, 1.0
+_LEAST_REPORTED, _MOST_REPORTED, _MAX_SECONDS_REPORTED = 2, 20, 1.0
 # A call that takes longer gains too little from an untimed one before it.
-_LONG_CALL_SECONDS = 0.05
+_LONG_CALL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _time_in_turn(
     for model, own in zip(models, batches, strict=True):
         for _ in range(_NUM_WARM_UP):
             seconds = _seconds(model, own)
-        long.append(is_enough is None and seconds > _LONG_CALL_SECONDS)
+        long.append(seconds > _LONG_CALL_SECONDS)
     least, most_seconds = (_LEAST, _MAX_SECONDS) if is_enough else (_LEAST_REPORTED, _MAX_SECONDS_REPORTED)
     deadline = time.perf_counter() + most_seconds * len(models)
     order = random.Random(0)  # The same in every run, so that runs differ only by the machine.

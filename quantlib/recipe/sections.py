@@ -237,7 +237,7 @@ class BenchmarkRecipe(Section):
     num_samples: Annotated[int, Field(ge=10, le=1_000_000, strict=True)] = 50
     """Most timed calls per model and runtime, in turn, after a warm-up. One image on one thread is timed at least ten
     times, and until the order of the files is certain, files that differ by less than 2% in any order; other settings,
-    which only the report shows, 5 to 20 times, slow ones less often."""
+    which only the report shows, 2 to 20 times, slow ones less often."""
 
 
 class SearchRecipe(Section):
