@@ -35,7 +35,7 @@ NUM_CHECKED = 32
 # Opening a large model and running it on some images takes a minute.
 _MAX_SECONDS = 600
 # For one image: a runtime that takes longer is of no use.
-_MAX_SECONDS_TIMED = 60
+_MAX_SECONDS_TIMED = 30
 # What a kernel does to its own process. Any other signal came from outside and says nothing about the file.
 _CRASHES = {
     signal.SIGABRT,
@@ -82,7 +82,7 @@ def time_file(path: Path, runtime: str, shard: Path, interface: Interface = FLOA
         interface: What the file takes and gives.
 
     Raises:
-        ModelError: As for `run_file`; here it hangs after a minute.
+        ModelError: As for `run_file`; here it hangs after half a minute.
         MachineError: As for `run_file`.
     """
     return float(_ask(path, runtime, shard, interface, _MAX_SECONDS_TIMED, num_images=None)["seconds"])

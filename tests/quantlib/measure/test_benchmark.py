@@ -190,7 +190,7 @@ def noisy(seconds, number):
 @pytest.mark.usefixtures("clock")
 def test_timing_ends_when_the_order_is_certain(inputs):
     clear = count_samples([_Clocked(noisy(1.0, 0)), _Clocked(noisy(2.0, 1))], inputs)
-    close = count_samples([_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.01, 1))], inputs)
+    close = count_samples([_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.02, 1))], inputs)
 
     assert 10 <= clear[1, 1] <= 15
     assert clear[1, 1] < close[1, 1] <= 100
@@ -208,7 +208,7 @@ def test_the_order_of_one_files_slower_runtimes_needs_no_samples(inputs):
 def test_settings_that_nothing_is_ranked_by_take_twenty_samples_and_slow_ones_two(inputs, monkeypatch):
     def count_with(most_seconds):
         monkeypatch.setattr(benchmark, "_MAX_SECONDS_REPORTED", most_seconds)
-        models = [_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.01, 1))]
+        models = [_Clocked(noisy(1.0, 0)), _Clocked(noisy(1.02, 1))]
         found = count_samples(models, inputs, [1, 2], [1, 2])
         return found.pop((1, 1)) > 20, set(found.values())
 
