@@ -183,6 +183,7 @@ def _nncf(job: Job, *, control_accuracy: bool) -> None:
 
     model = job.model()
     job.did("imports, model")
+    torch.backends.mha.set_fastpath_enabled(False)  # OpenVINO cannot convert attention that is fused for inference.
     example = torch.zeros(1, 3, job.crop, job.crop)
     exported = openvino.convert_model(model, example_input=example, input=[-1, 3, job.crop, job.crop])
     job.did("converted")
