@@ -86,12 +86,12 @@ def quantflow(data: Path, weights: Path, settings: dict, folder: Path, by_defaul
         "qat.0.epochs": settings["epochs"],
         "qat.0.batches_per_epoch": settings["batches"],
         "gate.max_top1_drop": 1.0,
+        "benchmark.batch_sizes": [1],
     }
     like_the_tutorial = {
         # TorchScript alone, like the tutorial. That times 5 batches of 50 images for two models; this, 10 single images
         # for four models, three of them on each engine.
         "benchmark.runtimes": '["torchscript"]',
-        "benchmark.batch_sizes": [1],
         "benchmark.num_samples": 10,
     }
     changes |= {} if by_default else like_the_tutorial
