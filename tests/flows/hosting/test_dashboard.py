@@ -76,7 +76,7 @@ def test_a_run_whose_stages_are_all_reused_has_its_result_as_an_artifact(dashboa
     (artifact,) = dashboard.call("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
     assert artifact["key"] == "quantflow-tiny"
     assert artifact["description"].startswith(("Ship ", "Nothing to ship"))  # What the list of artifacts shows.
-    assert "| variant | runtime | top-1 |" in artifact["data"]
+    assert "| variant | runtime | images | top-1 |" in artifact["data"]
     assert "stages were reused." in artifact["data"]
     assert re.search(r"## Since `\d{8}-\d{6}-tiny-", artifact["data"])
 
