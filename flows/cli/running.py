@@ -132,7 +132,6 @@ def _run_in_prefect(
             # Importing torch's modules takes seconds; the server's start takes longer, on another core.
             with gc_paused():
                 importlib.import_module("quantlib.graph.tracing")
-                importlib.import_module("torch._dynamo")  # Torch itself does, when a model is traced.
             wait_for_server()
         try:
             # The heartbeat thread sleeps for a second before it notices that the flow has ended.
