@@ -1,6 +1,7 @@
 """Stages that export: script_and_save, try_file, draft_onnx, save_onnx, save_program."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from quantlib.errors import ModelError
@@ -30,12 +31,7 @@ def script_and_save(job: Job, model: Ref, runtime: Runtime, images: Ref, interfa
 
     shard = job.store.path(images)
     ends = Ends(interface, shards.open_shard(shard).normalization)
-
-    def open_model() -> _Opened:
-        module, header = stored.open_model(job.store.read(model))
-        return module, header, check.answers_of(module, shard)
-
-    module, header, answers = _opened(model, images, open_model)
+    module, header, answers = _opened(job, model, images, stored.open_model, check.answers_of)
 
     def write() -> Ref:
         content = scripting.script(module, runtime.engine, header.input_shape, ends)
@@ -101,12 +97,7 @@ def save_onnx(
     store, shard = job.store, job.store.path(images)
     if is_refusal(draft):
         return store.put_json(_REFUSAL, store.read_json(draft))
-
-    def open_model() -> _Opened:
-        module, header = stored.open_model(store.read(model))
-        return module, header, check.answers_of(module, shard)
-
-    module, _, answers = _opened(model, images, open_model)
+    module, _, answers = _opened(job, model, images, stored.open_model, check.answers_of)
 
     def write() -> Ref:
         plain = onnx.write_onnx(store.read(draft), module, runtime.name)
@@ -141,15 +132,23 @@ def save_program(job: Job, model: Ref, images: Ref, runtime: Runtime, interface:
     return _or_refusal(job, write)
 
 
-def _opened(model: Ref, images: Ref, open_model: Callable[[], _Opened]) -> _Opened:
+def _opened(
+    job: Job,
+    model: Ref,
+    images: Ref,
+    open_model: Callable[[bytes], tuple[Any, Any]],
+    answers_of: Callable[[Any, Path], Any],
+) -> _Opened:
     """A model, its header and its answers to images; the last ones are remembered, as a model has several files.
 
-    Who writes a file must leave the model as it is.
+    Who writes a file must leave the model as it is. The functions are quantlib's: a stage imports them itself, so that
+    their code is in its key.
     """
     key = model.sha256, images.sha256
     if key not in _OPENED:
         _OPENED.clear()  # Large models are kept once.
-        _OPENED[key] = open_model()
+        module, header = open_model(job.store.read(model))
+        _OPENED[key] = module, header, answers_of(module, job.store.path(images))
     return _OPENED[key]
 
 
