@@ -72,6 +72,15 @@ class Cluster:
         self.scheduler.kill()
         self.scheduler.wait()
 
+    def replace(self, victim: str) -> None:
+        """Kill the scheduler or a worker, and start it again."""
+        if victim == "scheduler":
+            self.kill_scheduler()
+            self.start_scheduler()
+        else:
+            self.kill(victim)
+            self.start_worker(victim)
+
     def children(self) -> list[int]:
         """The processes that compute stages."""
         workers = [process.pid for process in self.workers.values()]

@@ -44,7 +44,7 @@ class Network:
         """Take a machine's link down."""
         _ip("link", "set", self._link(machine), "down")
 
-    def mend(self, machine: str) -> None:
+    def restore(self, machine: str) -> None:
         """Let a machine be reached again."""
         _ip("link", "set", self._link(machine), "up")
 

@@ -214,12 +214,8 @@ def test_whatever_is_killed_at_random_the_results_are_the_same(seed, cluster, un
         time.sleep(rng.uniform(1, 15))
         if victim == "driver":
             run.kill()
-        elif victim == "scheduler":
-            cluster.kill_scheduler()
-            cluster.start_scheduler()
         else:
-            cluster.kill(victim)
-            cluster.start_worker(victim)
+            cluster.replace(victim)
         outcome = harness.finish(run)
         assert outcome.exitcode in {0, -9}
         assert outcome.error == "" or "is gone" in outcome.error

@@ -93,15 +93,11 @@ def test_whatever_is_killed_at_random_the_results_are_the_same(seed, cluster, se
         time.sleep(rng.uniform(1, 15))
         if victim == "driver":
             run.kill()
-        elif victim == "scheduler":
-            cluster.kill_scheduler()
-            cluster.start_scheduler()
         elif victim == "server":  # It forgets all that it held.
             server.kill()
             server.start()
         else:
-            cluster.kill(victim)
-            cluster.start_worker(victim)
+            cluster.replace(victim)
         outcome = harness.finish(run)
         assert outcome.exitcode in {0, -9}
         assert outcome.error == "" or any(part in outcome.error for part in (server.url, *KNOWN)), outcome.error
@@ -140,7 +136,7 @@ def test_a_machine_whose_link_is_down_is_done_without_and_comes_back(distant, ne
     assert (outcome.error, outcome.variants) == ("", expected.variants), outcome.said
     assert stored(distant.shared) == harness.outputs_of(untouched)
     distant.wait("b")
-    network.mend("a")
+    network.restore("a")
     distant.wait("a", "b")
     distant.kill("b")
     distant.wait("a")
